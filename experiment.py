@@ -1,0 +1,221 @@
+"""One run of one script: command line from a dataclass, run directory, metrics.jsonl, signals, clock.
+
+OUT/config.json     the resolved configuration          OUT/metrics.jsonl   one JSON object a step, every printed figure
+OUT/header.json     command, versions, commit, device   OUT/checkpoints/    resumable training state
+                                                        OUT/final/          the trained model, a Hugging Face directory
+"""
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Iterator, TypeVar
+
+import torch
+
+T = TypeVar("T")
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
+
+
+# --------------------------------------------------------------------------------------------------- command line
+def option(default: Any, help: str, *, may_change: bool = False, **kwargs) -> Any:
+    """A dataclass field with its --help text. may_change: a resumed run may be given another value of it. A default
+    of `dataclasses.MISSING` makes the flag required."""
+    metadata = {"help": help, "may_change": may_change}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, **kwargs)
+    return dataclasses.field(default=default, metadata=metadata, **kwargs)
+
+
+def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -> T:
+    """The command line of a dataclass: each field a flag, its default shown, an unknown flag an error."""
+    from transformers import HfArgumentParser
+    parser = HfArgumentParser(cls, description=doc, allow_abbrev=False)
+    config, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True,
+                                                         look_for_args_file=False)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}; see --help")
+    return config
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a ValueError (a mistake of the user's: it names the file and the mend) into one line and exit code 2."""
+    try:
+        yield
+    except ValueError as e:
+        sys.stdout.flush()
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from (e if os.environ.get("TRACEBACK") else None)
+
+
+# -------------------------------------------------------------------------------------------------- run directory
+class Run:
+    """The run directory, written by rank 0; a no-op on the other ranks."""
+
+    def __init__(self, out: str | Path, config: Any, *, is_main: bool):
+        """Claim `out` for this configuration. Raises ValueError when it holds a different run (nothing is
+        overwritten); continues it when the configuration is the same but for fields that may change."""
+        self.out, self.is_main = Path(out), is_main
+        self.config = dataclasses.asdict(config)
+        self.may_change = {f.name for f in dataclasses.fields(config) if f.metadata.get("may_change")}
+        self.resumed = self._check_same_run()
+        self.bar = None
+
+    def _check_same_run(self) -> bool:
+        file = self.out / "config.json"
+        if not file.is_file():
+            if self.out.is_dir() and any(self.out.iterdir()):
+                raise ValueError(f"--out {self.out}: not empty and not a run of this script; name another directory")
+            return False
+        old = json.loads(file.read_text())
+        changed = [k for k in {**old, **self.config} if k not in self.may_change and old.get(k) != self.config.get(k)]
+        if changed:
+            k = changed[0]
+            raise ValueError(f"--out {self.out} holds another run: its {k} is {old.get(k)!r}, now {self.config.get(k)!r}"
+                             f" ({len(changed)} settings differ). Name another --out, or remove that directory")
+        return True
+
+    def start(self, header: dict, resume_step: int) -> None:
+        """Write config and header; drop metrics of steps that a resumed run will do again."""
+        if not self.is_main:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        _write_json(self.out / "config.json", self.config)
+        _write_json(self.out / "header.json", {**header, "resumed_at_step": resume_step})
+        metrics = self.out / "metrics.jsonl"
+        kept = [line for line in _whole_lines(metrics) if json.loads(line)["step"] <= resume_step]
+        tmp = metrics.with_suffix(".tmp")
+        tmp.write_text("".join(kept))
+        tmp.rename(metrics)
+
+    def log(self, metrics: dict) -> None:
+        """Append one JSON object to metrics.jsonl. NaN and infinity become null (they are not JSON)."""
+        if self.is_main:
+            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            with open(self.out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(clean) + "\n")
+
+    def say(self, text: str) -> None:
+        """Print on rank 0, above the progress bar when there is one."""
+        if self.is_main:
+            self.bar.write(text) if self.bar is not None else print(text, flush=True)
+
+    def progress(self, total: int, done: int) -> None:
+        """Show a progress bar when a person is watching."""
+        if self.is_main and sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=total, initial=done, dynamic_ncols=True, unit="step")
+
+    def advance(self) -> None:
+        """One step further on the progress bar."""
+        if self.bar is not None:
+            self.bar.update()
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines of a jsonl that were written to their end (a kill can tear the last one)."""
+    if not file.is_file():
+        return []
+    return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _write_json(file: Path, value: dict) -> None:
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    tmp.rename(file)
+
+
+def header(**more) -> dict:
+    """What is needed to repeat a run: command, commit, versions, machine, and whatever the script adds."""
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+    cuda = torch.cuda.is_available()
+    return {"command": shlex.join([sys.executable, *sys.argv]), "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "commit": git_commit(), "python": platform.python_version(),
+            "versions": {p: installed(p) for p in ("torch", "transformers", "safetensors", "numpy", "flash-attn",
+                                                   "math-verify")},
+            "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s) a rank",
+            "cuda": torch.version.cuda if cuda else None, **more}
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with '+changes' when the tree differs from it; None outside a git checkout."""
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+                              ).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hash_files(paths: list[str | Path]) -> dict[str, str]:
+    """{path: sha256 of its bytes}"""
+    out = {}
+    for path in paths:
+        digest = hashlib.sha256()
+        with open(path, "rb") as f:
+            while block := f.read(1 << 22):
+                digest.update(block)
+        out[str(path)] = digest.hexdigest()
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ signals, timing
+class StopRequest:
+    """Set by SIGTERM, SIGUSR1 or SIGINT: finish the step, save, exit with EXIT_PREEMPTED. A second SIGINT kills."""
+
+    def __init__(self):
+        self.requested = False
+        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(s, self._handle)
+
+    def _handle(self, number, frame):
+        self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def quiet_garbage_collection() -> None:
+    """Hold the garbage collector out of training steps: on many ranks its pauses add up, each waits for the slowest.
+    Call once after set-up, and `gc.collect()` between steps now and then."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16
+
+
+def peak_flops() -> float | None:
+    """The GPU's dense bf16 peak in FLOP/s, or None where it is not known (then no MFU is printed)."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+
+
+def memory_gib() -> float:
+    """Peak memory since the last call, GiB: allocated on the GPU, or resident in host memory without one."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
