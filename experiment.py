@@ -1,7 +1,8 @@
 """One run of one script: command line from a dataclass, run directory, metrics.jsonl, signals, clock.
 
 OUT/config.json     the resolved configuration          OUT/metrics.jsonl   one JSON object a step, every printed figure
-OUT/header.json     command, versions, commit, device   OUT/checkpoints/    resumable training state
+OUT/header.json     command, versions, commit, device   OUT/validation.jsonl  validation losses
+OUT/status          running | stopped | finished        OUT/checkpoints/    resumable training state
                                                         OUT/final/          the trained model, a Hugging Face directory
 """
 from __future__ import annotations
@@ -67,39 +68,41 @@ class Run:
 
     def __init__(self, out: str | Path, config: Any, *, is_main: bool):
         """Claim `out` for this configuration. Raises ValueError when it holds a different run (nothing is
-        overwritten); continues it when the configuration is the same but for fields that may change."""
+        overwritten); continues it when the configuration is the same but for fields that may change. Only rank 0
+        looks: call it inside `parallel.main_first`, so that the others end with it."""
         self.out, self.is_main = Path(out), is_main
         self.config = dataclasses.asdict(config)
         self.may_change = {f.name for f in dataclasses.fields(config) if f.metadata.get("may_change")}
-        self.resumed = self._check_same_run()
         self.bar = None
+        if is_main:
+            self._claim()
 
-    def _check_same_run(self) -> bool:
+    def _claim(self) -> None:
         file = self.out / "config.json"
         if not file.is_file():
-            if self.out.is_dir() and any(self.out.iterdir()):
+            if self.out.is_dir() and any(not p.name.endswith(".tmp") for p in self.out.iterdir()):
                 raise ValueError(f"--out {self.out}: not empty and not a run of this script; name another directory")
-            return False
+            self.out.mkdir(parents=True, exist_ok=True)
+            return _write_json(file, self.config)
         old = json.loads(file.read_text())
         changed = [k for k in {**old, **self.config} if k not in self.may_change and old.get(k) != self.config.get(k)]
         if changed:
             k = changed[0]
             raise ValueError(f"--out {self.out} holds another run: its {k} is {old.get(k)!r}, now {self.config.get(k)!r}"
                              f" ({len(changed)} settings differ). Name another --out, or remove that directory")
-        return True
+        _write_json(file, self.config)
 
     def start(self, header: dict, resume_step: int) -> None:
-        """Write config and header; drop metrics of steps that a resumed run will do again."""
+        """Write the header; drop metrics of steps that a resumed run will do again."""
         if not self.is_main:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        _write_json(self.out / "config.json", self.config)
+        self._set_status("running")
         _write_json(self.out / "header.json", {**header, "resumed_at_step": resume_step})
-        metrics = self.out / "metrics.jsonl"
-        kept = [line for line in _whole_lines(metrics) if json.loads(line)["step"] <= resume_step]
-        tmp = metrics.with_suffix(".tmp")
-        tmp.write_text("".join(kept))
-        tmp.rename(metrics)
+        for file in (self.out / "metrics.jsonl", self.out / "validation.jsonl"):
+            kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= resume_step]
+            tmp = file.with_suffix(".tmp")
+            tmp.write_text("".join(kept))
+            tmp.rename(file)
 
     def log(self, metrics: dict) -> None:
         """Append one JSON object to metrics.jsonl. NaN and infinity become null (they are not JSON)."""
@@ -112,6 +115,29 @@ class Run:
         """Print on rank 0, above the progress bar when there is one."""
         if self.is_main:
             self.bar.write(text) if self.bar is not None else print(text, flush=True)
+
+    def log_validation(self, step: int, loss: float) -> None:
+        """Append a validation loss to validation.jsonl and print it."""
+        if self.is_main:
+            with open(self.out / "validation.jsonl", "a") as f:
+                f.write(json.dumps({"step": step, "val_loss": loss}) + "\n")
+        self.say(f"step {step} | val_loss {loss:.4f}")
+
+    def stopped(self, step: int) -> int:
+        """Say that a signal ended the run early; returns the exit code for it."""
+        self._set_status("stopped")
+        self.say(f"stopped by a signal after step {step}; state is saved, run the same command to go on")
+        return EXIT_PREEMPTED
+
+    def finished(self) -> int:
+        """Say that the run is complete; returns exit code 0."""
+        self._set_status("finished")
+        self.say(f"finished: {self.out / 'final'} is a complete model directory")
+        return 0
+
+    def _set_status(self, status: str) -> None:
+        if self.is_main:
+            (self.out / "status").write_text(status + "\n")
 
     def progress(self, total: int, done: int) -> None:
         """Show a progress bar when a person is watching."""

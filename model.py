@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from vision import VisionConfig, VisionTower
 
 from attention import attend
-from vision import VisionConfig, VisionTower
 
 SUPPORTED = "qwen2_5_vl (Qwen2.5-VL 3B, 7B, 32B, 72B) and qwen2 (text-only Qwen2, Qwen2.5, QwQ-32B)"
 CHECKPOINTING = ("none", "attn", "matmul", "full")  # what is kept for the backward pass, see `Block.forward`
@@ -364,8 +364,16 @@ class ChunkedLogProbs(torch.autograd.Function):
             d_logits = (d_logits / temperature).to(hidden.dtype)
             d_hidden[s] = d_logits @ weight
             if ctx.needs_input_grad[1]:
-                d_weight += matmul_fp32(d_logits.t(), hidden[s])
+                add_weight_gradient(d_weight, d_logits, hidden[s])
         return d_hidden, d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None, None, None
+
+
+def add_weight_gradient(total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
+    """total (V, C) fp32 += d_logitsᵀ (V, R) @ hidden (R, C), in fp32 whatever the inputs' dtype."""
+    if hidden.dtype == torch.float32:
+        total.addmm_(d_logits.t(), hidden)
+    else:
+        total += matmul_fp32(d_logits.t(), hidden)
 
 
 def _slices(rows: int, chunk: int) -> list[slice]:

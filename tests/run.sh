@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The test command: bash tests/run.sh [pytest arguments]. Makes its own environment on first use.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. recipes/env.sh requirements-dev.txt
+ruff check .
+exec python -m pytest -q "${@:-tests}"

@@ -1,0 +1,308 @@
+"""Stage one of X-Reasoner: supervised fine-tuning on text-only long chains of thought.
+
+    torchrun --nproc_per_node=8 train_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data ot.jsonl --out runs/sft
+    python train_sft.py --model DIR --data a.jsonl b.jsonl --out runs/try --steps 20      # one process, GPU or CPU
+
+The defaults are the paper's recipe (arXiv 2505.03981, section 2.3 and appendix B.1): AdamW, lr 1e-5 × 0.8 an epoch,
+no weight decay, 4 epochs, sequences cut at 4,096 tokens, about 128 of them a step, vision tower untouched. Where we
+depart from it:
+1. Documents are packed, not padded (the paper does not say): a step is `batch_tokens` tokens, not 128 sequences.
+2. Gradients are clipped at norm 1 (not stated; --grad_clip 0 turns it off).
+3. The loss is the mean over all supervised tokens of the step, over all ranks and micro-batches (not stated).
+
+The method, top to bottom: documents → packs (`plan_steps`) → this rank's share of a step (`my_batches`) → forward,
+loss, backward (`accumulate_gradients`) → clip and AdamW (`optim.guarded_step`).
+"""
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Callable, Iterator, Literal
+
+import numpy as np
+import torch
+from data import Batch, TokenizedDataset, attention_cost, balance, collate, pack_plan, tokenize_files
+from vision import ImageConfig
+
+import attention
+from checkpoint import build_model, export_hf, load_state, newest_state, resolve_model_dir, save_state
+from experiment import (
+    Run,
+    StopRequest,
+    hash_files,
+    header,
+    memory_gib,
+    option,
+    parse_config,
+    peak_flops,
+    quiet_garbage_collection,
+    user_errors,
+)
+from model import Model, train_flops
+from optim import adamw, guarded_step, lr_at
+from parallel import World, all_max, all_sum, init, main_first, shutdown
+
+
+@dataclass
+class Config:
+    model: str = option(MISSING, "model directory or hub id to start from")
+    data: list[str] = option(MISSING, "jsonl file(s) of conversations, see `python data.py check`")
+    out: str = option(MISSING, "run directory; OUT/final is the trained model")
+    epochs: int = option(4, "passes over the data (paper: 4)", may_change=True)
+    steps: int = option(-1, "optimizer steps, overrides --epochs; -1: by epochs", may_change=True)
+    max_len: int = option(4096, "longest document in tokens (paper: 4096)")
+    overlong: Literal["truncate", "drop", "error"] = option("truncate", "documents over max_len: the paper truncates, "
+                                                            "which removes the end of the thought and the answer")
+    pack_len: int = option(16384, "tokens of one packed micro-batch; peak memory grows with it")
+    batch_tokens: int = option(524288, "tokens of one optimizer step, over all ranks (paper: 128 × 4096)")
+    lr: float = option(1e-5, "peak learning rate (paper: 1e-5)")
+    schedule: Literal["epoch_decay", "constant", "linear", "cosine"] = option("epoch_decay", "after warmup; "
+                                                                              "epoch_decay: × lr_factor each epoch")
+    lr_factor: float = option(0.8, "factor of epoch_decay (paper: 0.8)")
+    warmup_ratio: float = option(0.0, "share of all steps with linearly rising lr (paper: none mentioned)")
+    weight_decay: float = option(0.0, "AdamW weight decay on matrices, none on norms and biases (paper: 0)")
+    beta1: float = option(0.9, "AdamW beta1 (paper: 0.9)")
+    beta2: float = option(0.999, "AdamW beta2 (paper: 0.999)")
+    grad_clip: float = option(1.0, "clip the global gradient norm, 0: off (paper: not stated)")
+    seed: int = option(0, "order and packing of the data are a pure function of (seed, epoch)")
+    train_vision: bool = option(False, "train the vision tower too (needs image data; the paper leaves it untouched)")
+    skip_bad_rows: bool = option(False, "train without the rows that fail the check, each one logged")
+    val_data: list[str] = option([], "jsonl file(s) for the validation loss")
+    val_every: int = option(100, "validate every n steps and at the end", may_change=True)
+    dtype: Literal["auto", "bf16", "fp32"] = option("auto", "compute dtype; auto: bf16 on CUDA, fp32 on CPU. Master "
+                                                    "weights and gradient reduction are always fp32")
+    adam_dtype: Literal["fp32", "bf16"] = option("fp32", "AdamW moments; bf16 saves 28 GiB at 7B (CUDA only)")
+    checkpointing: Literal["none", "attn", "matmul", "full"] = option("full", "what backward need not recompute: all "
+                                                                      "(none), attention, attention + matmuls, nothing")
+    compile: bool = option(False, "torch.compile each decoder block")
+    reshard: bool = option(True, "free gathered blocks after forward (ZeRO-3); off keeps them: +13 GiB at 7B, faster")
+    replicas: int = option(1, "HSDP: number of groups that each hold all shards (e.g. one per node)")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
+    save_every: int = option(200, "save resumable state every n steps, 0: only when stopped", may_change=True)
+    keep_last: int = option(2, "checkpoints to keep", may_change=True)
+    max_bad_steps: int = option(5, "stop after this many non-finite steps in a row", may_change=True)
+
+    def __post_init__(self):
+        if self.pack_len < self.max_len:
+            raise ValueError(f"--pack_len {self.pack_len} is below --max_len {self.max_len}: documents must fit")
+        for name in ("max_len", "batch_tokens", "lr", "max_bad_steps", "val_every", "keep_last"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive")
+
+
+# ------------------------------------------------------------------------------------------------------ the method
+def plan_steps(lengths: np.ndarray, config: Config) -> tuple[list[list[np.ndarray]], int]:
+    """All optimizer steps of the run: step → its packs → document numbers; and the steps of one epoch.
+
+    A pure function of (lengths, pack_len, batch_tokens, seed): not of the number of ranks, nor of where a run resumed.
+    """
+    packs_a_step = max(1, config.batch_tokens // config.pack_len)
+    steps: list[list[np.ndarray]] = []
+    for epoch in count():
+        packs = pack_plan(lengths, config.pack_len, seed=config.seed, epoch=epoch)
+        steps += [packs[i:i + packs_a_step] for i in range(0, len(packs), packs_a_step)]
+        if epoch == 0:
+            steps_per_epoch = len(steps)
+        if config.steps >= 0 and len(steps) >= config.steps:
+            return steps[:config.steps], steps_per_epoch
+        if config.steps < 0 and epoch + 1 >= config.epochs:
+            return steps, steps_per_epoch
+
+
+def my_batches(dataset: TokenizedDataset, packs: list[np.ndarray], world: World, images: ImageConfig | None
+               ) -> list[Batch]:
+    """This rank's micro-batches of a step, balanced over ranks by attention cost; every rank gets equally many (an
+    empty one where packs run out), because each forward and backward is a collective."""
+    shares = balance([attention_cost(dataset.lengths[pack]) for pack in packs], world.size)
+    mine = [collate([dataset.get(i) for i in packs[p]], images) for p in shares[world.rank]]
+    return mine + [empty_batch()] * (max(map(len, shares)) - len(mine))
+
+
+def empty_batch() -> Batch:
+    """One token, no target: contributes a loss and a gradient of zero."""
+    one = torch.zeros(1, dtype=torch.long)
+    return Batch(one, one - 100, one.expand(3, 1), torch.tensor([0, 1], dtype=torch.int32), None, None)
+
+
+def accumulate_gradients(model: Model, batches: list[Batch], supervised: int, world: World) -> float:
+    """Forward and backward of a step's micro-batches; returns this rank's sum of token losses.
+
+    The gradient is that of (sum of all ranks' token losses) / supervised, with `supervised` the step's target count
+    over all ranks; FSDP averages over ranks, hence × world.size. A mean of per-rank means would weigh tokens unequally.
+    """
+    total = torch.zeros((), device=world.device)
+    for b in batches:
+        logprobs, _ = model(b.tokens, b.position_ids, b.cu_seqlens, targets=b.targets,
+                            pixel_values=b.pixel_values, grid_thw=b.grid_thw)
+        loss_sum = -logprobs.sum()
+        (loss_sum * (world.size / supervised)).backward()
+        total += loss_sum.detach()
+    return total.item()  # the step's one wait for the GPU
+
+
+@torch.no_grad()
+def validation_loss(model: Model, dataset: TokenizedDataset, config: Config, world: World,
+                    images: ImageConfig | None) -> float:
+    """Mean loss over all supervised tokens of the validation set, the same for any number of ranks."""
+    packs = pack_plan(dataset.lengths, config.pack_len, seed=0, epoch=0)
+    total = 0.0
+    for i in range(0, len(packs), world.size):
+        for b in my_batches(dataset, packs[i:i + world.size], world, images):
+            total -= model(b.tokens, b.position_ids, b.cu_seqlens, targets=b.targets,
+                           pixel_values=b.pixel_values, grid_thw=b.grid_thw)[0].sum().item()
+    return all_sum(total)[0] / int(dataset.supervised.sum())
+
+
+# ---------------------------------------------------------------------------------------------------- the machinery
+def ahead(make: Callable[[int], list[Batch]], steps: range) -> Iterator[tuple[int, list[Batch], float]]:
+    """(step, its batches, seconds waited for them): the next step's batches are made while this one computes."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(make, steps.start) if steps else None
+        for step in steps:
+            start = time.perf_counter()
+            batches = future.result()
+            waited = time.perf_counter() - start
+            future = pool.submit(make, step + 1) if step + 1 < steps.stop else None
+            yield step, batches, waited
+
+
+def load_data(config: Config, model_dir: Path, run: Run, world: World
+              ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Tokenise (or find in the cache) training and validation files; print what was cut, dropped or skipped."""
+    sets = []
+    for kind, files in (("training", config.data), ("validation", config.val_data)):
+        if not files:
+            sets.append(None)
+            continue
+        with main_first(world):
+            dataset, stats = tokenize_files(files, model_dir, max_len=config.max_len, overlong=config.overlong,
+                                            cache_dir=Path(config.out) / "cache", skip_bad_rows=config.skip_bad_rows)
+        run.say(f"{kind} data: {stats}")
+        sets.append(dataset)
+    return sets[0], sets[1]
+
+
+def build(config: Config, model_dir: Path, world: World, with_vision: bool) -> tuple[Model, torch.optim.Optimizer]:
+    """The sharded model and its optimizer."""
+    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and world.device.type == "cuda")
+    model = build_model(model_dir, world, with_vision=with_vision, train_vision=config.train_vision,
+                        compute_dtype=torch.bfloat16 if bf16 else torch.float32, checkpointing=config.checkpointing,
+                        compile_blocks=config.compile, reshard_after_forward=config.reshard, replicas=config.replicas)
+    optimizer = adamw(model, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2),
+                      state_dtype=torch.bfloat16 if config.adam_dtype == "bf16" else torch.float32)
+    return model, optimizer
+
+
+def batch_arithmetic(config: Config, dataset: TokenizedDataset, steps: list, steps_per_epoch: int, world: World) -> str:
+    """The plan of the run as equations, printed before the first step."""
+    packs = sum(map(len, steps[:steps_per_epoch]))
+    tokens = int(dataset.lengths.sum())
+    return (f"{len(dataset.lengths)} documents, {tokens} tokens ({int(dataset.supervised.sum())} supervised) → {packs} "
+            f"packs of ≤ {config.pack_len}, {tokens / (packs * config.pack_len):.1%} full, no padding\n"
+            f"{packs} packs / {max(1, config.batch_tokens // config.pack_len)} a step = {steps_per_epoch} steps an "
+            f"epoch; {len(steps)} steps in all on {world.size} rank(s)")
+
+
+def train(config: Config) -> int:
+    """Run to the end, or to a signal. Returns the exit code."""
+    world = init(config.device)
+    with main_first(world):
+        run = Run(config.out, config, is_main=world.is_main)
+    model_dir = resolve_model_dir(config.model, world)
+    dataset, val = load_data(config, model_dir, run, world)
+    with_images = config.train_vision or dataset.has_images
+    images = ImageConfig.from_dir(model_dir) if with_images else None
+    steps, steps_per_epoch = plan_steps(dataset.lengths, config)
+    run.say(batch_arithmetic(config, dataset, steps, steps_per_epoch, world))
+    model, optimizer = build(config, model_dir, world, with_images)
+    state_root = Path(config.out) / "checkpoints"
+    at = resume(state_root, model, optimizer, run, world)
+    run.start(header(world_size=world.size, data=hash_files(config.data + config.val_data), model=str(model_dir),
+                     attention=attention.backend(world.device, torch.bfloat16)), at["step"])
+    run.progress(len(steps), at["step"])
+
+    stop, clock = StopRequest(), Clock(model, world)
+    quiet_garbage_collection()
+    for step, batches, waited in ahead(lambda s: my_batches(dataset, steps[s], world, images),
+                                       range(at["step"], len(steps))):
+        documents = np.concatenate(steps[step])
+        lr = lr_at(step, lr=config.lr, total_steps=len(steps), steps_per_epoch=steps_per_epoch,
+                   schedule=config.schedule, epoch_factor=config.lr_factor,
+                   warmup_steps=int(config.warmup_ratio * len(steps)))
+        supervised = int(dataset.supervised[documents].sum())
+        local_loss = accumulate_gradients(model, batches, supervised, world)
+        loss_sum, stop_asked = all_sum(local_loss, float(stop.requested))  # one reduction: all ranks stop together
+        norm, stepped = guarded_step(model, optimizer, lr=lr, max_norm=config.grad_clip, loss=loss_sum)
+
+        at = {"step": step + 1, "bad_steps": at["bad_steps"] + (not stepped),
+              "bad_in_a_row": 0 if stepped else at["bad_in_a_row"] + 1}
+        metrics = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), "loss": loss_sum / supervised,
+                   "lr": lr, "grad_norm": norm, "supervised_tokens": supervised, "bad_steps": at["bad_steps"],
+                   **clock.figures(dataset.lengths[documents], waited)}
+        run.log(metrics)
+        run.say(describe(metrics, len(steps)))
+        last, too_bad = step + 1 == len(steps), at["bad_in_a_row"] >= config.max_bad_steps
+        if last or stop_asked or too_bad or (config.save_every and (step + 1) % config.save_every == 0):
+            save_state(state_root, step + 1, model, optimizer, at, world, config.keep_last)
+        if val is not None and (last or (step + 1) % config.val_every == 0):  # after saving: an error costs nothing
+            run.log_validation(step + 1, validation_loss(model, val, config, world, images))
+        if too_bad:
+            raise ValueError(f"loss or gradient was not finite in {at['bad_in_a_row']} steps in a row (now step "
+                             f"{step + 1}); the weights are as before them. Lower --lr, or look at these steps' data")
+        if stop_asked and not last:
+            return run.stopped(step + 1)
+    export_hf(model, model_dir, run.out / "final", world)
+    return run.finished()
+
+
+def resume(state_root: Path, model: Model, optimizer: torch.optim.Optimizer, run: Run, world: World) -> dict:
+    """Fill model and optimizer from the newest whole checkpoint and return where it stood; else the beginning."""
+    newest = newest_state(state_root, world)
+    if newest is None:
+        return {"step": 0, "bad_steps": 0, "bad_in_a_row": 0}
+    run.say(f"resuming from {newest}")
+    return load_state(newest, model, optimizer)
+
+
+class Clock:
+    """Speed, memory and MFU of each step, from one call to the next."""
+
+    def __init__(self, model: Model, world: World):
+        self.config, self.world, self.peak, self.begin = model.config, world, peak_flops(), time.perf_counter()
+
+    def figures(self, lengths: np.ndarray, waited: float) -> dict:
+        """lengths: token counts of the step's documents over all ranks; waited: seconds this rank waited for data."""
+        now = time.perf_counter()
+        seconds, self.begin, tokens = now - self.begin, now, int(lengths.sum())
+        memory, waited = all_max(memory_gib(), waited)
+        strict, palm = ((f / (seconds * self.peak * self.world.size) if self.peak else None)
+                        for f in train_flops(self.config, lengths))
+        return {"tokens": tokens, "tok_per_s": round(tokens / seconds, 1), "step_s": round(seconds, 4),
+                "mfu": strict, "mfu_palm": palm, "memory_gib": round(memory, 3), "data_wait_s": round(waited, 4)}
+
+
+def describe(m: dict, total: int) -> str:
+    """A step's figures on one line."""
+    parts = [f"step {m['step']}/{total}", f"loss {m['loss']:.4f}", f"lr {m['lr']:.2e}", f"norm {m['grad_norm']:.3f}",
+             f"{m['tok_per_s']:.0f} tok/s", f"mem {m['memory_gib']:.2f} GiB", f"data {m['data_wait_s']:.3f} s"]
+    if m["mfu"]:
+        parts.append(f"MFU {m['mfu']:.1%} (PaLM {m['mfu_palm']:.1%})")
+    if m["bad_steps"]:
+        parts.append(f"bad steps {m['bad_steps']}")
+    return " | ".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        with user_errors():
+            code = train(parse_config(Config, __doc__, argv))
+    finally:
+        shutdown()
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
