@@ -1,0 +1,838 @@
+"""Are two written answers the same mathematical object?  `-\\frac12` and `-0.5`, `\\{2,1\\}` and `{1, 2}`.
+
+How it works, cheapest first; every stage may answer, only the last needs sympy:
+
+1. `normalise`  rewrites notation (`\\dfrac`, thin-space thousands, `½`, `√2`, `\\text{ or }`) to one spelling.
+2. `unfit`      refuses what is no answer: control characters, HTML, TeX that does things, absurd length or nesting.
+3. `parse`      reads the outer structure (lists, sets, tuples and intervals, matrices, `x = …`, chains of equalities,
+                relations, ratios, number bases, words), and exact numbers at the leaves.
+4. `compare`    compares structure with structure; two exact numbers are settled by `Fraction`, without a float.
+5. `algebra_leaf`  the rest, one scalar at a time: math-verify's LaTeX parser, then evaluation to 60 digits (numbers) or at
+                several random points (expressions), and math-verify's own `verify` where evaluation says nothing.
+
+`quick_equal` runs 1-4 in microseconds and says None where algebra is needed. `full_equal` runs all five. It can take any
+amount of time on hostile text, so it belongs in a killable worker process: use `rewards.is_equal` or `rewards.Grader`.
+No text is ever given to eval, sympify or parse_expr. Not symmetric on purpose in one place: a prediction `x \\in [0,1]` is accepted
+for the gold `0 \\le x \\le 1`, but not the reverse (a question that wants an interval wants an interval).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import unicodedata
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+# ---------------------------------------------------------------------------------------------- 1. one spelling
+
+_UNICODE = {
+    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/",
+    "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
+    "∖": r"\setminus ", "±": r"\pm ", "∅": r"\emptyset ", "°": "", "≈": r"\approx ", "′": "'", "’": "'", "。": ".",
+    "、": ",", "€": "", "£": "", "¥": "", "￥": "", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
+    "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+}  # fmt: skip
+_SUPERSCRIPT = {c: d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n")}
+_VULGAR = {c: unicodedata.normalize("NFKD", c).split("⁄") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅑⅒"}
+_UNITS = (
+    "square|cubic|sq|cu|feet|foot|ft|inch(?:es)?|yards?|miles?|mi|mph|kmph|km|cm|mm|dm|nm|meters?|metres?|kilometers?|"
+    "centimeters?|millimeters?|kg|grams?|mg|lbs?|pounds?|ounces?|oz|tons?|liters?|litres?|ml|gallons?|seconds?|secs?|"
+    "minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?|yrs?|degrees?|deg|radians?|rad|dollars?|cents?|"
+    "usd|yuan|euros?|rupees?|units?|people|students?|percentage points?|per|hz|joules?|newtons?|watts?|volts?|points?|times"
+)
+_UNIT_TAIL = re.compile(rf"(?<=[\d}})\]!]) ?((?:(?:{_UNITS})\b[ ./]*)+)(?:\^\{{?[23]\}}?)?$", re.I)
+_TEXT_TAIL = re.compile(r"(?<=[^\s,;=+\-*/(\[{^_])\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?-?\d\}?)?\s*$")
+# Units that contradict one another when both sides name one; every other word after a number is ignored.
+_CANON = {}
+for _row in (
+    "cm centimeter centimetre", "mm millimeter", "m meter metre", "km kilometer", "ft foot feet", "in inch inche", "mi mile", "yd yard",
+    "kg kilogram", "g gram", "mg milligram", "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "day", "week",
+    "month", "year yr", "dollar usd", "cent", "ml milliliter", "l liter litre", "gallon",
+):  # fmt: skip
+    _CANON.update(dict.fromkeys(_row.split(), _row.split()[0]))
+_MULTIPLES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|gcd|lcm"
+_RULES = [
+    (re.compile(p), r)
+    for p, r in (
+        (r"\\(?:displaystyle|textstyle|limits|nolimits|bigg?[lrm]?|Bigg?[lrm]?|boldsymbol|mathstrut|hfill)(?![a-zA-Z])", ""),
+        (r"\\(?:left|right)\s*(?![a-zA-Z])\.?", ""),
+        (r"\\(?:left|right)(?=\\)", ""),
+        (r"\\q?quad|\\(?:thinspace|enspace|hspace\{[^{}]*\})", " "),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\dbinom|\\tbinom", r"\\binom"),
+        (r"\\(?:textnormal|textrm|textbf|textit|texttt|textsf|mbox|hbox)\s*\{", r"\\text{"),
+        (r"\\(?:mathbf|mathit|mathsf|mathcal|mathscr|bm|vec|hat)\s*\{([A-Za-z0-9])\}", r"\1"),
+        (r"\\(?:math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]{2,})\}", r"\\text{\1}"),
+        (r"\\mathrm\s*\{([^{}])\}", r"\1"),
+        (r"\\text\s*\{\s*(?:,\s*)?(?:and|or)\s*\}", ","),
+        (r",?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ","),
+        (r"\\text\s*\{\s*(?:percent|percentage|pct)\s*\}|\s*\b(?:percentage|percent|pct)\b(?! points)", "%"),
+        (r"\\%", "%"),
+        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree|\\text\s*\{\s*degrees?\s*\}", ""),
+        (r"\{,\}|,\s*\\!|\\!\s*,", "\x01"),  # a comma spelled as a thousands mark
+        (r"\\!", ""),
+        (r"(?<=\d)\\,(?=\d{3}(?!\d))", "\x01"),
+        (r"\\[,;:> ]|~", " "),
+        (r"\\(?:lbrace)(?![a-z])", r"\\{"),
+        (r"\\(?:rbrace)(?![a-z])", r"\\}"),
+        (r"\\(?:lvert|rvert|vert|mid)(?![a-z])", "|"),
+        (r"\\langle(?![a-z])", "("),
+        (r"\\rangle(?![a-z])", ")"),
+        (r"\\leqslant|\\leq(?![a-z])|\\leqq|<=", r"\\le "),
+        (r"\\geqslant|\\geq(?![a-z])|\\geqq|>=", r"\\ge "),
+        (r"\\lt(?![a-z])", "<"),
+        (r"\\gt(?![a-z])", ">"),
+        (r"\\neq(?![a-z])|!=", r"\\ne "),
+        (r"\\(?:approx|simeq)(?![a-z])|~=", r"\\approx "),
+        (r"\\(?:backslash|smallsetminus)(?![a-z])", r"\\setminus "),
+        (r"\\(?:ldots|cdots|dots|dotsc|dotsb)(?![a-z])|\.\.\.|…", r"\\ldots "),
+        (r"\\varnothing", r"\\emptyset"),
+        (r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
+        (r"\+\s*\\infty", r"\\infty"),
+        (r"\^\s*\{?\s*(?:\\prime\s*|')\s*\}?", "'"),
+        (rf"(?<![\\a-zA-Z])({_FUNCTIONS}|pi)(?![a-zA-Z])", r"\\\1 "),
+        (r"(?<![\\a-zA-Z])(sqrt)(?=[\s(])", r"\\sqrt"),
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\sqrt\s*(\d|[a-zA-Z])", r"\\sqrt{\1}"),
+        (r"\\frac\s*(\d|[a-zA-Z])\s*(\d|[a-zA-Z])", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d|[a-zA-Z])\s*(?=\{)", r"\\frac{\1}"),
+        (r"\\frac\s*\{([^{}]*)\}\s*(\d|[a-zA-Z])", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*\{([^{}]*)\}\s*\{", r"\\frac{\1}{"),
+        (r"(?<![\d.])\.(?=\d)", "0."),
+        (r"\s+", " "),
+    )
+]
+
+
+@lru_cache(maxsize=4096)
+def normalise(text: str) -> str:
+    r"""One spelling of a written answer; idempotent up to spaces. `\dfrac12\text{ or }\tfrac{1}{4}` -> `\frac{1}{2}, \frac{1}{4}`."""
+    text = text.strip()
+    if not text.isascii():
+        text = re.sub(r"√\s*\(([^()]*)\)|√\s*(\d+|[a-z])", lambda m: r"\sqrt{%s}" % (m[1] or m[2]), text)
+        text = re.sub("([%s]+)" % "".join(_SUPERSCRIPT), lambda m: "^{%s}" % "".join(map(_SUPERSCRIPT.get, m[1])), text)
+        for char in set(text) & (_VULGAR.keys() | _UNICODE.keys()):
+            text = text.replace(char, r" \frac{%s}{%s}" % tuple(_VULGAR[char]) if char in _VULGAR else _UNICODE[char])
+        text = unicodedata.normalize("NFKC", text)
+    text = text.replace(r"\$", "").replace("$", "").replace("**", "^" if re.search(r"\w\*\*[\w(]", text) else "")
+    if r"\begin" in text:
+        text = text.replace(r"\\", "\x02")  # row ends of a matrix
+    elif "\\" in text:
+        text = re.sub(r"\\\\(?=[a-zA-Z{}%,])", r"\\", text)  # doubled backslashes of an answer that was escaped twice
+    text = re.sub(r"\\[()\[\]]", " ", text)
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
+    if "\x01" in text:  # thousands: only where the groups are really of three digits
+        text = re.sub(r"(?<!\d)\d{1,3}(?:[\x01,]\s*\d{2,3})*\x01\s*\d{3}(?!\d)", lambda m: re.sub(r"\D", "", m[0]), text)
+        text = re.sub(r"\x01\s*(?=\d)", "", text).replace("\x01", ",")
+    text = text.replace("\x02", r" \\ ")
+    return re.sub(r"(?:[\s.,;:]|(?<!\\)\\(?![a-zA-Z{}|]))+$", "", text.strip()).lstrip(":,; ")
+
+
+def squash(text: str) -> str:
+    """Spaces away, except between two digits (`7 3/4` is not `73/4`): what string equality is decided on."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\\text\{ *([^{}]*?) *\}", r"\1", text)).replace("{}", "")
+
+
+# ------------------------------------------------------------------------------------------- 2. what is no answer
+
+_FORBIDDEN = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff\u00ad]|__|\\(?:input|include|write|openin|"
+    r"openout|read|def|edef|gdef|let|newcommand|immediate|catcode|csname|loop|expandafter|usepackage)(?![a-zA-Z])|"
+    r"</?(?:b|i|u|p|a|br|div|span|sub|sup|script|style|img|think|answer)\b[^<>]*>|\blambda\b|\bimport\b"
+)
+
+
+def unfit(pred: str, gold: str) -> str | None:
+    """Why `pred` can't be an answer at all, or None. Linear time."""
+    if not pred.strip():
+        return "empty answer"
+    if len(pred) > max(300, 2 * len(gold) + 100):
+        return "too long to be an answer"
+    if _FORBIDDEN.search(pred):
+        return "forbidden characters or commands"
+    depth = deepest = 0
+    for char in pred:
+        depth += (char in "([{") - (char in ")]}")
+        deepest = max(deepest, depth)
+    return "nested too deep" if deepest > 25 else None
+
+
+_POWER = re.compile(r"\^\s*(?:\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|(\d))|\*\*(\d+)")
+
+
+def blows_up(pred: str, gold: str) -> bool:
+    r"""Power towers, huge factorials, binomials and sums that the gold hasn't got: refused before sympy sees them."""
+
+    def hot(text: str) -> bool:
+        powers = [m[1] or m[2] or m[3] or "" for m in _POWER.finditer(text)]
+        if any(re.search(r"\d\s*\^|\d{5,}|!", p) for p in powers) or text.count("^") > 12:
+            return True
+        if re.search(r"!\s*\)?\s*!|\d{4,}\s*\)?\s*!", text):
+            return True
+        heavy = re.search(r"\\(?:binom|sum|prod|int|lim|choose|gcd|lcm)", text)
+        return bool(heavy and re.search(r"\d{4,}|\^\s*\{?\d{3}", text))
+
+    return hot(pred) and not hot(gold)
+
+
+# ---------------------------------------------------------------------------------------------------- 3. structure
+
+
+class Number(NamedTuple):
+    value: Fraction
+    decimals: int | None  # digits after the point where it is written as a decimal; None: exact notation
+    percent: bool
+
+
+class Node(NamedTuple):
+    """kind: number | word | atom | named | chain | relation | list | set | tuple | union | ratio | matrix | based."""
+
+    kind: str
+    text: str
+    items: tuple = ()
+    info: str = ""
+    unit: str = ""
+    number: Number | None = None
+
+
+_D = r"\d+(?:\.\d*)?"
+_SCIENTIFIC = re.compile(rf"({_D}) ?(?:(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{{ ?(-? ?\d{{1,4}}) ?\}}|(\d))|[eE]([+-]?\d{{1,3}}))$")
+_FRACTION = re.compile(rf"(?:\\frac ?\{{ ?(-? ?{_D}) ?\}} ?\{{ ?(-? ?{_D}) ?\}}|\(?({_D}) ?/ ?({_D})\)?)$")
+_MIXED = re.compile(r"(\d+) ?(?:\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}| (\d+) ?/ ?(\d+))$")
+_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d*)?$|\d{1,3}(?: \d{3})+(?:\.\d*)?$")
+
+
+def read_number(text: str) -> Number | None:
+    r"""An exact number in any usual notation, else None. `1\frac{4}{5}` -> 9/5, `2.5\times 10^{3}` -> 2500, `7,425,000`, `9\%`."""
+    sign = 1
+    text = text.strip()
+    percent = text.endswith("%")
+    text = text.rstrip("% ")
+    while text[:1] in ("-", "+", "(") and text:
+        if text[0] == "(":
+            if not (text.endswith(")") and text.count("(") == 1 == text.count(")")):
+                break
+            text = text[1:-1].strip()
+            continue
+        sign = -sign if text[0] == "-" else sign
+        text = text[1:].strip()
+        if text[:1] in ("-", "+"):
+            return None
+    if not text or len(text) > 1000 or not text[0].isascii() or not (text[0].isdigit() or text[0] == "\\"):
+        return None
+    if _GROUPED.match(text):
+        text = re.sub("[, ]", "", text)
+    if re.fullmatch(_D, text):
+        whole, _, part = text.partition(".")
+        value = Fraction(int(whole + part), 10 ** len(part))
+        return Number(sign * value, len(part) if part else None, percent)
+    if m := _FRACTION.match(text):
+        top, bottom = (Fraction(t.replace(" ", "").rstrip(".")) for t in ((m[1], m[2]) if m[1] else (m[3], m[4])))
+        return Number(sign * top / bottom, None, percent) if bottom else None
+    if m := _MIXED.match(text):
+        top, bottom = int(m[2] or m[4]), int(m[3] or m[5])
+        return Number(sign * (int(m[1]) + Fraction(top, bottom)), None, percent) if bottom else None
+    if m := _SCIENTIFIC.match(text):
+        exponent = int((m[2] or m[3] or m[4]).replace(" ", ""))
+        return Number(sign * Fraction(m[1].rstrip(".")) * Fraction(10) ** exponent, None, percent)
+    if m := re.fullmatch(rf"({_D}) ({'|'.join(_MULTIPLES)})", text):
+        return Number(sign * Fraction(m[1]) * _MULTIPLES[m[2]], None, percent)
+    return None
+
+
+_TOKEN = re.compile(r"\\(?:begin|end)\{[a-z*]+\}|\\[a-zA-Z]+|\\.|.", re.S)
+_OPEN, _CLOSE = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
+
+
+def split_top(text: str, separators: set[str]) -> tuple[list[str], list[str]] | None:
+    """Split at the separators that stand outside all brackets; (pieces, separators found), or None if unbalanced."""
+    pieces, found, depth, start = [], [], 0, 0
+    for m in _TOKEN.finditer(text):
+        token = m[0]
+        if token in _OPEN or token.startswith(r"\begin"):
+            depth += 1
+        elif token in _CLOSE or token.startswith(r"\end"):
+            depth -= 1
+            if depth < 0:
+                return None
+        elif depth == 0 and token in separators:
+            pieces.append(text[start : m.start()].strip())
+            found.append(token)
+            start = m.end()
+    return None if depth else (pieces + [text[start:].strip()], found)
+
+
+_NAME = re.compile(  # what may stand left of "=" as a mere name: x, x_1, f(x), AB, (p,q), \angle ABC, \frac{AM}{MB}, S_{ABC}:S
+    r"(?:\\(?:angle|triangle|overline|frac|sqrt|alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|rho|sigma|Delta|text|max|min|det|"
+    r"tan|sin|cos|area)(?![a-z])|[A-Za-z](?:_(?:\{[^{}]*\}|\w))?|[(){}\[\]|,:'/ ])+$"
+)
+_LETTERS_RUN = re.compile(r"(?<![\\a-zA-Z])[a-z]{2,}(?![a-zA-Z])")
+_RELATIONS = {"<", ">", r"\le", r"\ge", r"\ne"}
+_HAS_VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-df-hj-zA-Z](?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2,}|\\(?:theta|alpha|beta|lambda|mu|phi)")
+
+
+def _is_name(text: str) -> bool:
+    if not _NAME.match(text) or not re.search(r"[A-Za-z]", text):
+        return False
+    bare = re.sub(r"\([^()]*\)|_\{[^{}]*\}|\\text\{[^{}]*\}", "", text)  # xy = 0 is an equation, AB = 4 is a length
+    return not _LETTERS_RUN.search(bare)
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Node:
+    r"""Normalised text -> Node. `x = 1, 3` -> list(named x 1, 3); `(1, 2]` -> tuple "(]"; `2^{10}-1 = 1023` -> chain."""
+    text = text.strip()
+    number = read_number(text)
+    if number:
+        return Node("number", text, number=number)
+    groups = split_top(text, {";"})
+    if groups and groups[1]:
+        rows = [parse(t) for t in groups[0] if t]
+        if all(r.kind == "list" and all(i.kind == "named" for i in r.items) for r in rows):
+            rows = [Node("tuple", r.text, tuple(i.items[0] for i in r.items), "()") for r in rows]
+        return Node("list", text, tuple(rows))
+    parts = split_top(text, {","})
+    if parts and parts[1]:
+        return Node("list", text, tuple(parse(t) for t in parts[0] if t))
+    return _parse_single(text, parts is not None)
+
+
+def _parse_single(text: str, balanced: bool) -> Node:
+    """A node without a comma at its top level."""
+    if not balanced:
+        return Node("atom", text)
+    members, inclusions = split_top(text, {r"\in"})
+    if len(inclusions) == 1 and re.fullmatch(r"[a-zA-Z]|\\[a-z]+", members[0]):
+        return Node("named", text, (parse(members[1]),), members[0] + " in")
+    if split_top(text, _RELATIONS)[1]:
+        pieces, signs = split_top(text, _RELATIONS | {"="})
+        return Node("relation", text, tuple(pieces), " ".join(signs))
+    members, signs = split_top(text, {"=", r"\approx"})
+    if signs and all(members):
+        return _parse_equality(text, members, signs)
+    operands, operators = split_top(text, {r"\cup", r"\cap", r"\setminus"})
+    if operators and all(operands):
+        return Node("union", text, tuple(parse(_as_set(t)) for t in operands), " ".join(operators))
+    if re.search(r"\\pm(?![a-z])", text):
+        left, *right = re.split(r"\\pm(?![a-z])", text)
+        if len(right) == 1 and split_top(text, {r"\pm"})[1]:
+            return Node("list", text, tuple(parse(normalise(f"{left}{sign}{right[0]}")) for sign in "+-"), "pm")
+        return Node("atom", text, info="pm")
+    return _parse_bracketed(text) or _parse_leaf(text)
+
+
+def _as_set(text: str) -> str:
+    return re.sub(r"^\{(.*)\}$", r"\\{\1\\}", text)
+
+
+def _parse_equality(text: str, members: list[str], signs: list[str]) -> Node:
+    """`x = 5` is a named value; members that all say a value form a chain; the rest is an equation."""
+    tail = signs.index(r"\approx") + 1 if r"\approx" in signs else len(members)
+    names = [m for m in members[:tail] if _is_name(m)]
+    values = [m for m in members[:tail] if not _is_name(m)]
+    if len(members) == 2 and signs == ["="]:
+        if names and members[0] == names[0]:
+            return Node("named", text, (parse(members[1]),), squash(members[0]))
+        if any(_HAS_VARIABLE.search(m) for m in members):
+            return Node("relation", text, tuple(members), "=")
+    values = values or names[-1:]
+    node = Node("chain", text, (tuple(map(parse, values)), tuple(map(parse, members[tail:]))))
+    return Node("named", text, (node,), squash(names[0])) if names and names[0] == members[0] and values != names else node
+
+
+_MATRIX = re.compile(r"\\begin\{([pbBv]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}$", re.S)
+
+
+def _parse_bracketed(text: str) -> Node | None:
+    """(…), […), \\{…\\}, {…}, matrices that span the whole text; None otherwise."""
+    if m := _MATRIX.match(text):
+        if r"\begin" not in m[2] and m[1] != "vmatrix":
+            rows = [r for r in re.split(r"\\\\(?:\[[^\]]*\])?", m[2]) if r.strip()]
+            cells = tuple(tuple(parse(normalise(c)) for c in r.split("&")) for r in rows)
+            return Node("matrix", text, cells)
+    m = re.fullmatch(r"(\\\{|[\[({])(.*?)(\\\}|[\])}])", text, re.S)
+    if not m:
+        return None
+    inner = split_top(m[2], {",", ";"})
+    if inner is None or not m[2].strip():
+        return None
+    body = parse(m[2].strip())
+    items = body.items if body.kind == "list" else (body,)
+    if m[1] in (r"\{", "{"):
+        return Node("set", text, items) if m[3] in (r"\}", "}") and (m[1] != "{" or len(items) > 1) else None
+    if len(items) == 1 and inner[1] == []:
+        return body if m[1] + m[3] == "()" else None
+    return Node("tuple", text, items, m[1] + m[3])
+
+
+def _parse_leaf(text: str) -> Node:
+    """Words, ratios, numbers in another base, a value with its unit, or an atom for algebra."""
+    if m := re.fullmatch(r"\\text\{([^{}]*)\}", text):
+        text = m[1].strip()
+        if not re.fullmatch(r"[A-Za-z]", text) and re.search("[A-Za-z]", text) and not re.search(r"\d", text):
+            return Node("word", re.sub(r"[^a-z0-9]+", " ", text.lower()).strip())
+        return parse(text) if text != m[0] and text else Node("atom", text)
+    if re.fullmatch(r"[A-Za-z][A-Za-z' .\-]*", text) and (re.search(r"[A-Za-z]{4}| [A-Za-z]", text) or text.lower() in ("yes", "no")):
+        return Node("word", re.sub(r"[^a-z0-9]+", " ", text.lower()).strip())
+    if m := re.fullmatch(r"(-?[0-9A-F]+)_(?:\{?\\text\{(\w+)\}\}?|\{?(\w+)\}?)", text):
+        return Node("based", f"{m[1].lstrip('0')}_{m[2] or m[3]}")
+    if ":" in text and (parts := split_top(text, {":"})) and parts[1] and all(parts[0]):
+        return Node("ratio", text, tuple(map(parse, parts[0])))
+    stripped, unit = text, ""
+    for pattern in (_TEXT_TAIL, _UNIT_TAIL):
+        m = pattern.search(stripped)
+        if m and stripped[: m.start()].strip(" \\"):
+            stripped, unit = stripped[: m.start()].strip(), unit or m[1].strip(" .").lower()
+    number = read_number(stripped)
+    if unit and unit in _MULTIPLES and number:
+        number = number._replace(value=number.value * _MULTIPLES[unit])
+    key = unit.rstrip("s") if unit not in _CANON else unit
+    if number:
+        return Node("number", stripped, unit=_CANON.get(key, ""), number=number)
+    if stripped != text and not re.search(r"[,=]", stripped):
+        return parse(stripped)._replace(unit=_CANON.get(key, ""))
+    return Node("atom", stripped, unit=_CANON.get(key, ""))
+
+
+# --------------------------------------------------------------------------------------------------- 4. comparison
+
+Leaf = Callable[[Node, Node], "bool | None"]
+
+
+def number_equal(pred: Number, gold: Number) -> bool:
+    """Exactly equal; or one is a correctly rounded decimal of >= 6 places of the other, which has no finite decimal form.
+
+    A percent sign on one side only may stand for the factor 1/100 or be left out (a question that asks "what percent?").
+    """
+    a, b = pred.value, gold.value
+    if pred.percent != gold.percent:
+        return a == b or (a / 100 if pred.percent else a) == (b / 100 if gold.percent else b)
+    return a == b or rounded_equal(a, pred.decimals, b, gold.decimals)
+
+
+def rounded_equal(a: Fraction, a_decimals: int | None, b: Fraction, b_decimals: int | None) -> bool:
+    if (a_decimals is None) == (b_decimals is None):
+        return False
+    decimal, places, exact = (a, a_decimals, b) if b_decimals is None else (b, b_decimals, a)
+    finite = exact.denominator
+    for prime in (2, 5):
+        while finite % prime == 0:
+            finite //= prime
+    enough = places >= 6 and abs(decimal) * 10**places >= 10**5
+    return finite != 1 and enough and abs(decimal - exact) * 2 * 10**places <= 1
+
+
+def all_of(results) -> bool | None:
+    """Three-valued and: one False settles it, else one None leaves it open."""
+    seen = True
+    for result in results:
+        if result is False:
+            return False
+        seen = None if result is None else seen
+    return seen
+
+
+def match_unordered(pred: tuple, gold: tuple, leaf: Leaf) -> bool | None:
+    """Is there a one-to-one pairing of equal elements? Equality is transitive, so greedy pairing finds it."""
+    if len(pred) != len(gold) or len(pred) > 60:
+        return False
+    left, unsure = list(pred), False
+    for g in gold:
+        results = [compare(p, g, leaf) for p in left]
+        if True in results:
+            left.pop(results.index(True))
+        elif None in results:
+            unsure = True
+        else:
+            return False
+    return None if unsure else True
+
+
+def distinct(items: tuple, leaf: Leaf) -> tuple:
+    kept: list[Node] = []
+    for item in items:
+        if not any(compare(item, k, leaf) for k in kept):
+            kept.append(item)
+    return tuple(kept)
+
+
+def as_interval(node: Node) -> Node | None:
+    r"""`-2 \le x < 7` -> `[-2, 7)`, `x > 3` -> `(3, \infty)`; None if it bounds no single letter."""
+    items, signs = node.items, node.info.split()
+    if signs and signs[0] in (">", r"\ge"):
+        items, signs = items[::-1], [{">": "<", r"\ge": r"\le"}.get(s, s) for s in signs[::-1]]
+    if not set(signs) <= {"<", r"\le"} or not 2 <= len(items) <= 3:
+        return None
+    at = next((i for i, t in enumerate(items) if re.fullmatch(r"[a-zA-Z]|\\[a-z]+", t) and t != r"\infty"), None)
+    if at is None or (len(items) == 3 and at != 1):
+        return None
+    low, high = (items[0] if at else r"-\infty"), (items[-1] if at < len(items) - 1 else r"\infty")
+    left = "[" if at and signs[0] == r"\le" else "("
+    right = "]" if at < len(items) - 1 and signs[-1] == r"\le" else ")"
+    return Node("tuple", f"{left}{low},{high}{right}", (parse(low), parse(high)), left + right)
+
+
+def compare(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
+    """Structure against structure; `leaf` settles two scalars. None: undecided by this leaf."""
+    if pred.text and squash(pred.text) == squash(gold.text) and not _units_clash(pred, gold):
+        return True
+    kinds = {pred.kind, gold.kind}
+    if "relation" in kinds:
+        return _compare_relation(pred, gold, leaf)
+    if pred.kind == gold.kind == "named" and pred.info != gold.info:
+        open_equation = _HAS_VARIABLE.search(pred.text.split("=")[-1]) and " in" not in pred.info + gold.info
+        return leaf(_as_equation(pred), _as_equation(gold)) if open_equation else False
+    if "named" in kinds:
+        return compare(*(n.items[0] if n.kind == "named" else n for n in (pred, gold)), leaf)
+    if pred.kind == "chain":
+        return _compare_chain(pred, gold, leaf)
+    if gold.kind == "chain":
+        return compare(pred, gold.items[0][-1], leaf)
+    if kinds & {"list", "set", "tuple", "union", "matrix"}:
+        return _compare_collection(pred, gold, leaf)
+    if kinds == {"ratio"}:
+        return _compare_ratio(pred, gold, leaf)
+    if kinds & {"word", "based", "ratio"}:
+        return pred.kind == gold.kind and pred.text == gold.text
+    return False if _units_clash(pred, gold) else leaf(pred, gold)
+
+
+def _units_clash(pred: Node, gold: Node) -> bool:
+    return bool(pred.unit and gold.unit and pred.unit != gold.unit)
+
+
+def _as_equation(node: Node) -> Node:
+    left, _, right = node.text.partition("=")
+    return Node("relation", node.text, (left.strip(), right.strip()), "=")
+
+
+def _compare_relation(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
+    if pred.kind == gold.kind:
+        return leaf(pred, gold)
+    pair = [pred, gold]
+    for i, other in ((0, 1), (1, 0)):
+        if pair[i].kind == "named" and pair[i].info.endswith(" in"):  # x \in [0, 1] for 0 \le x \le 1, either way
+            interval = as_interval(pair[other])
+            return bool(interval) and compare(*((pair[i].items[0], interval) if i == 0 else (interval, pair[i].items[0])), leaf)
+    if gold.kind == "relation" and pred.kind == "tuple":
+        interval = as_interval(gold)
+        return bool(interval) and compare(pred, interval, leaf)
+    if {pred.kind, gold.kind} == {"relation", "named"} and "=" in pred.text and "=" in gold.text:
+        return leaf(*(n if n.kind == "relation" else _as_equation(n) for n in pair))
+    return False
+
+
+def _compare_chain(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
+    """Every member must be the gold value: `x = 41 = 42` hedges. After an approximation sign, 1 % is allowed."""
+    members, tail = pred.items
+    target = gold.items[0][-1] if gold.kind == "chain" else gold
+    verdict = all_of(compare(m, target, leaf) for m in members)
+    if verdict is False and tail and target.number and target.number.decimals and len(members) == 1:
+        # 70/9 \approx 7.78 for the gold 7.78: the tail is the gold and the right rounding of the exact member
+        value = getattr(members[0].number, "value", None)
+        if value is None or tail[-1].number is None:
+            return False
+        off = abs(value - target.number.value) * 2 * 10**target.number.decimals
+        return len(tail) == 1 and number_equal(tail[-1].number, target.number) and off <= 1
+    near = []
+    for t in tail:
+        values = [getattr(n.number, "value", None) for n in (t, target)]
+        near.append(leaf(t, target._replace(info="near")) if None in values else abs(values[0] - values[1]) * 100 <= abs(values[1]))
+    return all_of([verdict, *near])
+
+
+def _compare_ratio(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
+    if len(pred.items) != len(gold.items):
+        return False
+    numbers = [i.number for i in pred.items + gold.items]
+    if all(numbers) and gold.items[0].number.value and pred.items[0].number.value:
+        scale = pred.items[0].number.value / gold.items[0].number.value
+        return all(p.number.value == scale * g.number.value for p, g in zip(pred.items, gold.items))
+    return all_of(compare(p, g, leaf) for p, g in zip(pred.items, gold.items))
+
+
+def _finite(node: Node, leaf: Leaf) -> Node:
+    """Carry out unions, intersections and differences of finite sets; anything else is returned as it came."""
+    if node.kind != "union" or any(i.kind != "set" for i in node.items):
+        return node
+    items = node.items[0].items
+    for operator, other in zip(node.info.split(), node.items[1:]):
+        if operator == r"\cup":
+            items = distinct(items + other.items, leaf)
+        else:
+            keep = operator == r"\cap"
+            items = tuple(i for i in items if bool(any(compare(i, o, leaf) for o in other.items)) == keep)
+    return Node("set", node.text, items)
+
+
+def _compare_collection(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
+    pred, gold = _finite(pred, leaf), _finite(gold, leaf)
+    kinds = {pred.kind, gold.kind}
+    if kinds == {"matrix"}:
+        if [len(r) for r in pred.items] != [len(r) for r in gold.items]:
+            return False
+        pairs = zip(itertools.chain(*pred.items), itertools.chain(*gold.items))
+        return all_of(compare(p, g, leaf) for p, g in pairs)
+    if "matrix" in kinds or "word" in kinds:
+        return leaf(pred, gold) if "atom" in kinds else False
+    if "union" in kinds:
+        if kinds == {"union"} and pred.info == gold.info and set(gold.info.split()) == {r"\cup"}:
+            verdict = match_unordered(pred.items, gold.items, leaf)
+            return leaf(pred, gold) if verdict is False else verdict
+        return leaf(pred, gold)
+    if kinds & {"list", "set"} and not kinds & {"tuple"}:
+        return _compare_bags(pred, gold, leaf)
+    if "tuple" in kinds and "list" in kinds:
+        if "(" not in pred.info + gold.info or pred.info + gold.info in ("(]", "[)"):
+            return False
+        ordered = gold.kind == "tuple"
+        if ordered:
+            return all_of([len(pred.items) == len(gold.items), *(compare(p, g, leaf) for p, g in zip(pred.items, gold.items))])
+        return match_unordered(pred.items, gold.items, leaf)
+    if kinds != {"tuple"} or len(pred.items) != len(gold.items):
+        return leaf(pred, gold) if "atom" in kinds and "union" in kinds else False
+    if pred.info != gold.info and (len(gold.items) == 2 or {*pred.info, *gold.info} != set("()[]")):
+        return False
+    return all_of(compare(p, g, leaf) for p, g in zip(pred.items, gold.items))
+
+
+def _compare_bags(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
+    """Lists and sets are unordered; a list of differently named values (a=1, b=2) goes by its names or their order."""
+    p, g = (n.items if n.kind in ("list", "set") else (n,) for n in (pred, gold))
+    p, g = _spread(p), _spread(g)
+    if "list" not in (pred.kind, gold.kind):
+        p, g = distinct(p, leaf), distinct(g, leaf)
+    if len(p) != len(g):
+        return _decimal_comma(pred, gold)
+    p_names, g_names = ([re.sub(r"_.*", "", i.info) for i in side if i.kind == "named"] for side in (p, g))
+    if len(p_names) == len(p) and len(g_names) == len(g) and sorted(p_names) != sorted(g_names):
+        return False
+    for names, full in ((p_names, p), (g_names, g)):
+        if len(names) == len(full) and len(set(names)) == len(names) > 1:
+            if len(p_names) == len(p) and len(g_names) == len(g):
+                break
+            return all_of(compare(a, b, leaf) for a, b in zip(p, g))
+    if len(p_names) == 1 < len(p) and p[0].kind == "named":  # n = 1, 2, 3: the name belongs to the whole list
+        p = (p[0].items[0], *p[1:])
+    if len(g_names) == 1 < len(g) and g[0].kind == "named":
+        g = (g[0].items[0], *g[1:])
+    return match_unordered(p, g, leaf)
+
+
+def _spread(items: tuple) -> tuple:
+    """`-2, 1 \\pm \\sqrt5` has three elements."""
+    return tuple(itertools.chain.from_iterable(i.items if i.kind == "list" and i.info == "pm" else (i,) for i in items))
+
+
+def _decimal_comma(pred: Node, gold: Node) -> bool:
+    """`3,14` for 3.14: only where the other side is a decimal number."""
+    pair = [pred, gold]
+    for i, other in ((0, 1), (1, 0)):
+        if pair[other].number and pair[other].number.decimals and re.fullmatch(r"-?\d+,\d+", pair[i].text):
+            return number_equal(*(read_number(n.text.replace(",", ".")) for n in pair))
+    return False
+
+
+def quick_leaf(pred: Node, gold: Node) -> bool | None:
+    if pred.number and gold.number:
+        return number_equal(pred.number, gold.number)
+    return None
+
+
+_PAREN_LETTER = re.compile(r"\(([A-Za-z])\)\s*(.*)$", re.S)
+
+
+def alternatives(gold: str) -> list[str]:
+    r"""A gold such as `(D) \ 13`, an option with its letter, may be met by the letter or by the value."""
+    bare = re.sub(r"^\\text\{\s*(\([A-Z]\))\s*\}", r"\1", gold)
+    m = _PAREN_LETTER.fullmatch(bare)
+    return [gold, m[1], m[2].strip()] if m and m[2].strip() else [gold]
+
+
+def _equal(pred: str, gold: str, leaf: Leaf) -> bool | None:
+    if not gold.strip() or unfit(pred, gold):
+        return False
+    p, g = normalise(pred), normalise(gold)
+    if not p or not g:
+        return False
+    p = re.sub(r"^\\text\{\s*\(?([A-Z])\)?\s*\}$|^\(([A-Z])\)$", r"\1\2", p)
+    verdicts = []
+    for option in alternatives(g):
+        if squash(p) == squash(option):
+            return True
+        safe = not blows_up(p, option) and p.count("'") == option.count("'")
+        verdicts.append(compare(parse(p), parse(option), leaf) if safe else False)
+    return True if True in verdicts else (None if None in verdicts else False)
+
+
+def quick_equal(pred: str, gold: str) -> bool | None:
+    """Stages 1-4: True, False, or None where algebra must decide. Linear time, microseconds."""
+    return _equal(pred, gold, quick_leaf)
+
+
+def full_equal(pred: str, gold: str) -> bool:
+    """All stages. No bound on time or memory: run it in a killable process (`rewards.is_equal` does)."""
+    return bool(_equal(pred, gold, algebra_leaf))
+
+
+# ------------------------------------------------------------------------------------------------------ 5. algebra
+
+_UNPARSABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{4,}|\\gcd|\\lcm|\\ldots|\\parallel|\\perp|\\begin|\\text|%")
+
+
+@lru_cache(maxsize=4096)
+def to_sympy(text: str):
+    """Normalised LaTeX of one scalar -> sympy expression with exact numbers, or None. math-verify's grammar does the parsing."""
+    from latex2sympy2_extended import latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+    from sympy import Basic, Float, I, Rational, Symbol
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    bare = re.sub(r"\\text\{([A-Za-z])\}", r"\1", text)
+    if _UNPARSABLE.search(bare) or "pm" in bare or not bare:
+        return None
+    bare = re.sub(r"(\d) ?(\\frac ?\{\d+\} ?\{\d+\})", r"(\1+\2)", bare) if re.match(r"-?\d ?\\frac ?\{\d+\}", bare) else bare
+    bare = re.sub(r"(?<=[\d)}])\s*\*\s*|(?<=[a-zA-Z])\*", r"\\cdot ", bare)
+    config = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+    try:
+        expression = latex2sympy(bare, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=config)
+    except Exception:  # noqa: BLE001  the parser raises bare Exception on everything it can't read
+        return None
+    if not isinstance(expression, Basic):
+        return None
+    expression = expression.xreplace({f: Rational(str(f)) for f in expression.atoms(Float)})
+    imaginary = {s: I for s in expression.free_symbols if isinstance(s, Symbol) and s.name == "i"}
+    return expression.xreplace(imaginary)
+
+
+def algebra_leaf(pred: Node, gold: Node) -> bool:
+    """Two scalars or two relations. Evaluation decides; math-verify's `verify` only where evaluation can't."""
+    if pred.number and gold.number:
+        return number_equal(pred.number, gold.number)
+    if pred.kind == gold.kind == "relation":
+        return _relations_equal(pred, gold)
+    if {pred.kind, gold.kind} & {"list", "tuple", "set", "union", "matrix"}:
+        return _verify(pred.text, gold.text) if {pred.kind, gold.kind} <= {"union", "tuple", "atom", "set"} else False
+    a, b = to_sympy(pred.text), to_sympy(gold.text)
+    if a is None or b is None:
+        return False
+    if gold.info == "near":
+        x, y = value_at(a), value_at(b)
+        return x is not None and y is not None and bool(abs(x - y) * 100 <= abs(y))
+    if not a.free_symbols and not b.free_symbols:
+        return _constants_equal(pred, gold, a, b)
+    verdict = same_function(a, b)
+    return _verify(pred.text, gold.text) if verdict is None else verdict
+
+
+def _constants_equal(pred: Node, gold: Node, a, b) -> bool:
+    from sympy import oo
+
+    a, b = a.doit(), b.doit()
+    if a.is_Rational and b.is_Rational:
+        x, y = Fraction(int(a.p), int(a.q)), Fraction(int(b.p), int(b.q))
+        return number_equal(*(Number(v, n.number and n.number.decimals, n.text.endswith("%")) for v, n in ((x, pred), (y, gold))))
+    x, y = value_at(a), value_at(b)
+    if x is None or y is None:
+        return a == b and a in (oo, -oo)
+    for node, exact, decimal in ((pred, y, x), (gold, x, y)):  # 1.414214 for \sqrt2: six correct places
+        places = node.number.decimals if node.number else None
+        if places is not None and places >= 6 and abs(decimal) * 10**places >= 10**5 and not exact.is_Rational:
+            return bool(abs(decimal - exact) * 2 * 10**places <= 1)
+    return close(x, y)
+
+
+def close(x, y) -> bool:
+    """Equal to 45 of the 60 digits that were computed; two values below 1e-50 are both zero."""
+    scale = max(abs(x), abs(y))
+    return bool(scale < 1e-50 or abs(x - y) <= scale * 10**-45)
+
+
+def value_at(expression, point: dict | None = None):
+    """The expression at a point (symbol -> rational), to 60 digits; None unless it is a finite number."""
+    from sympy import Rational
+    from sympy.core.function import AppliedUndef
+
+    expression = expression.subs(point) if point else expression
+    unknown = {f: Rational(sum(map(ord, str(f))) % 9973 + 7, 1009) for f in expression.atoms(AppliedUndef)}
+    value = expression.xreplace(unknown).doit().evalf(60, maxn=400)
+    return value if value.is_number and value.is_finite and not value.free_symbols and not value.has(AppliedUndef) else None
+
+
+def points(symbols: set) -> list[dict]:
+    """Five fixed points with unlike signs and sizes, so that |x| differs from x and floor(x) from x."""
+    from sympy import Rational
+
+    ordered = sorted(symbols, key=str)
+    seeds = [(17, 23), (-31, 13), (211, 37), (-7, 41), (5, 3)]
+    return [{s: Rational(a + 6 * i * (-1) ** (i + k) + i, b) for i, s in enumerate(ordered)} for k, (a, b) in enumerate(seeds)]
+
+
+def same_function(a, b) -> bool | None:
+    """Equal at every point where both are defined: True; different somewhere: False; fewer than two such points: None."""
+    agreed = 0
+    for point in points(a.free_symbols | b.free_symbols):
+        x, y = value_at(a, point), value_at(b, point)
+        if x is None or y is None:
+            continue
+        if not close(x, y):
+            return False
+        agreed += 1
+    return True if agreed >= 2 else None
+
+
+def _relations_equal(pred: Node, gold: Node) -> bool:
+    """Equations up to a constant factor, inequalities up to a positive one or flipped; longer chains link by link."""
+    flip = {"<": ">", r"\le": r"\ge"}
+
+    def links(node: Node) -> list[tuple[str, str, str]]:
+        triples = zip(node.items, node.info.split(), node.items[1:])
+        out = [(r, flip[s], l) if s in flip else (l, s, r) for l, s, r in triples]
+        return out if node.info.split()[0] not in flip else out[::-1]
+
+    p, g = links(pred), links(gold)
+    if [s for _, s, _ in p] != [s for _, s, _ in g]:
+        return False
+    for (pl, sign, pr), (gl, _, gr) in zip(p, g):
+        sides = [to_sympy(t) for t in (pl, pr, gl, gr)]
+        if any(s is None for s in sides):
+            return False
+        ratio = constant_ratio(sides[0] - sides[1], sides[2] - sides[3], polynomial=sign in ("=", r"\ne"))
+        if ratio is None and len(p) == 1 and sign == "=":
+            return _verify(pred.text, gold.text)
+        if ratio is None or ratio == 0 or (sign not in ("=", r"\ne") and not ratio > 0):
+            return False
+    return True
+
+
+def constant_ratio(a, b, polynomial: bool):
+    """The constant c with a = c*b, compared at the fixed points (denominators cleared first for equations), or None."""
+    if a.free_symbols != b.free_symbols:
+        return None
+    if polynomial:
+        a, b = (e.together().as_numer_denom()[0] for e in (a, b))
+    ratios = []
+    for point in points(a.free_symbols | b.free_symbols):
+        x, y = value_at(a, point), value_at(b, point)
+        if x is not None and y is not None and abs(y) > 1e-40:
+            ratios.append(x / y)
+    if len(ratios) < 2 or not all(close(r, ratios[0]) for r in ratios) or not ratios[0].is_real:
+        return None
+    return ratios[0]
+
+
+def _verify(pred: str, gold: str) -> bool:
+    """math-verify's own comparison of two LaTeX strings, gold first; it has no deadline of its own here."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    if _UNPARSABLE.search(pred) or pred.count("_") != gold.count("_"):
+        return False
+    config = [LatexExtractionConfig(boxed_match_priority=-1)]
+    p, g = (parse(f"${t}$", extraction_config=config, fallback_mode="no_fallback", parsing_timeout=None) for t in (pred, gold))
+    return bool(p and g and verify(g[0], p[0], timeout_seconds=None))
