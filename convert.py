@@ -176,8 +176,11 @@ def read_rows(name: str, where: Path | io.BytesIO) -> Iterator[Any]:
     suffix = Path(name).suffix.lower()
     if suffix == ".parquet":
         import pyarrow.parquet
-        for batch in pyarrow.parquet.ParquetFile(where).iter_batches(batch_size=32):  # few: rows carry images
-            yield from batch.to_pylist()
+        try:
+            for batch in pyarrow.parquet.ParquetFile(where).iter_batches(batch_size=32):  # few: rows carry images
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{name}: not parquet, or cut off ({error}); download it again") from None
         return
     raw = where.read_bytes() if isinstance(where, Path) else where.read()
     try:
@@ -185,6 +188,7 @@ def read_rows(name: str, where: Path | io.BytesIO) -> Iterator[Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not utf-8 at byte {error.start}") from None
     if suffix == ".csv":
+        csv.field_size_limit(sys.maxsize)  # the default refuses a field beyond 128 KiB
         yield from csv.DictReader(io.StringIO(text, newline=""))
     elif suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 in a string
@@ -396,7 +400,7 @@ def check_row(row: dict) -> None:
         raise Drop("literal <image> in the text", f"{tags} tags, {len(row.get('images', []))} images")
 
 
-# -------------------- Text: one function per data set, (published row, its number in the release, context) -> our row ----
+# -------------------- Text: (published row, its number in the release, context) -> our row --------------------
 
 
 def gsm8k(row: Row, i: int, ctx: Context) -> dict:
@@ -776,6 +780,18 @@ def source_revision(paths: list[str]) -> dict | None:
     return None
 
 
+def write_rows(rows: Iterator[dict], path: Path) -> tuple[Counter, Counter, int]:
+    """Write the jsonl; return how many rows of each kind, of each subset, and how many <image> tags there are."""
+    kinds, subsets, tags = Counter(), Counter(), 0
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            kinds[row.get("kind", "conversation")] += 1
+            subsets[row.get("subset", "")] += 1
+            tags += len(row.get("images", []))
+    return kinds, subsets, tags
+
+
 def convert(name: str, sources: list[str], out: str, limit: int | None = None, seed: int = 0) -> dict:
     """Convert `sources` to the jsonl `out`, write the report to `out`.info.json and return it.
 
@@ -795,18 +811,14 @@ def convert(name: str, sources: list[str], out: str, limit: int | None = None, s
         keep, ctx.dropped = {rows[key][0] for key in chosen}, dry.dropped
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".tmp")
-    subsets, kinds, tags = Counter(), Counter(), 0
-    with open(partial, "w", encoding="utf-8") as file:
-        for _, _, row in converted(spec, ctx, keep):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            subsets[row.get("subset", "")] += 1
-            kinds[row.get("kind", "conversation")] += 1
-            tags += len(row.get("images", []))
-    if not kinds:
-        partial.unlink()
-        reasons = "; ".join(f"{reason} ({examples[0]})" for reason, examples in ctx.dropped.items())
-        raise ValueError(f"no row of {', '.join(sources)} could be converted: {reasons or 'tables are empty'}")
-    partial.replace(target)
+    try:
+        kinds, subsets, tags = write_rows((row for _, _, row in converted(spec, ctx, keep)), partial)
+        if not kinds:
+            reasons = "; ".join(f"{reason} ({examples[0]})" for reason, examples in ctx.dropped.items())
+            raise ValueError(f"no row of {', '.join(sources)} could be converted: {reasons or 'tables are empty'}")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     info = {"name": name, "rows_in": ctx.rows_in, "rows_expected": spec.rows, "rows_out": kinds.total(),
             "limit": limit, "seed": seed if limit is not None else None,
             "dropped": {reason: {"rows": len(examples), "examples": examples[:3]}

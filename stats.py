@@ -8,8 +8,8 @@ number per question. Questions that share an image or a passage are not independ
     d = paired_difference(means_a, means_b, clusters)     # two runs on the same questions
     d.difference, d.low, d.high, d.p, mde(d.se)           # what was seen, and what the set could have shown
 
-Sources: Miller, "Adding Error Bars to Evals", arXiv 2411.00640 (clustered errors, paired differences); Chen et al., arXiv
-2107.03374 (pass@k); Wilson 1927; Fagerland et al. 2013 (mid-p McNemar). The paper itself reports no error bars.
+Sources: Miller, "Adding Error Bars to Evals", arXiv 2411.00640 (clustered errors, paired differences); Chen et al.,
+arXiv 2107.03374 (pass@k); Wilson 1927; Fagerland et al. 2013 (mid-p McNemar). The paper reports no error bars.
 """
 from __future__ import annotations
 

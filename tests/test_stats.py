@@ -1,4 +1,4 @@
-"""The statistics of an evaluation against scipy, brute force, and values that statsmodels 0.14 gave (in the comments)."""
+"""The statistics of an evaluation against scipy, brute force, and values that statsmodels 0.14 gave."""
 from __future__ import annotations
 
 import doctest
