@@ -1,6 +1,6 @@
 """Attention over a packed stream: one function, three backends, no mask tensor.
 
-Documents lie end to end in one stream of T tokens; `cu_seqlens` holds their boundaries, so attention never crosses them:
+Documents lie end to end in one stream of T tokens; `cu_seqlens` holds their boundaries, attention never crosses them:
 
     flash-attn          CUDA, bf16/fp16, when the package is installed (fastest: FA3 if present, else FA2)
     torch varlen_attn   CUDA, bf16/fp16, ships with torch >= 2.10 (the same FA2 kernel, compiled into torch)

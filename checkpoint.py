@@ -40,7 +40,8 @@ def resolve_model_dir(name: str, world: World) -> Path:
     from huggingface_hub import snapshot_download
     with main_first(world):
         try:
-            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+            patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+            return Path(snapshot_download(name, allow_patterns=patterns))
         except Exception as e:  # the hub client raises a dozen kinds, all of which mean: not to be had
             raise ValueError(f"--model {name}: neither a local directory nor to be had from the hub "
                              f"({type(e).__name__}: {e})") from e
@@ -93,7 +94,7 @@ class WeightFiles:
     def check(self) -> None:
         """Open every file and find every tensor that the index names, so that a torn one shows before any work."""
         inside = {f: set(self._open(f).keys()) for f in {f for f, _ in self.where.values()}}
-        for name, (file, key) in self.where.items():
+        for file, key in self.where.values():
             if key not in inside[file]:
                 raise ValueError(f"{file}: does not hold {key}, which {INDEX} places there; fetch both again")
 

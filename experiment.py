@@ -98,7 +98,7 @@ class Run:
             return
         self._set_status("running")
         _write_json(self.out / "header.json", {**header, "resumed_at_step": resume_step})
-        for file in (self.out / "metrics.jsonl", self.out / "validation.jsonl"):
+        for file in (self.out / n for n in ("metrics.jsonl", "validation.jsonl", "eval.jsonl")):
             kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= resume_step]
             tmp = file.with_suffix(".tmp")
             tmp.write_text("".join(kept))
@@ -122,6 +122,13 @@ class Run:
             with open(self.out / "validation.jsonl", "a") as f:
                 f.write(json.dumps({"step": step, "val_loss": loss}) + "\n")
         self.say(f"step {step} | val_loss {loss:.4f}")
+
+    def log_evaluation(self, figures: dict) -> None:
+        """Append an evaluation during training to eval.jsonl and print it."""
+        if self.is_main:
+            with open(self.out / "eval.jsonl", "a") as f:
+                f.write(json.dumps(figures) + "\n")
+        self.say(" | ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()))
 
     def stopped(self, step: int) -> int:
         """Say that a signal ended the run early; returns the exit code for it."""

@@ -67,3 +67,11 @@ def guarded_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, lr: floa
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm), stepped
+
+
+@torch.no_grad()
+def move_states(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
+    """Move AdamW's moments to host memory while sampling needs the GPU's, and back before the next step."""
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].to(device)
