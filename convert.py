@@ -102,6 +102,7 @@ class Source:
             raise ValueError(f"{', '.join(paths)}: no table whose name matches {pattern!r} (tables here: "
                              f"{', '.join(inside[:8]) or 'none'}); to read a file of another name, name it itself")
         self._by_basename: dict[str, list[str]] | None = None
+        self._by_stem: dict[str, Callable[[], bytes]] | None = None
 
     def _add_file(self, path: Path, name: str) -> None:
         self.members[name], self.files[name] = path.read_bytes, path
@@ -158,12 +159,14 @@ class Source:
         return self.members[found[0]]
 
     def find_stem(self, stems: list[str]) -> Callable[[], bytes]:
-        """The image file called by one of these stems, whatever its extension and folder (NEJM)."""
-        near = [p.relative_to(root).as_posix() for root in self.roots for p in sorted(root.glob("images/*"))]
+        """The image file that is called by one of these stems, whatever its extension and folder (NEJM)."""
+        if self._by_stem is None:
+            beside = {str(path): path.read_bytes for root in self.roots for path in sorted(root.glob("images/*"))}
+            self._by_stem = {Path(name).stem: read for name, read in (self.members | beside).items()
+                             if not name.lower().endswith(TABLE_SUFFIXES)}
         for stem in stems:
-            for name in [*near, *self.members]:
-                if Path(name).stem == stem and Path(name).suffix.lower() not in TABLE_SUFFIXES:
-                    return self.find(name)
+            if stem in self._by_stem:
+                return self._by_stem[stem]
         raise Drop("image not found", " or ".join(stems))
 
     def hashes(self) -> list[dict]:
@@ -353,7 +356,7 @@ def letter_of(label: Any, options: list[str]) -> str:
     if isinstance(label, list) and len(label) == 1:
         label = label[0]
     label = text_of(label, "the answer")
-    if len(label) != 1 or label not in LETTERS[:len(options)]:
+    if label not in list(LETTERS[:len(options)]):
         raise Drop("the answer is not a letter of the options", f"{label[:40]!r} of {len(options)}")
     return label
 
@@ -394,7 +397,7 @@ def check_row(row: dict) -> None:
     else:
         texts = [row["question"], *row.get("options", [])]
         if row["kind"] == "choice":
-            assert row["answer"] in LETTERS[:len(row["options"])], row["id"]
+            assert row["answer"] in list(LETTERS[:len(row["options"])]), row["id"]
     tags = sum(text.count("<image>") for text in texts)
     if tags != len(row.get("images", [])):
         raise Drop("literal <image> in the text", f"{tags} tags, {len(row.get('images', []))} images")
@@ -568,7 +571,7 @@ def mathvision(row: Row, i: int, ctx: Context) -> dict:
     options = option_texts(row["options"]) if row["options"] else []
     question, *placed = place_single([text_of(row["question"], "question"), *options])
     answer = text_of(row["answer"], "the answer")
-    if options and answer not in LETTERS[:len(options)]:
+    if options and answer not in list(LETTERS[:len(options)]):
         placed, answer = letter_of_text(answer, placed, ctx)
     return problem(str(row["id"]), "mathvision", "choice" if options else "math", question, answer,
                    options=placed or None, images=[ctx.image(row.get("decoded_image") or row["image"])],
@@ -597,7 +600,7 @@ def nejm(row: Row, i: int, ctx: Context) -> dict:
     else:
         options = [text_of(row[f"option_{c}"], f"option_{c}") for c in "ABCDE"]
         label, image = row["correct_answer"], None
-    if str(label).strip() in LETTERS[:len(options)]:
+    if str(label).strip() in list(LETTERS[:len(options)]):
         letter = str(label).strip()
     else:
         options, letter = letter_of_text(label, options, ctx)
@@ -702,11 +705,13 @@ SPECS: dict[str, Spec] = {
     "mmmu_pro_4ops": Spec(numbered("mmmu_pro_4ops"), r"standard \(4 options\)/test\b", 1730, "MMMU/MMMU_Pro",
                           ("standard (4 options)/test-*",)),
     "mmmu_pro_vision": Spec(mmmu_pro_vision, r"vision/test\b", 1730, "MMMU/MMMU_Pro", ("vision/test-*",)),
-    "mmstar": Spec(mmstar, r"(^|/)(mmstar\.parquet$|val\b)", 1500, "Lin-Chen/MMStar", ("mmstar.parquet",)),
+    "mmstar": Spec(mmstar, r"(^|/)(mmstar\.parquet$|val\b)", 1500, "Lin-Chen/MMStar", ("mmstar.parquet",),
+                   "bc98d668301da7b14f648724866e57302778ab27"),
     "mathvista": Spec(mathvista, r"(^|/)testmini\b", 1000, "AI4Math/MathVista", ("data/testmini-*",)),
-    "mathvision": Spec(mathvision, TEST, 3040, "MathLLMs/MathVision", ("data/test-*",)),
+    "mathvision": Spec(mathvision, TEST, 3040, "MathLLMs/MathVision", ("data/test-*",),
+                       "0c681f39d3dacd336abf62ceb833e40320c8599f"),
     "omnimedvqa": Spec(omnimedvqa, r"Open-access/[^/]*\.json$", 88996, "foreverbeliever/OmniMedVQA",
-                       ("OmniMedVQA.zip",)),
+                       ("OmniMedVQA.zip",), "1ba51c28fc0773bdf7efb8396e5bcfd4227e22da"),
     "nejm": Spec(nejm, r"\.(json|parquet)$", 947),
     "slake": Spec(vqa("slake"), TEST, 2094, "BoKelvin/SLAKE", ("test.json", "imgs.zip")),
     "pathvqa": Spec(vqa("pathvqa"), TEST, 6719, "flaviagiammarino/path-vqa", ("data/test-*",)),

@@ -441,24 +441,24 @@ def test_a_sample_is_in_proportion_seeded_and_independent_of_file_order(tmp_path
 def test_nejm_from_the_users_own_files(tmp_path):
     """Prevents the challenge's json (letters) and parquet (texts or letters) forms read differently."""
     base = {
-        "image_id": "im1", "date": "2013-05-02", "question": "Diagnosis?", "relevant_context": "no",
+        "image_id": 1, "date": "may-02-2013", "question": "Diagnosis?", "relevant_context": "no",
         "correct_answer": "C", **{f"option_{c}": f"text {c}" for c in "ABCDE"},
         **{f"option_{c}_votes": 10 for c in "ABCDE"},
     }
     folder = tmp_path / "mine"
     (folder / "images").mkdir(parents=True)
-    (folder / "images/im1.jpg").write_bytes(picture(1, "JPEG"))
-    (folder / "images/2014-01-01.png").write_bytes(picture(2))
+    (folder / "images/1.jpg").write_bytes(picture(1, "JPEG"))
+    (folder / "images/jan-01-2014.png").write_bytes(picture(2))
     (folder / "challenge.json").write_text(
         json.dumps(
-            [base, {**base, "image_id": "im2", "date": "2014-01-01"}, {**base, "image_id": "im3", "date": "2015-01-01"}]
+            [base, {**base, "image_id": 2, "date": "jan-01-2014"}, {**base, "image_id": 3, "date": "jan-01-2015"}]
         )
     )
     for source in (folder, folder / "challenge.json"):
         out, info = run("nejm", source, tmp_path)
         assert [(r["subset"], r["answer"], len(r["options"])) for r in out] == [("2013", "C", 5), ("2014", "C", 5)]
         assert [bytes_of(r, tmp_path) for r in out] == [[picture(1, "JPEG")], [picture(2)]]
-        assert info["dropped"]["image not found"]["examples"][0].endswith("row 2: im3 or 2015-01-01")
+        assert info["dropped"]["image not found"]["examples"][0].endswith("row 2: 3 or jan-01-2015")
     table = parquet(
         tmp_path / "test.parquet",
         [
