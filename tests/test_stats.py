@@ -125,8 +125,11 @@ def test_interval_picks_wilson_for_small_sets_and_t_for_large_ones():
     rare = stats.interval([1.0] * 3 + [0.0] * 997)
     assert rare.method == "wilson" and rare.low > 0
     assert stats.interval([1.0] * 5).high == 1 and stats.interval([1.0] * 5).low < 0.6
-    clustered = stats.interval(small, np.repeat(np.arange(30), 5).tolist())  # 30 images: fewer effective trials
-    assert clustered.high - clustered.low > 1.5 * (e.high - e.low)
+    plain, clustered = stats.interval(small), stats.interval(small, np.repeat(np.arange(30), 5).tolist())
+    assert clustered.method == "wilson"  # 30 images whose questions agree: about 30 trials, not 150
+    assert clustered.high - clustered.low > 2 * (plain.high - plain.low)
+    halves = stats.interval(small / 2 + 0.25)  # averages over samples vary less than single answers of that mean
+    assert halves.high - halves.low < 0.6 * (plain.high - plain.low)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
