@@ -205,8 +205,10 @@ def read_rows(name: str, where: Path | io.BytesIO) -> Iterator[Any]:
             value = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{name} line {error.lineno}: not JSON ({error.msg}); cut off?") from None
-        if isinstance(value, dict):
+        if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
             value = [{"key": key, **row} for key, row in value.items()]
+        if not isinstance(value, list):
+            raise ValueError(f"{name}: expected a list of rows, or an object of rows, found {type(value).__name__}")
         yield from value
 
 

@@ -625,6 +625,8 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
     pointer.write_text("version of a large file that was never fetched\n" * 3)
     numbers = tmp_path / "numbers.json"
     numbers.write_text("[1, 2]")
+    wrapped = tmp_path / "wrapped.json"
+    wrapped.write_text('{"version": 1, "data": []}')
     for source, message in (
         (wrong, r"wrong\.jsonl row 1: field 'question' is missing \(fields here: Question, answer\)"),
         (torn, r"torn\.jsonl line 2: not JSON"), (latin, "latin.jsonl: not utf-8 at byte 17"),
@@ -635,6 +637,7 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
         (broken, "broken.zip: not a zip, or cut off"),
         (pointer, "pointer.parquet: not parquet, or cut off"),
         (numbers, "row 0: expected an object, found int"),
+        (wrapped, "wrapped.json: expected a list of rows, or an object of rows, found dict"),
     ):
         with pytest.raises(ValueError, match=message):
             convert.convert("gsm8k", [str(source)], out)
