@@ -144,7 +144,7 @@ def squash(text: str) -> str:
 _FORBIDDEN = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff\u00ad]|__|\\(?:input|include|write|openin|"
     r"openout|read|def|edef|gdef|let|newcommand|immediate|catcode|csname|loop|expandafter|usepackage)(?![a-zA-Z])|"
-    r"</?(?:b|i|u|p|a|br|div|span|sub|sup|script|style|img|think|answer)\b[^<>]*>|\blambda\b|\bimport\b"
+    r"</?(?:b|i|u|p|a|br|div|span|sub|sup|script|style|img|think|answer)\b[^<>]*>|(?<!\\)\b(?:lambda|import)\b"
 )
 
 
@@ -319,11 +319,11 @@ def _parse_single(text: str, balanced: bool) -> Node:
     operands, operators = split_top(text, {r"\cup", r"\cap", r"\setminus"})
     if operators and all(operands):
         return Node("union", text, tuple(parse(_as_set(t)) for t in operands), " ".join(operators))
-    if re.search(r"\\pm(?![a-z])", text):
-        left, *right = re.split(r"\\pm(?![a-z])", text)
-        if len(right) == 1 and split_top(text, {r"\pm"})[1]:
-            return Node("list", text, tuple(parse(normalise(f"{left}{sign}{right[0]}")) for sign in "+-"), "pm")
-        return Node("atom", text, info="pm")
+    if split_top(text, {r"\pm"})[1]:
+        left, *right = split_top(text, {r"\pm"})[0]
+        if len(right) > 1:
+            return Node("atom", text)
+        return Node("list", text, tuple(parse(normalise(f"{left}{sign}{right[0]}")) for sign in "+-"), "pm")
     return _parse_bracketed(text) or _parse_leaf(text)
 
 
@@ -378,6 +378,8 @@ def _parse_leaf(text: str) -> Node:
         if not re.fullmatch(r"[A-Za-z]", text) and re.search("[A-Za-z]", text) and not re.search(r"\d", text):
             return Node("word", re.sub(r"[^a-z0-9]+", " ", text.lower()).strip())
         return parse(text) if text != m[0] and text else Node("atom", text)
+    if m := re.fullmatch(r"\{([^{}]*)\}", text):  # a mere TeX group
+        return parse(m[1].strip())
     if re.fullmatch(r"[A-Za-z][A-Za-z' .\-]*", text) and (re.search(r"[A-Za-z]{4}| [A-Za-z]", text) or text.lower() in ("yes", "no")):
         return Node("word", re.sub(r"[^a-z0-9]+", " ", text.lower()).strip())
     if m := re.fullmatch(r"(-?[0-9A-F]+)_(?:\{?\\text\{(\w+)\}\}?|\{?(\w+)\}?)", text):
@@ -645,6 +647,7 @@ def quick_leaf(pred: Node, gold: Node) -> bool | None:
     return None
 
 
+_LETTER = re.compile(r"^\\text\{\s*\(?([A-Z])\)?\s*\}$|^\(([A-Z])\)$")  # (C), \text{(C)}: the letter C
 _PAREN_LETTER = re.compile(r"\(([A-Za-z])\)\s*(.*)$", re.S)
 
 
@@ -661,9 +664,9 @@ def _equal(pred: str, gold: str, leaf: Leaf) -> bool | None:
     p, g = normalise(pred), normalise(gold)
     if not p or not g:
         return False
-    p = re.sub(r"^\\text\{\s*\(?([A-Z])\)?\s*\}$|^\(([A-Z])\)$", r"\1\2", p)
+    p, *golds = (_LETTER.sub(r"\1\2", t) for t in (p, *alternatives(g)))
     verdicts = []
-    for option in alternatives(g):
+    for option in golds:
         if squash(p) == squash(option):
             return True
         safe = not blows_up(p, option) and p.count("'") == option.count("'")
@@ -695,9 +698,10 @@ def to_sympy(text: str):
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     bare = re.sub(r"\\text\{([A-Za-z])\}", r"\1", text)
-    if _UNPARSABLE.search(bare) or "pm" in bare or not bare:
+    if _UNPARSABLE.search(bare) or "pm" in bare or re.search(r"(?<!_)\d \d", bare) or not bare:
         return None
     bare = re.sub(r"(\d) ?(\\frac ?\{\d+\} ?\{\d+\})", r"(\1+\2)", bare) if re.match(r"-?\d ?\\frac ?\{\d+\}", bare) else bare
+    bare = re.sub(r"(?<!\\log_)(?<=[\d)])\s*\(", r"\\cdot (", bare)  # the grammar reads 5(2) as the mixed number 7
     bare = re.sub(r"(?<=[\d)}])\s*\*\s*|(?<=[a-zA-Z])\*", r"\\cdot ", bare)
     config = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
     try:
@@ -803,9 +807,9 @@ def _relations_equal(pred: Node, gold: Node) -> bool:
         sides = [to_sympy(t) for t in (pl, pr, gl, gr)]
         if any(s is None for s in sides):
             return False
+        if sides[:2] == sides[2:]:
+            continue
         ratio = constant_ratio(sides[0] - sides[1], sides[2] - sides[3], polynomial=sign in ("=", r"\ne"))
-        if ratio is None and len(p) == 1 and sign == "=":
-            return _verify(pred.text, gold.text)
         if ratio is None or ratio == 0 or (sign not in ("=", r"\ne") and not ratio > 0):
             return False
     return True
