@@ -264,6 +264,7 @@ def worker_main() -> None:
     _limit_memory(memory_gb)
     try:
         function, why = load(function_name), ""
+        getattr(function, "warm_up", int)()  # what a function wants done once, outside any deadline
     except Exception as e:
         function, why = None, f"{type(e).__name__}: {e}"
     _reply(replies, "ok" if function else "error", None, why)

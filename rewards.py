@@ -75,17 +75,24 @@ def last_boxed(text: str) -> str | None:
     """
     text = text[-SCANNED:]
     spans: list[tuple[int, int, int]] = []  # (start of the command, start of the content, end of the content)
-    stack: list[tuple[int, int] | None] = []
+    stack: list[tuple[int, int] | str] = []  # an open box, or the open brace "{" or "\\{"
     for m in _BOX_TOKEN.finditer(text):
-        if m[0][-1] == "{" and m[0] != r"\{":
-            stack.append((m.start(), m.end()) if len(m[0]) > 1 else None)
-        elif m[0] == "}" and stack:
+        token = m[0]
+        if token in ("{", r"\{"):
+            stack.append(token)
+        elif token[-1] == "{":
+            stack.append((m.start(), m.end()))
+        elif token == r"\}" and stack and stack[-1] == r"\{":
+            stack.pop()
+        elif token in ("}", r"\}") and stack:  # "\}" without its "\{" is a closing brace after a stray backslash
+            while len(stack) > 1 and stack[-1] == r"\{":
+                stack.pop()
             opened = stack.pop()
-            if opened:
+            if not isinstance(opened, str):
                 while spans and spans[-1][0] > opened[0]:
                     spans.pop()  # it was nested in this one
                 spans.append((*opened, m.start()))
-    unclosed = [s[0] for s in stack if s]
+    unclosed = [s[0] for s in stack if not isinstance(s, str)]
     if not spans or (unclosed and unclosed[-1] > spans[-1][0]):
         return None
     contents = [text[spans[-1][1] : spans[-1][2]]]
@@ -201,7 +208,7 @@ _ANCHOR = re.compile(
     r"\s*(?:\((?i:letter)\)\s*)?(?:\s(?i:is|would be|should be|must be|est|es|ist)|:|=|是|为|為|は|è|é)[\s:*]*"
     r"(?:(?i:therefore|thus|most likely|likely|clearly|definitely|option|choice|letter)[\s:,*]+)*"
     r"|\b(?i:it['’]?s|it is|choose|pick|select)\s+(?=\())"
-    r"(?P<wrap>(?:\\\w+\s*\{|[\s*$`\"“(\[{<])*)(?P<letter>[A-Z])(?![A-Za-z0-9_'’])(?P<rest>[^\n]*)"
+    r"(?P<wrap>(?:\\\w+\s*\{|\\[(\[]|[\s*$`\"“(\[{<])*)(?P<letter>[A-Z])(?![A-Za-z0-9_'’])(?P<rest>[^\n]*)"
 )
 _HEDGE = re.compile(r"[\s*)$}\].]*(?:[/&]|,?\s*(?i:or|and|ou|oder|et|und)\b|,(?=\s*\(?[A-Z]\b))(.*)", re.S)
 
@@ -236,6 +243,9 @@ def stated_letter(body: str, options: list[str] | None = None) -> str | None:
 def grade_equality(pred: str, golds: list[str]) -> bool:
     """Runs in the worker: is the prediction equal to any gold? No bound on time or memory of its own."""
     return any(equality.full_equal(pred, gold) for gold in golds)
+
+
+grade_equality.warm_up = equality.warm_up  # before the worker says that it is ready
 
 
 def _settle(problem: dict, completion: str, finish_reason: str, how: dict) -> Reward | tuple[str, list[str]]:
