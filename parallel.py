@@ -63,9 +63,12 @@ def init(device: str = "auto", timeout_minutes: float = 30) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, place)
 
 
-def shutdown() -> None:
-    """Leave the process group. Call it on every path out, or other ranks wait for their timeout."""
+def shutdown(together: bool = False) -> None:
+    """Leave the process group. Call it on every path out, or other ranks wait for their timeout. together: on the
+    normal way out, wait for all ranks first (one that leaves while another's collective still runs can abort)."""
     if dist.is_initialized():
+        if together:
+            dist.barrier()
         dist.destroy_process_group()
 
 

@@ -578,11 +578,12 @@ def describe(m: dict, total: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    code = None
     try:
         with user_errors():
             code = train(parse_config(Config, __doc__, argv))
     finally:
-        shutdown()
+        shutdown(together=code is not None)
     raise SystemExit(code)
 
 
