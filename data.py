@@ -109,7 +109,8 @@ def expand_images(tokens: np.ndarray, counts: list[int], image_token_id: int | N
 
 
 def image_token_id(tokenizer) -> int | None:
-    return tokenizer.get_vocab().get(IMAGE_PAD)
+    number = tokenizer.convert_tokens_to_ids(IMAGE_PAD)  # a tokenizer that lacks it gives None, or its unknown token
+    return number if number is not None and tokenizer.convert_ids_to_tokens(number) == IMAGE_PAD else None
 
 
 def image_token_count(path: str, config: ImageConfig) -> int:

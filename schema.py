@@ -2,7 +2,7 @@
 
 conversation  {"messages": [{"role": "system|user|assistant", "content": "…"}], "images": ["img/x.png"]?}
 problem       {"id", "task", "subset"?, "kind": "math|choice|open", "question": "… <image> …", "options"?: [texts],
-               "answer" (choice: the letter), "images"?: […], "meta"?: {…}}
+               "answer": choice: the letter; else a text, or a list of which any counts, "images"?: […], "meta"?: {…}}
 
 Image paths are relative to the jsonl's folder. `<image>` stands in the text once per image, in order; only a problem
 may leave it out, its images then stand between instruction and question. A text may not hold a token that steers the
@@ -23,8 +23,9 @@ from typing import Iterator, Sequence
 from vision import load_image
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>",
-                  "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # whatever the tokenizer adds is refused too
+CONTROL_TOKENS = tuple(f"<|{name}|>" for name in (  # Qwen2.5's; those of another tokenizer are refused too
+    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
+    "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"))
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,15 @@ def conversation_problems(row: dict, folder: Path, forbidden: re.Pattern) -> Ite
 
 def problem_problems(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator[Problem]:
     """All that is wrong with a row of the problem schema."""
-    for field in ("id", "task", "question", "answer"):
+    kind, options, answer = row.get("kind"), row.get("options"), row.get("answer")
+    for field in ("id", "task", "question"):
         yield from text_problems(row.get(field), field, forbidden)
+    for gold in answer if isinstance(answer, list) and answer and kind != "choice" else [answer]:
+        yield from text_problems(gold, "answer", forbidden)
     if not isinstance(row.get("subset", ""), str):
         yield "subset", "not text", "write it as a string"
     if not isinstance(row.get("meta") or {}, dict):
         yield "meta", "not an object", '{"name": value}'
-    kind, options, answer = row.get("kind"), row.get("options"), row.get("answer")
     if kind not in ("math", "choice", "open"):
         yield "kind", "missing" if kind is None else f"unknown kind {kind!r}", "math, choice or open"
     if options is not None and not (isinstance(options, list) and 1 <= len(options) <= len(LETTERS)):
