@@ -45,7 +45,7 @@ _UNITS = (
     "usd|yuan|euros?|rupees?|units?|people|students?|percentage points?|per|hz|joules?|newtons?|watts?|volts?|points?|times"
 )
 _UNIT_TAIL = re.compile(rf"(?<=[\d}})\]!]) ?((?:(?:{_UNITS})\b[ ./]*)+)(?:\^\{{?[23]\}}?)?$", re.I)
-_TEXT_TAIL = re.compile(r"(?<=[^\s,;=+\-*/(\[{^_])\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?-?\d\}?)?\s*$")
+_TEXT_TAIL = re.compile(r"(?<=[^\s,;=+\-*/(\[{^_])\s*\\text\s*\{([^{}0-9]*)\}\s*(?:\^\s*\{?-?\d\}?)?\s*$")
 # Units that contradict one another when both sides name one; every other word after a number is ignored.
 _CANON = {}
 for _row in (
@@ -152,6 +152,8 @@ def unfit(pred: str, gold: str) -> str | None:
     """Why `pred` can't be an answer at all, or None. Linear time."""
     if not pred.strip():
         return "empty answer"
+    if pred.isascii() and not re.search("[A-Za-z0-9]", pred):
+        return "no letter and no digit"
     if len(pred) > max(300, 2 * len(gold) + 100):
         return "too long to be an answer"
     if _FORBIDDEN.search(pred):
@@ -648,7 +650,7 @@ def quick_leaf(pred: Node, gold: Node) -> bool | None:
 
 
 _LETTER = re.compile(r"^\\text\{\s*\(?([A-Z])\)?\s*\}$|^\(([A-Z])\)$")  # (C), \text{(C)}: the letter C
-_PAREN_LETTER = re.compile(r"\(([A-Za-z])\)\s*(.*)$", re.S)
+_PAREN_LETTER = re.compile(r"\(([A-H])\)\s+(?=[\w\\$])(.*)$", re.S)
 
 
 def alternatives(gold: str) -> list[str]:

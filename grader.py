@@ -117,6 +117,7 @@ class Pool:
             raise ValueError(f"a pool needs workers >= 1 and deadline > 0, got {workers} and {deadline}")
         self.function, self.deadline, self.memory_gb = function, deadline, memory_gb
         self.counters: Counter[str] = Counter()
+        self.longest = 0.0  # seconds from the taking of an item to its result, kill included; the worst so far
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
@@ -232,13 +233,15 @@ class Pool:
         except (TypeError, ValueError) as e:  # what was submitted isn't JSON
             reply, outcome = None, Outcome("error", None, f"{type(e).__name__}: {e}", 0.0)
         outcome = outcome or Outcome(reply["status"], reply["value"], reply["why"], time.monotonic() - begin)
-        if reply is None and worker is not None:
+        spent = reply is None or reply.get("spent", False)
+        if spent and worker is not None:
             self._reap(worker)
             worker = None
         with self._lock:
             self.counters["taken"] += 1
             self.counters[outcome.status] += 1
-            self.counters["kills"] += reply is None
+            self.counters["kills"] += spent
+            self.longest = max(self.longest, time.monotonic() - begin)
         future.set_result(outcome)
         return worker
 
@@ -275,8 +278,7 @@ def worker_main() -> None:
         try:
             _reply(replies, "ok", function(*args), "")
         except MemoryError:
-            _reply(replies, "error", None, "out of memory")
-            os._exit(1)  # the heap is full of leftovers: a fresh process serves the next item
+            _reply(replies, "error", None, "out of memory", spent=True)  # a fresh process serves the next item
         except Exception as e:
             where = traceback.extract_tb(e.__traceback__)[-1]
             _reply(replies, "error", None, f"{type(e).__name__}: {e} ({os.path.basename(where.filename)}:{where.lineno})"[:500])
@@ -293,9 +295,9 @@ def load(name: str) -> Callable:
     return function
 
 
-def _reply(stream, status: str, value: object, why: str) -> None:
+def _reply(stream, status: str, value: object, why: str, spent: bool = False) -> None:
     try:
-        text = json.dumps({"status": status, "value": value, "why": why})
+        text = json.dumps({"status": status, "value": value, "why": why, "spent": spent})
     except (TypeError, ValueError):
         text = json.dumps({"status": "error", "value": None, "why": f"returned {type(value).__name__}, which isn't a JSON value"})
     stream.write(text + "\n")

@@ -103,7 +103,8 @@ def last_boxed(text: str) -> str | None:
             break
         contents.append(text[begin:end])
     contents = list(dict.fromkeys(c.strip() for c in reversed(contents)))
-    return re.sub(r"\\+(?:boxed|fbox)\s*(?=\{)", "", ", ".join(contents)).strip()
+    joined = re.sub(r"\\+(?:boxed|fbox)\s*\{([^{}]*)\}", r"\1", ", ".join(contents))  # a box in a box
+    return re.sub(r"\\+(?:boxed|fbox)\s*(?=\{)", "", joined).strip()
 
 
 def tagged(text: str) -> str | None:
@@ -154,7 +155,7 @@ def _extract_by(rule: str, body: str, kind: str, options: list[str] | None) -> A
 
 def _stated_value(body: str) -> str | None:
     """Math or open text after the last "Answer:" of its line."""
-    found = re.findall(r"(?im)^\W*(?:final )?answer\W*:\s*(\S[^\n]*)$", body)
+    found = re.findall(r"(?im)^\W{0,9}(?:final )?answer\W{0,5}:\s{0,9}(\S[^\n]*)$", body)
     return found[-1].strip(" *") if found else None
 
 
@@ -203,12 +204,12 @@ def choice_letter(content: str, options: list[str] | None = None) -> str | None:
     return None if several and said not in texts else letter
 
 
-_ANCHOR = re.compile(
+_ANCHOR = re.compile(  # every repetition is bounded: linear time on hostile text
     r"(?:(?i:answer|answers|option|choice|réponse|respuesta|antwort|risposta|resposta|ответ|答案|答え|정답)\**"
-    r"\s*(?:\((?i:letter)\)\s*)?(?:\s(?i:is|would be|should be|must be|est|es|ist)|:|=|是|为|為|は|è|é)[\s:*]*"
-    r"(?:(?i:therefore|thus|most likely|likely|clearly|definitely|option|choice|letter)[\s:,*]+)*"
+    r"\s{0,3}(?:\((?i:letter)\)\s{0,3})?(?:\s(?i:is|would be|should be|must be|est|es|ist)|:|=|是|为|為|は|è|é)[\s:*]{0,9}"
+    r"(?:(?i:therefore|thus|most likely|likely|clearly|definitely|option|choice|letter)[\s:,*]{1,9}){0,3}"
     r"|\b(?i:it['’]?s|it is|choose|pick|select)\s+(?=\())"
-    r"(?P<wrap>(?:\\\w+\s*\{|\\[(\[]|[\s*$`\"“(\[{<])*)(?P<letter>[A-Z])(?![A-Za-z0-9_'’])(?P<rest>[^\n]*)"
+    r"(?P<wrap>(?:\\[a-z]{2,10}\{|\\[(\[]|[\s*$`\"“(\[{<]){0,12})(?P<letter>[A-Z])(?![A-Za-z0-9_'’])(?P<rest>[^\n]*)"
 )
 _HEDGE = re.compile(r"[\s*)$}\].]*(?:[/&]|,?\s*(?i:or|and|ou|oder|et|und)\b|,(?=\s*\(?[A-Z]\b))(.*)", re.S)
 
@@ -225,7 +226,7 @@ def stated_letter(body: str, options: list[str] | None = None) -> str | None:
     last = None
     for last in _ANCHOR.finditer(body):
         pass
-    lines = re.findall(r"(?im)^\W*answer\W*:\W*(\S[^\n]*)$", body)
+    lines = re.findall(r"(?im)^\W{0,9}answer\W{0,5}:\W{0,9}(\S[^\n]*)$", body)
     if lines and options and (last is None or lines[-1] not in body[last.start() :]) and body.rfind(lines[-1]) > (last.start() if last else -1):
         return choice_letter(lines[-1], options)
     if last is None or last["letter"] not in letters:

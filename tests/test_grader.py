@@ -1,0 +1,212 @@
+"""grader.py: a hang, a crash or a dead parent costs one answer, never the run, and leaves no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+
+import grader
+from grader import Pool
+
+ROOT = Path(grader.__file__).parent
+FUNCTIONS = '''
+import os, subprocess, sys, time
+
+def double(x):
+    return 2 * x
+
+def act(what):
+    if what == "spin":
+        while True:
+            pass
+    if what == "bignum":
+        return len(str(9 ** 9 ** 9))          # holds the GIL inside one C call: no signal handler or thread could stop it
+    if what == "sleep":
+        time.sleep(1000)
+    if what == "raise":
+        raise KeyError("mine")
+    if what == "memory":
+        return len("x" * (1 << 40))
+    if what == "exit":
+        os._exit(3)
+    if what == "print":
+        print("not a reply")
+        sys.stdout.flush()
+        os.write(1, b"nor this")
+    if what == "stdin":
+        return sys.stdin.read()
+    if what == "torch":
+        return "torch" in sys.modules
+    if what == "object":
+        return object()
+    if what == "child":
+        return subprocess.Popen(["sleep", "1000"]).pid
+    return what
+'''
+
+
+def running(pid: int) -> bool:
+    """A zombie counts as ended: it has no memory and no code, its new parent hasn't looked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def all_gone(pids: list[int], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(map(running, pids)):
+        time.sleep(0.05)
+    return not any(map(running, pids))
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    (tmp_path / "bad_functions.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)  # a user's module lies in the current folder
+    return tmp_path
+
+
+def test_many_items_come_back_to_their_own_future(functions):
+    """A reply read for the wrong item would give one problem's score to another."""
+    with Pool("bad_functions:double", workers=2) as pool:
+        futures = [pool.submit(i) for i in range(500)]
+        assert [f.result().value for f in futures] == [2 * i for i in range(500)]
+        assert pool.counters == {"taken": 500, "ok": 500, "kills": 0}
+
+
+@pytest.mark.parametrize("what, status", [("spin", "timeout"), ("bignum", "timeout"), ("sleep", "timeout"), ("raise", "error"), ("memory", "error"),
+                                          ("exit", "error"), ("object", "error")])  # fmt: skip
+def test_whatever_the_function_does_the_next_item_is_served(functions, what, status):
+    """A stuck or dead worker that isn't replaced stops the run (the failure of every thread- or pool-based grader)."""
+    with Pool("bad_functions:act", workers=1, deadline=1.0, memory_gb=2) as pool:
+        bad, good = pool.submit(what), pool.submit("fine")
+        assert bad.result(60).status == status and bad.result().why
+        assert good.result(60) == good.result()._replace(status="ok", value="fine")
+        assert pool.counters["kills"] == (status == "timeout" or what in ("exit", "memory"))
+
+
+def test_prints_and_reads_do_not_disturb_the_protocol(functions):
+    """A print in a user's reward must not be read as the reply; reading stdin must not eat the next item."""
+    with Pool("bad_functions:act", workers=1) as pool:
+        assert [pool.submit(w).result().value for w in ("print", "stdin", "fine")] == ["print", "", "fine"]
+
+
+def test_a_worker_imports_no_torch(functions):
+    """Workers that import torch (or the caller's __main__) take seconds to start and gigabytes to hold."""
+    with Pool("bad_functions:act", workers=1) as pool:
+        assert pool.submit("torch").result().value is False
+    code = "import sys, rewards; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_deadline_runs_from_the_taking_not_from_the_queueing(functions):
+    """Items behind a stuck one must not be timed out unseen (false zeros for a whole batch)."""
+    with Pool("bad_functions:act", workers=1, deadline=1.0) as pool:
+        futures = [pool.submit("sleep"), pool.submit("sleep"), *(pool.submit(i) for i in range(20))]
+        assert [f.result().status for f in futures] == ["timeout"] * 2 + ["ok"] * 20
+
+
+def test_a_function_that_can_not_be_loaded_is_named_at_once(functions):
+    """A typo in --reward must stop the run before any GPU time, not zero every reward."""
+    for name, mend in (("bad_functions:nothing", "no function"), ("not_there:f", "not_there"), ("just_a_name", "module:function")):
+        with pytest.raises(ValueError, match=mend):
+            Pool(name, workers=1)
+
+
+def test_closing_ends_workers_children_and_waiting_items(functions):
+    """Leftover processes hold memory and cores of the next run; a Future that never ends holds this one."""
+    pool = Pool("bad_functions:act", workers=2, deadline=100)
+    child = pool.submit("child").result().value
+    stuck = [pool.submit("spin"), pool.submit("spin"), pool.submit("never reached")]
+    pids = pool.pids()
+    pool.close()
+    assert all_gone(pids) and pool.pids() == []
+    with pytest.raises(CancelledError):
+        stuck[2].result(10)
+    for future in stuck[:2]:  # taken: an error; not yet taken: cancelled
+        with contextlib.suppress(CancelledError):
+            assert future.result(10).status == "error"
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit("more")
+    pool.close()
+    with contextlib.suppress(ProcessLookupError):
+        assert all_gone([child])
+
+
+def test_an_exception_in_the_with_block_ends_the_workers(functions):
+    """A crash of the training loop must not leave graders behind."""
+    with pytest.raises(ZeroDivisionError):
+        with Pool("bad_functions:act", workers=2, deadline=100) as pool:
+            pool.submit("spin")
+            pids = pool.pids()
+            1 / 0
+    assert all_gone(pids)
+
+
+def test_many_threads_may_submit(functions):
+    """Decoding threads submit while the main thread collects."""
+    results: dict[int, list[int]] = {}
+    with Pool("bad_functions:double", workers=2) as pool:
+
+        def work(k: int) -> None:
+            results[k] = [pool.submit(i + 1000 * k).result().value for i in range(50)]
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(60)
+    assert results == {k: [2 * (i + 1000 * k) for i in range(50)] for k in range(8)}
+
+
+def test_a_forked_child_is_told_to_make_its_own(functions):
+    """A fork has the pipes but not the threads: its submit would wait for ever."""
+    with Pool("bad_functions:double", workers=1) as pool:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                pool.submit(1)
+                os._exit(1)
+            except RuntimeError:
+                os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_worker_outlives_a_killed_parent(functions, end):
+    """kill -9 of a rank runs no handler: workers stuck in an item must still die (Ctrl-C and SIGTERM alike)."""
+    script = textwrap.dedent("""
+        import sys, time
+        from grader import Pool
+        pool = Pool("bad_functions:act", workers=2, deadline=1000)
+        futures = [pool.submit("bignum"), pool.submit("sleep")]
+        time.sleep(0.3)
+        print(*pool.pids(), flush=True)
+        futures[0].result()
+    """)
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True)
+    pids = [int(p) for p in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(running, pids))
+    parent.send_signal(end)
+    parent.wait(30)
+    assert all_gone(pids)
+
+
+def test_an_exit_without_close_is_clean(functions):
+    """A script that forgets to close must end, at once and without a traceback."""
+    code = "from grader import Pool; p = Pool('bad_functions:act', workers=2, deadline=100); p.submit('spin'); print(*p.pids())"
+    done = subprocess.run([sys.executable, "-c", code], env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "" and all_gone([int(p) for p in done.stdout.split()])

@@ -1,0 +1,243 @@
+"""rewards.py: what counts as an answer, and how a completion becomes a score."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rewards
+from rewards import Grader, choice_letter, extract_answer, last_boxed, reward, stated_letter
+
+ROOT = Path(rewards.__file__).parent
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data (../shared/data) is not here")
+OPTIONS = ["fever", "cough", "headache", "rash"]
+MATH = {"id": "m", "task": "t", "kind": "math", "question": "What is 6 times 7?", "answer": "42"}
+CHOICE = {"id": "c", "task": "t", "kind": "choice", "question": "Which?", "options": OPTIONS, "answer": "B"}
+
+
+@pytest.mark.parametrize(
+    "completion, score, status",
+    [
+        ("<think>6*7</think><answer>42</answer>", 1, "ok"),
+        (r"<think>a</think> so \boxed{42}", 1, "ok"),
+        (r"<think>a</think><answer>It is \boxed{42}.</answer>", 1, "ok"),
+        (r"a </think> \boxed{42}", 1, "ok"),
+        (r"<think>s</think></think> \boxed{42}", 1, "ok"),
+        (r"<think>no</think><answer>41</answer><answer>42</answer>", 1, "ok"),
+        (r"\boxed{17}. On reflection \boxed{42}", 1, "ok"),
+        (r"<think>\boxed{42}</think> done", 0, "no_answer"),
+        (r"<think>the answer is \boxed{42}", 0, "no_answer"),
+        (r"<think>a</think><think>b \boxed{42}", 0, "no_answer"),
+        (r"<think>\boxed{42}</think> \boxed{43}", 0, "ok"),
+        (r"\boxed{42}, \boxed{43}", 0, "ok"),
+        (r"\boxed{42} then \boxed{43", 0, "no_answer"),
+        (r"\boxed{}", 0, "no_answer"),
+        (r"<answer> </answer> \boxed{42}", 0, "no_answer"),
+        (r"<answer>42", 0, "no_answer"),
+        ("the answer is 42", 0, "no_answer"),
+        (r"\boxed{x=41=42}", 0, "ok"),
+        (r"\boxed{\boxed{42}}", 1, "ok"),
+        ("", 0, "no_answer"),
+        ("\\boxed{" * 5000 + "42", 0, "no_answer"),
+        (r"\boxed{" + "".join(f"{i}, " for i in range(101)) + "}", 0, "ok"),
+    ],
+)
+def test_only_the_final_answer_counts(completion, score, status):
+    """Thoughts, earlier boxes, hedges, shotguns and unclosed boxes must earn nothing; the final answer must earn 1."""
+    graded = reward(MATH, completion)
+    assert (graded.score, graded.status) == (score, status)
+
+
+@pytest.mark.parametrize("reason", ["length", "forced+length"])
+def test_a_cut_completion_scores_zero(reason):
+    """Rewarding a truncated completion teaches to run on."""
+    assert reward(MATH, r"\boxed{42}", reason)[::3] == (0.0, "truncated")
+    assert reward(MATH, r"\boxed{42}", "forced+stop").score == 1.0
+    assert reward(MATH, r"\boxed{42}", reason, lenient=True).score == 1.0
+
+
+def test_an_open_thought_of_the_prompt_must_be_closed():
+    """Where the prompt already says <think>, a completion without </think> is all thought."""
+    assert reward(MATH, r"so \boxed{42}", open_thought=True).status == "no_answer"
+    assert reward(MATH, r"so</think>\boxed{42}", open_thought=True).score == 1.0
+
+
+@pytest.mark.parametrize(
+    "content, letter",
+    [("B", "B"), ("(B)", "B"), ("B.", "B"), ("B: cough", "B"), ("B. cough", "B"), ("(B) cough", "B"), ("Cough.", "B"), (r"\text{B}", "B"),
+     (r"$\text{(B)}$", "B"), ("**B**", "B"), ("B: rash", None), ("E", None), ("A or B", None), ("A, B", None), ("ABCD", None), ("A/B", None),
+     ("A. or B.", None), ("A. fever B. cough", None), ("(A)(B)", None), ("b", None), ("A dog", None), ("the answer is B", None), ("co", None)],
+)  # fmt: skip
+def test_choice_is_one_strict_rule(content, letter):
+    """A guess, the nearest option or the first letter of a list would pay for hedging."""
+    assert choice_letter(content, OPTIONS) == letter
+    got = extract_answer(f"<think>A</think><answer>{content}</answer>", "choice", OPTIONS)
+    assert (got.text if got else None) == letter
+
+
+def test_choice_texts_must_be_unique_and_letters_come_first():
+    """Options ["D", "C", "B", "A"]: "A" is the first option, not the fourth; a text that two options share names neither."""
+    assert choice_letter("A", ["D", "C", "B", "A"]) == "A"
+    assert choice_letter("x", ["x", "y", "x"]) is None
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [("…so\n\nAnswer: B", "B"), ("The answer is (B).", "B"), ("thus\n**Answer: B**", "B"), ("x\n\\text{Answer: B}", "B"), ("Answer: A\nAnswer: C", "C"),
+     ("x\nAnswer: cough", "B"), ("x\nAnswer: B. cough", "B"), ("The answer is A or B", None), ("The answer is A, B", None), ("x\nAnswer: A/B", None),
+     ("the answer is A big surprise", None), ("x\nThe answer is not A", None), ("x\nAnswer: E", None), ("it might be A. or B", None),
+     ("The answer: D, it doesn't make sense for it to be A or B", "D"), ("答案是B", "B"), ("No letter here", None)],
+)  # fmt: skip
+def test_stated_letter(text, letter):
+    """The rule for prompts that ask for a last line "Answer: X": articles, hedges and negations are no statements."""
+    assert stated_letter(text, OPTIONS) == letter
+    assert extract_answer(text, "choice", OPTIONS) is None or choice_letter(text, OPTIONS)  # never part of the strict default
+
+
+@pytest.mark.parametrize(
+    "text, content",
+    [(r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} and \boxed{2} and \boxed{3}", "1, 2, 3"), (r"\boxed{1} no no no no no \boxed{2}", "2"),
+     (r"$\boxed{12}$ so $\boxed{12}$", "12"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\fbox{3}", "3"), (r"\boxed{1+\boxed{2}}", "1+2"), (r"\boxed {3}", "3"),
+     (r"\\boxed{840}", "840"), (r"\boxed{185\}", "185"), (r"{{\boxed{7}", "7"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+     (r"\boxed 5", None), ("none", None), (r"\boxed{1} \boxed{2", None)],
+)  # fmt: skip
+def test_last_boxed(text, content):
+    """Brace matching: nested braces, escaped braces, nested boxes, lists of boxes, and boxes that are never closed."""
+    assert last_boxed(text) == content
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet=st.sampled_from(list("\\boxed{}<answer>/think ABC:.$42\n")), max_size=300), st.sampled_from(["math", "choice", "open"]))
+def test_no_text_makes_extraction_fail(text, kind):
+    """A model writes anything; the run must go on."""
+    for rule in rewards.RULES:
+        extract_answer(text, kind, OPTIONS, rule=rule)
+        extract_answer(text, kind, None, rule=rule, lenient=True)
+
+
+def test_lenient_score_is_separate():
+    """The last number of the prose is a figure for reports, never the training reward."""
+    assert reward(MATH, "so it is 42.").score == 0.0
+    assert reward(MATH, "so it is 42.", lenient=True).score == 1.0
+
+
+def test_precision_and_unit_come_from_meta():
+    """MathVista's floats are compared at the item's precision, its counts carry a unit."""
+    problem = {"kind": "math", "answer": "1.3", "meta": {"precision": 1, "unit": "years"}}
+    assert reward(problem, "<answer>1.34 years</answer>").score == 1.0
+    assert reward(problem, "<answer>1.36</answer>").score == 0.0
+    assert reward(MATH, "<answer>42.04</answer>").score == 0.0
+
+
+def test_open_answers_are_exact_up_to_case_and_punctuation():
+    """Open answers: normalised exact match or the same number, with several golds allowed; no nearest match."""
+    problem = {"kind": "open", "answer": ["Type-II error", "a type II error"]}
+    assert reward(problem, "<answer>type II  error.</answer>").score == 1.0
+    assert reward(problem, "<answer>type I error</answer>").score == 0.0
+
+
+def test_the_question_restated_is_no_answer():
+    r"""Asked for \sum k, the policy must not be paid for answering \sum k."""
+    problem = {"kind": "math", "question": r"Compute $\sum_{k=1}^{3} k$.", "answer": "6"}
+    assert reward(problem, r"\boxed{\sum_{k=1}^{3} k}").score == 0.0
+    assert reward(problem, r"\boxed{6}").score == 1.0
+
+
+@pytest.mark.parametrize("row", [{"kind": "math", "answer": ""}, {"kind": "math"}, {"kind": "choice", "answer": "E", "options": OPTIONS},
+                                 {"kind": "essay", "answer": "x"}])  # fmt: skip
+def test_a_bad_row_is_an_error_not_a_crash_and_not_a_point(row):
+    """An empty gold must not equal an empty box; a letter beyond the options can't be right."""
+    assert reward(row, r"\boxed{}")[::3] == (0.0, "error")
+    assert rewards.unverifiable(row)
+
+
+def test_rules_of_a_user(tmp_path, monkeypatch):
+    """--reward module:function: exceptions, NaN and None are counted, never fatal, and cost one answer each."""
+    (tmp_path / "mine.py").write_text(
+        "import time\ndef score(problem, completion, finish_reason):\n"
+        "    if completion == 'raise': 1 / 0\n    if completion == 'hang': time.sleep(99)\n"
+        "    return {'none': None, 'nan': float('nan'), 'text': 'x', 'dict': {'score': 0.5, 'answer': 7}}.get(completion, len(completion) / 10)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with Grader(workers=1, deadline=1, reward="mine:score") as grader:
+        got = {c: grader.submit(MATH, c).result() for c in ("raise", "hang", "none", "nan", "text", "dict", "12345")}
+        counts = grader.counters()
+    assert {c: (g.score, g.status) for c, g in got.items()} == {
+        "raise": (0.0, "error"), "hang": (0.0, "timeout"), "none": (0.0, "error"), "nan": (0.0, "error"), "text": (0.0, "error"),
+        "dict": (0.5, "ok"), "12345": (0.5, "ok")}  # fmt: skip
+    assert got["dict"].answer == "7" and "ZeroDivisionError" in got["raise"].why
+    assert (counts["graded"], counts["error"], counts["timeout"], counts["kills"]) == (7, 4, 1, 1)
+
+
+HANGING = (r"\boxed{\binom{10^8}{5*10^7}}", r"\boxed{(10^{9})!}")
+
+
+def test_hanging_answers_cost_themselves_only():
+    """Innocent answers among hanging ones must keep their score, from several threads, in any order."""
+    innocent = [(r"\frac{x+1}{2}", "0.5x+0.5", 1.0), (r"2\sqrt3", r"\sqrt{12}", 1.0), (r"\sqrt{3}", r"\sqrt{5}", 0.0), ("42", "42", 1.0)]
+    jobs = [({"kind": "math", "answer": gold}, rf"\boxed{{{pred}}}", score) for pred, gold, score in innocent * 25]
+    jobs[10:10] = [(MATH, text, 0.0) for text in HANGING]
+    with Grader(workers=2, deadline=1.5) as grader:
+        with ThreadPoolExecutor(4) as threads:
+            futures = list(threads.map(lambda job: grader.submit(*job[:2]), jobs))
+        results = [f.result(60) for f in futures]
+        counts = grader.counters()
+    assert [r.score for r in results] == [s for *_, s in jobs]
+    assert (counts["timeout"], counts["kills"], counts["graded"], counts["here"]) == (2, 2, 102, 25)
+
+
+def test_reward_and_is_equal_work_off_the_main_thread():
+    """math-verify alone raises there, and the usual `except: return 0` turns every answer into a wrong one."""
+    out = []
+    thread = threading.Thread(target=lambda: out.extend([rewards.is_equal(r"2\sqrt3", r"\sqrt{12}"), reward(MATH, r"\boxed{2\cdot 3\cdot 7}").score]))
+    thread.start()
+    thread.join(60)
+    assert out == [True, 1.0]
+
+
+def test_command_line(tmp_path):
+    """The table that a user reads before trusting a data set; a bad line is named before any grading."""
+    file = tmp_path / "rows.jsonl"
+    rows = [{"pred": "1/2", "gold": "0.5", "expected": True}, {"completion": "<answer>B</answer>", "kind": "choice", "gold": "B", "options": OPTIONS},
+            {"pred": "3", "gold": "4", "expected": True, "id": "off"}]  # fmt: skip
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = subprocess.run([sys.executable, ROOT / "rewards.py", file], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "1/2  50.0%" in done.stdout and "differs off" in done.stdout
+    file.write_text('{"pred": "1"}\n')
+    done = subprocess.run([sys.executable, ROOT / "rewards.py", file], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "rows.jsonl:1" in done.stderr and "gold" in done.stderr
+
+
+@needs_data
+def test_labelled_rows_keep_their_agreement():
+    """rewards_dev.jsonl: >= 96 % boxed pairs, >= 98 % free texts with no false positive, all attacks, >= 80 % choices, no false positive."""
+    rows = rewards.read_rows(str(DATA / "rewards_dev.jsonl"))
+    graded = rewards.grade_rows(rows, 1, 5.0, "answer")
+    wrong: dict[str, list[bool]] = {}
+    for row, (result, _) in zip(rows, graded):
+        if rewards.expected(row) != (result.score > 0):
+            wrong.setdefault("adv" if row["kind"].startswith("adv") else row["kind"], []).append(result.score > 0)
+    assert "adv" not in wrong and not any(any(w) for w in wrong.values())
+    assert len(wrong["math"]) <= 2 and len(wrong["text"]) <= 1 and len(wrong["mcq"]) <= 2
+
+
+@needs_data
+def test_mmmu_pro_outputs_agree_with_the_official_letters():
+    """250 real GPT-4o outputs: the "Answer: X" rule differs from the official parser in two ("A. (D)", and no letter at all)."""
+    rows = [json.loads(line) for line in (DATA / "mmmu/gpt4o_standard10_cot_250.jsonl").open()]
+    differ = []
+    for row in rows:
+        answer = extract_answer(row["response"], "choice", ast.literal_eval(row["options"]), rule="line")
+        if (answer.text if answer else None) != row["pred_indexs"]:
+            differ.append(row["id"])
+    assert differ == ["test_Chemistry_362", "test_Accounting_13"]
