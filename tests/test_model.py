@@ -69,7 +69,7 @@ def image_stream(sizes_per_document, seed=3):
         for h, w in sizes:
             parts += [torch.tensor([IDS["vision_start_token_id"]]), torch.full((h * w // 4,), IDS["image_token_id"]),
                       torch.tensor([IDS["vision_end_token_id"]]), torch.randint(0, 290, (3,), generator=g)]
-        tokens, grid = torch.cat(parts), torch.tensor([(1, h, w) for h, w in sizes]).reshape(-1, 3)
+        tokens, grid = torch.cat(parts), torch.tensor([(1, h, w) for h, w in sizes], dtype=torch.long).reshape(-1, 3)
         docs.append(tokens)
         grids.append(grid)
         positions.append(mrope_positions(tokens, grid, image_token_id=IDS["image_token_id"], merge_size=2)[0])
