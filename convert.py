@@ -51,6 +51,9 @@ HEALTH_SUBJECTS = {"Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_an
 TRAINING_PROMPT = (
     "You will solve a problem/request. You should provide your thoughts within <think> </think> tags before providing"
     " the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: {question}")
+# Text that Qwen2.5's tokenizer would turn into structure; a row that quotes it is dropped, as the loader refuses it.
+CONTROL_TOKEN = re.compile(r"<\|(?:endoftext|im_start|im_end|(?:object_ref|box|quad|vision)_(?:start|end)"
+                           r"|(?:vision|image|video)_pad)\|>")
 # Our own words: the paper did not use the vision form of MMMU-Pro, whose question and options are in the picture.
 VISION_ONLY_QUESTION = "<image>\nThe question and its options are in the image."
 
@@ -400,6 +403,11 @@ def check_row(row: dict) -> None:
         texts = [row["question"], *row.get("options", [])]
         if row["kind"] == "choice":
             assert row["answer"] in list(LETTERS[:len(row["options"])]), row["id"]
+    for text in [*texts, str(row.get("answer", ""))]:
+        if found := CONTROL_TOKEN.search(text):
+            raise Drop("a control token of the model stands in the text", found[0])
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise Drop("half of a surrogate pair, not a character")
     tags = sum(text.count("<image>") for text in texts)
     if tags != len(row.get("images", [])):
         raise Drop("literal <image> in the text", f"{tags} tags, {len(row.get('images', []))} images")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import doctest
 import hashlib
-import importlib.util
 import io
 import json
 import re
@@ -20,6 +19,8 @@ import pytest
 from PIL import Image
 
 import convert
+import data
+import schema
 
 ROOT = Path(convert.__file__).parent
 REAL = ROOT.parent / "shared" / "data"
@@ -68,12 +69,11 @@ def run(name: str, source: Path | list[Path], tmp_path: Path, **options) -> tupl
     assert info["rows_out"] == len(rows)
     for row in rows:
         for image in row.get("images", []):
-            data = (out.parent / image).read_bytes()
-            assert image == f"images/{hashlib.sha256(data).hexdigest()[:16]}{Path(image).suffix}"
-    if "messages" not in rows[0] and importlib.util.find_spec("data"):
-        import data
-
-        assert len(data.load_problems(str(out))) == len(rows)
+            content = (out.parent / image).read_bytes()
+            assert image == f"images/{hashlib.sha256(content).hexdigest()[:16]}{Path(image).suffix}"
+    read = data.load_conversations if "messages" in rows[0] else data.load_problems
+    good, faults = read(out)
+    assert (len(good), faults) == (len(rows), [])
     return rows, info
 
 
@@ -104,6 +104,22 @@ def test_gsm8k(tmp_path):
         {"id": "gsm8k/1", "task": "gsm8k", "kind": "math", "question": "Cost?", "answer": "-5"},
     ]
     assert [f["file"] for f in info["source_files"]] == ["test-00000-of-00001.parquet"]
+
+
+def test_rows_that_the_loader_would_refuse_are_dropped_here(tmp_path):
+    """Prevents one row that quotes the chat template (or holds half a character) from making a whole file unusable."""
+    good = {"question": "Is a < |b| > c?", "answer": "#### 1"}
+    source = jsonl(tmp_path / "test.jsonl", [
+        good, {**good, "question": "What does <|im_start|>user do?"}, {**good, "answer": "#### <|image_pad|>"},
+        {**good, "question": "half \ud83d"}, {**good, "question": "Where is <image>?"},
+    ])
+    out, info = run("gsm8k", source, tmp_path)
+    assert len(out) == 1
+    assert {reason: what["rows"] for reason, what in info["dropped"].items()} == {
+        "a control token of the model stands in the text": 2, "half of a surrogate pair, not a character": 1,
+        "literal <image> in the text": 1,
+    }
+    assert all(convert.CONTROL_TOKEN.fullmatch(token) for token in schema.CONTROL_TOKENS)
 
 
 def test_orz_takes_the_first_human_turn_and_the_ground_truth(tmp_path):
@@ -587,6 +603,11 @@ def test_openthoughts_both_forms_give_the_papers_turns(tmp_path):
     (row,), _ = run("openthoughts_metadata", tmp_path / "raw", tmp_path)
     assert row["messages"][0]["content"].endswith("Here is the question: Write f.\n\ndef f():")
     assert row["messages"][1]["content"] == "<think>\nOkay.\n</think>\n<answer>\nDone.\n</answer>"
+
+
+def test_training_prompt_is_the_one_that_training_renders():
+    """Prevents SFT on another prompt than the one that GRPO puts before its problems."""
+    assert convert.TRAINING_PROMPT == data.INSTRUCTIONS["train"] + "{question}"
 
 
 @needs_real
