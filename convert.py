@@ -498,7 +498,8 @@ def numbered(task: str) -> Callable[[Row, int, Context], dict]:
     """
     def convert_row(row: Row, i: int, ctx: Context) -> dict:
         name = str(row.get("id", i))
-        subset = row.get("subject") or re.sub(r"^(validation|dev|test)_|_\d+$", "", name)
+        from_id = re.fullmatch(r"(?:validation|dev|test)_(.+)_\d+", name)
+        subset = row.get("subject") or (from_id[1] if from_id else None)
         is_open = row.get("question_type", "multiple-choice") != "multiple-choice"
         options = [] if is_open else option_texts(row["options"])
         available = {n: row[f"image_{n}"] for n in range(1, 8) if row.get(f"image_{n}")}

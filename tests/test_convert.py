@@ -691,9 +691,9 @@ def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_cam
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download, HfApi=HfApi)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    convert.main(["download", "gsm8k", "--out", str(tmp_path / "raw"), "--revision", "main"])
+    data.main(["download", "gsm8k", "--out", str(tmp_path / "raw"), "--revision", "main"])
     for out in ("one", "two"):
-        convert.main(["convert", "gsm8k", str(tmp_path / "raw"), "--out", str(tmp_path / f"{out}.jsonl")])
+        data.main(["convert", "gsm8k", str(tmp_path / "raw"), "--out", str(tmp_path / f"{out}.jsonl")])
     infos = [json.loads((tmp_path / f"{out}.jsonl.info.json").read_text()) for out in ("one", "two")]
     assert infos[0] == infos[1] and infos[0]["download"]["revision"] == "commit-of-main"
     assert infos[0]["source_files"][0]["sha256"] == convert.file_sha256(tmp_path / "raw/main/test-0.parquet")
@@ -725,7 +725,7 @@ def test_real_releases_convert_without_loss(name, path, rows, tmp_path):
     if name == "mmlu_pro":
         assert info["subsets"]["health"] == 817  # of 818: one is among the twelve rows that this copy lacks
     if name == "mmmu_pro":
-        assert (info["images"], info["image_tags"]) == (24, 24)
+        assert (info["images"], info["image_tags"], info["subsets"]) == (24, 24, {"": 20})  # no id, no subject here
         music = next(r for r in out if r["question"].startswith("<image> is a substitution"))
         expected = [REAL / f"images_mmmu_pro/test_Music_251_{n}.png" for n in (1, 4, 2, 5, 3)]
         assert bytes_of(music, tmp_path) == [p.read_bytes() for p in expected] and music["options"] == ["<image>"] * 4
