@@ -44,7 +44,7 @@ _UNITS = (
     "minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?|yrs?|degrees?|deg|radians?|rad|dollars?|cents?|"
     "usd|yuan|euros?|rupees?|units?|people|students?|percentage points?|per|hz|joules?|newtons?|watts?|volts?|points?|times"
 )
-_UNIT_TAIL = re.compile(rf"(?<=[\d}})\]!]) ?((?:(?:{_UNITS})\b[ ./]*)+)(?:\^\{{?[23]\}}?)?$", re.I)
+_UNIT_TAIL = re.compile(rf"(?<=[\d}})\]!]) ?((?:(?:{_UNITS})\b[ ./]*)+(?:(?<=/)(?:h|s|l|m))?)(?:\^\{{?[23]\}}?)?$", re.I)
 _TEXT_TAIL = re.compile(r"(?<=[^\s,;=+\-*/(\[{^_])\s*\\text\s*\{([^{}0-9]*)\}\s*(?:\^\s*\{?-?\d\}?)?\s*$")
 # Units that contradict one another when both sides name one; every other word after a number is ignored.
 _CANON = {}
@@ -69,11 +69,19 @@ _RULES = [
         (r"\\(?:mathbf|mathit|mathsf|mathcal|mathscr|bm|vec|hat)\s*\{([A-Za-z0-9])\}", r"\1"),
         (r"\\(?:math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]{2,})\}", r"\\text{\1}"),
         (r"\\mathrm\s*\{([^{}])\}", r"\1"),
+        (r"\\(?:underline|bm|boldsymbol)\s*\{([^{}]*)\}", r"\1"),
+        (r"\\(?:textcolor|color)\s*\{[a-z]+\}", ""),
+        (r"[\"“”]", ""),
+        (r"\\colon(?![a-z])", ":"),
+        (r"\\\{\s*\\\}", r"\\emptyset "),
+        (r"\\(max|min)\s*\\\{(.*?)\\\}", r"\\\1(\2)"),
+        (r"\\pmod\s*\{?(\w+)\}?", r"(\\text{mod }\1)"),
+        (r"(?<![A-Za-z\\])C_\{?(\d+)\}?\^\{?(\d+)\}?", r"\\binom{\1}{\2}"),  # combinations as written in China and Russia
         (r"\\text\s*\{\s*(?:,\s*)?(?:and|or)\s*\}", ","),
         (r",?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ","),
         (r"\\text\s*\{\s*(?:percent|percentage|pct)\s*\}|\s*\b(?:percentage|percent|pct)\b(?! points)", "%"),
         (r"\\%", "%"),
-        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree|\\text\s*\{\s*degrees?\s*\}", ""),
+        (r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-z])|\\degree|\\text\s*\{\s*degrees?\s*\}", ""),
         (r"\{,\}|,\s*\\!|\\!\s*,", "\x01"),  # a comma spelled as a thousands mark
         (r"\\!", ""),
         (r"(?<=\d)\\,(?=\d{3}(?!\d))", "\x01"),
@@ -94,7 +102,7 @@ _RULES = [
         (r"\\varnothing", r"\\emptyset"),
         (r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
         (r"\+\s*\\infty", r"\\infty"),
-        (r"\^\s*\{?\s*(?:\\prime\s*|')\s*\}?", "'"),
+        (r"\^\s*\{\s*(?:\\prime|')\s*\}|\^\s*(?:\\prime(?![a-z])|')", "'"),
         (rf"(?<![\\a-zA-Z])({_FUNCTIONS}|pi)(?![a-zA-Z])", r"\\\1 "),
         (r"(?<![\\a-zA-Z])(sqrt)(?=[\s(])", r"\\sqrt"),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
@@ -107,6 +115,9 @@ _RULES = [
         (r"\s+", " "),
     )
 ]
+
+
+_GROUP = re.compile(r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")  # {x}: a mere TeX group; with a comma it may be a set
 
 
 @lru_cache(maxsize=4096)
@@ -131,6 +142,8 @@ def normalise(text: str) -> str:
         text = re.sub(r"(?<!\d)\d{1,3}(?:[\x01,]\s*\d{2,3})*\x01\s*\d{3}(?!\d)", lambda m: re.sub(r"\D", "", m[0]), text)
         text = re.sub(r"\x01\s*(?=\d)", "", text).replace("\x01", ",")
     text = text.replace("\x02", r" \\ ")
+    if (m := _GROUP.fullmatch(text.strip())) and "," not in m[1]:
+        text = m[1]
     return re.sub(r"(?:[\s.,;:]|(?<!\\)\\(?![a-zA-Z{}|]))+$", "", text.strip()).lstrip(":,; ")
 
 
@@ -240,6 +253,9 @@ def read_number(text: str) -> Number | None:
     if m := _MIXED.match(text):
         top, bottom = int(m[2] or m[4]), int(m[3] or m[5])
         return Number(sign * (int(m[1]) + Fraction(top, bottom)), None, percent) if bottom else None
+    if m := re.fullmatch(r"(\d+)\.(\d*) ?\\overline ?\{(\d+)\}", text):  # 0.1\overline{6} = 1/6
+        value = Fraction(int(m[1] + m[2] + m[3]) - int(m[1] + m[2]), 10 ** len(m[2] + m[3]) - 10 ** len(m[2]))
+        return Number(sign * value, None, percent)
     if m := _SCIENTIFIC.match(text):
         exponent = int((m[2] or m[3] or m[4]).replace(" ", ""))
         return Number(sign * Fraction(m[1].rstrip(".")) * Fraction(10) ** exponent, None, percent)
@@ -321,12 +337,13 @@ def _parse_single(text: str, balanced: bool) -> Node:
     operands, operators = split_top(text, {r"\cup", r"\cap", r"\setminus"})
     if operators and all(operands):
         return Node("union", text, tuple(parse(_as_set(t)) for t in operands), " ".join(operators))
-    if split_top(text, {r"\pm"})[1]:
-        left, *right = split_top(text, {r"\pm"})[0]
-        if len(right) > 1:
-            return Node("atom", text)
-        return Node("list", text, tuple(parse(normalise(f"{left}{sign}{right[0]}")) for sign in "+-"), "pm")
-    return _parse_bracketed(text) or _parse_leaf(text)
+    bracketed = _parse_bracketed(text)
+    if r"\pm" not in text or (bracketed and bracketed.kind != "list"):
+        return bracketed or _parse_leaf(text)
+    if text.count(r"\pm") > 1:
+        return Node("atom", text)  # which of the four is meant?
+    both = tuple(parse(normalise(re.sub(r"\\pm *", lambda _: sign, text))) for sign in "+-")  # noqa: B023
+    return Node("list", text, both, "pm")
 
 
 def _as_set(text: str) -> str:
@@ -348,6 +365,7 @@ def _parse_equality(text: str, members: list[str], signs: list[str]) -> Node:
     return Node("named", text, (node,), squash(names[0])) if names and names[0] == members[0] and values != names else node
 
 
+_BUILDER = re.compile(r"\\\{ ?([a-z]) ?(?:\\in ?[^|:]*)?(?:\||:) ?(.*)\\\}$")  # \{x | x > 2\}
 _MATRIX = re.compile(r"\\begin\{([pbBv]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}$", re.S)
 
 
@@ -358,6 +376,8 @@ def _parse_bracketed(text: str) -> Node | None:
             rows = [r for r in re.split(r"\\\\(?:\[[^\]]*\])?", m[2]) if r.strip()]
             cells = tuple(tuple(parse(normalise(c)) for c in r.split("&")) for r in rows)
             return Node("matrix", text, cells)
+    if m := _BUILDER.match(text):
+        return parse(m[2].strip())
     m = re.fullmatch(r"(\\\{|[\[({])(.*?)(\\\}|[\])}])", text, re.S)
     if not m:
         return None
@@ -371,7 +391,7 @@ def _parse_bracketed(text: str) -> Node | None:
             return None
         return Node("set", text, items) if m[1] == r"\{" or len(items) > 1 else body  # {5} is a mere TeX group
     if len(items) == 1 and inner[1] == []:
-        return body if m[1] + m[3] == "()" else None
+        return body if m[1] + m[3] == "()" or body.kind == "matrix" else None
     return Node("tuple", text, items, m[1] + m[3])
 
 
@@ -518,6 +538,8 @@ def _as_equation(node: Node) -> Node:
 
 def _compare_relation(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
     if pred.kind == gold.kind:
+        if len(pred.items) != len(gold.items) and (pair := [as_interval(pred), as_interval(gold)]) and all(pair):
+            return compare(*pair, leaf)  # -\infty < x < 2 and x < 2
         return leaf(pred, gold)
     pair = [pred, gold]
     for i, other in ((0, 1), (1, 0)):
@@ -577,6 +599,8 @@ def _finite(node: Node, leaf: Leaf) -> Node:
 
 def _compare_collection(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
     pred, gold = _finite(pred, leaf), _finite(gold, leaf)
+    if pred.kind == "union" and gold.kind == "list" and all(i.kind == "relation" and as_interval(i) for i in gold.items):
+        gold = parse(r"\cup ".join(as_interval(i).text for i in gold.items))
     kinds = {pred.kind, gold.kind}
     if kinds == {"matrix"}:
         if [len(r) for r in pred.items] != [len(r) for r in gold.items]:
@@ -666,6 +690,8 @@ def _equal(pred: str, gold: str, leaf: Leaf) -> bool | None:
     p, g = normalise(pred), normalise(gold)
     if not p or not g:
         return False
+    if _LETTER.search(g) or re.fullmatch("[A-H]", g):
+        p = re.sub(r"^(?:\\text\{\s*)?\(([A-H])\)\s*\}?\s.*$", r"\1", p)  # (B) 12 for the gold (B)
     p, *golds = (_LETTER.sub(r"\1\2", t) for t in (p, *alternatives(g)))
     verdicts = []
     for option in golds:

@@ -26,6 +26,9 @@ EQUAL = r"""
 \frac1{72} ~ 1/72
 \sqrt[3]{27} ~ 3
 30^\circ ~ 30
+{30^\circ} ~ 30
+\frac{90^\circ}{2} ~ 45
+{\text{(C)}} ~ C
 5\text{ cm}^2 ~ 5
 12\mathrm{~cm} ~ 12
 5 miles ~ 5
