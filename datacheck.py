@@ -38,7 +38,7 @@ def fingerprint(row: dict) -> bytes:
     return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
 
 
-def tag_problems(row: dict) -> Iterator[tuple[str, str, str]]:
+def tag_findings(row: dict) -> Iterator[tuple[str, str, str]]:
     """Empty thoughts and tags without their other half, in assistant turns (a user turn may explain the tags)."""
     for i, m in enumerate(row["messages"]):
         if m["role"] != "assistant":
@@ -52,7 +52,7 @@ def tag_problems(row: dict) -> Iterator[tuple[str, str, str]]:
                 yield field, f"{opened} <{tag}> but {closed} </{tag}>", "close every tag, or remove the row"
 
 
-def gold_problems(row: dict) -> Iterator[tuple[str, str, str]]:
+def gold_findings(row: dict) -> Iterator[tuple[str, str, str]]:
     import rewards
     if why := rewards.unverifiable(row):
         yield "answer", f"does not verify against itself: {why}", "mend the gold; no answer could earn the reward"
@@ -87,8 +87,8 @@ def check_schema(paths: Sequence[str], schema: str, model_dir: str | None, max_l
             first = seen.setdefault(fingerprint(row), f"{file}:{line}")
             if first != f"{file}:{line}":
                 faults.append(Fault(file, line, "row", f"says the same as {first}", "remove one of the two"))
-            problems = tag_problems(row) if schema == "conversation" else gold_problems(row)
-            faults += [Fault(file, line, *p) for p in problems]
+            findings = tag_findings(row) if schema == "conversation" else gold_findings(row)
+            faults += [Fault(file, line, *p) for p in findings]
         if max_len and good:
             only = [row for *_, row in good]
             lengths = row_lengths(only, schema, tokenizer, image_config(model_dir, only))

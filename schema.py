@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Iterator, Sequence
 
-from vision import load_image
+from vision import ImageConfig, load_image, smart_resize
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CONTROL_TOKENS = tuple(f"<|{name}|>" for name in (  # Qwen2.5's; those of another tokenizer are refused too
@@ -41,7 +41,7 @@ class Fault:
         return f"{self.file}:{self.line}: {self.field}: {self.why} ({self.mend})"
 
 
-Problem = tuple[str, str, str]  # field, why, mend: a Fault that does not know its place yet
+Finding = tuple[str, str, str]  # field, why, mend: a Fault that does not know its place yet
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | Fault]]:
@@ -68,7 +68,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | Fault]]:
         raise ValueError(f"{path}: the file is empty")
 
 
-def text_problems(value: object, field: str, forbidden: re.Pattern) -> Iterator[Problem]:
+def text_findings(value: object, field: str, forbidden: re.Pattern) -> Iterator[Finding]:
     """Of a text that must be there."""
     if not isinstance(value, str):
         yield field, "missing" if value is None else f"{type(value).__name__} instead of text", "write it as a string"
@@ -80,7 +80,7 @@ def text_problems(value: object, field: str, forbidden: re.Pattern) -> Iterator[
         yield field, "half of a surrogate pair, not a character", "write the file as UTF-8"
 
 
-def image_problems(images: object, folder: Path, marks: int, may_omit_marks: bool) -> Iterator[Problem]:
+def image_findings(images: object, folder: Path, marks: int, may_omit_marks: bool) -> Iterator[Finding]:
     """Of the field `images`, given how many `<image>` stand in the row's text."""
     if not (images is None or isinstance(images, list) and all(isinstance(i, str) and i for i in images)):
         yield "images", "not a list of file names", 'as in ["img/1.png"]'
@@ -90,22 +90,21 @@ def image_problems(images: object, folder: Path, marks: int, may_omit_marks: boo
         yield "images", f"{marks} <image> in the text, {len(images)} images", "one <image> for each image, in order"
     for name in images:
         if why := image_fault(folder / name):
-            yield "images", f"{name}: {why}", "a readable file, relative to the jsonl's folder"
+            yield "images", why, "a readable file, relative to the jsonl's folder"
 
 
 @lru_cache(maxsize=1 << 17)
 def image_fault(path: Path) -> str | None:
-    """Why this image cannot be used; None: it was read to the end."""
-    if not path.is_file():
-        return "no such file"
+    """Why this image cannot be used; None: it was read to its end and has a usable shape."""
     try:
-        load_image(path)
-    except (OSError, ValueError, SyntaxError) as e:  # PIL raises SyntaxError for broken PNG chunks
-        return f"not readable as an image: {e}"
+        image = load_image(path)
+        smart_resize(image.height, image.width, ImageConfig())
+    except ValueError as e:
+        return str(e)
     return None
 
 
-def conversation_problems(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator[Problem]:
+def conversation_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator[Finding]:
     """All that is wrong with a row of the conversation schema."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -121,30 +120,30 @@ def conversation_problems(row: dict, folder: Path, forbidden: re.Pattern) -> Ite
         roles.append(role)
         if role not in ("system", "user", "assistant"):
             yield f"{field}.role", "missing" if role is None else f"unknown role {role!r}", "system, user or assistant"
-        yield from text_problems(content, f"{field}.content", forbidden)
+        yield from text_findings(content, f"{field}.content", forbidden)
         here = content.count("<image>") if isinstance(content, str) else 0
         if here and role == "assistant":
             yield f"{field}.content", "<image> in an assistant turn", "images stand in user turns; rewrite the text"
         else:
             marks += here
-    if len(roles) == len(messages):
+    if len(roles) == len(messages) and set(roles) <= {"system", "user", "assistant"}:
         if "assistant" not in roles:
             yield "messages", "no assistant turn", "there is nothing to learn from this row"
         elif "user" not in roles[:roles.index("assistant")]:
             yield "messages", "begins with the assistant", "a user turn comes before the first assistant turn"
         if "system" in roles[1:]:
             yield "messages", "system turn after the first place", "put it first"
-    yield from image_problems(row.get("images"), folder, marks, may_omit_marks=False)
+    yield from image_findings(row.get("images"), folder, marks, may_omit_marks=False)
 
 
-def problem_problems(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator[Problem]:
+def problem_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator[Finding]:
     """All that is wrong with a row of the problem schema."""
     kind, options, answer = row.get("kind"), row.get("options"), row.get("answer")
     for field in ("id", "task", "question"):
-        yield from text_problems(row.get(field), field, forbidden)
+        yield from text_findings(row.get(field), field, forbidden)
     for gold in answer if isinstance(answer, list) and answer and kind != "choice" else [answer]:
-        yield from text_problems(gold, "answer", forbidden)
-    if not isinstance(row.get("subset", ""), str):
+        yield from text_findings(gold, "answer", forbidden)
+    if not isinstance(row.get("subset") or "", str):
         yield "subset", "not text", "write it as a string"
     if not isinstance(row.get("meta") or {}, dict):
         yield "meta", "not an object", '{"name": value}'
@@ -154,7 +153,7 @@ def problem_problems(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator
         yield "options", "not a list of 1 to 26 texts", '["first option", "second option"]'
         options = []
     for i, option in enumerate(options or []):
-        yield from text_problems(option, f"options[{i}]", forbidden)
+        yield from text_findings(option, f"options[{i}]", forbidden)
     if kind == "choice":
         if row.get("options") is None:
             yield "options", "missing", "a choice problem lists its options, without letters"
@@ -164,7 +163,7 @@ def problem_problems(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator
     elif options and kind in ("math", "open"):
         yield "options", f"given for kind {kind!r}", "only kind 'choice' has options"
     texts = [t for t in [row.get("question"), *(options or [])] if isinstance(t, str)]
-    yield from image_problems(row.get("images"), folder, sum(t.count("<image>") for t in texts), may_omit_marks=True)
+    yield from image_findings(row.get("images"), folder, sum(t.count("<image>") for t in texts), may_omit_marks=True)
 
 
 def control_tokens(tokenizer=None) -> re.Pattern:
@@ -179,7 +178,7 @@ def scan(paths: Sequence[str | Path] | str | Path, schema: str, forbidden: re.Pa
 
     A row's image paths become absolute. A problem's id must be new: seeds and resumed evaluations go by it.
     """
-    rule = {"conversation": conversation_problems, "problem": problem_problems}[schema]
+    rule = {"conversation": conversation_findings, "problem": problem_findings}[schema]
     forbidden, seen = forbidden or control_tokens(), {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         folder = Path(path).resolve().parent
