@@ -37,7 +37,8 @@ from torch import nn
 from attention import attend
 
 MAX_PIXELS = 89_478_485  # larger files are refused before decoding: Pillow's bound of a decompression bomb
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it runs a program
+MAX_ASPECT = 200  # the longest side by the shortest that the model takes
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it starts a program
 
 
 # ------------------------------------------------------------------------------------------------ images to RGB
@@ -45,7 +46,7 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """Any image → 8-bit RGB by the rules in the module's docstring, decoded to the end.
 
     Raises ValueError, which names the file and the mend, when it is missing, empty, not an image, damaged, larger than
-    MAX_PIXELS, or of pixel values that have no known white.
+    MAX_PIXELS, longer than MAX_ASPECT, or of pixel values that have no known white.
     """
     if isinstance(source, Image.Image):
         return _to_checked_rgb(source, getattr(source, "filename", "") or "a PIL image")
@@ -81,6 +82,9 @@ def _to_checked_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name}: has no pixels ({width}x{height}); leave it out or fetch it again")
     if width * height > MAX_PIXELS:
         raise ValueError(f"{name}: {width}x{height} pixels, more than {MAX_PIXELS:,}; scale it down first")
+    if max(width, height) > MAX_ASPECT * min(width, height):  # here as well as in smart_resize: here the file is known
+        raise ValueError(f"{name}: {width}x{height} pixels, one side more than {MAX_ASPECT} times the other; "
+                         "crop or pad it")
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -179,10 +183,10 @@ def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int
     min_pixels and max_pixels where possible, about the same aspect. Must equal transformers' function of this name.
 
     With factor 28: 70 / 28 = 2.5 rounds to the even 2, so 70 x 84 → 56 x 84; 98 / 28 = 3.5 rounds to 4, 112.
-    Raises ValueError when one side is more than 200 times the other.
+    Raises ValueError when one side is more than MAX_ASPECT times the other.
     """
-    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {width}x{height} pixels: one side must not be more than 200 times the other; "
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"an image of {width}x{height} pixels: one side is more than {MAX_ASPECT} times the other; "
                          "crop or pad it")
     factor = config.patch_size * config.merge_size
     h, w = round(height / factor) * factor, round(width / factor) * factor
