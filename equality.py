@@ -1,19 +1,17 @@
 """Are two written answers the same mathematical object?  `-\\frac12` and `-0.5`, `\\{2,1\\}` and `{1, 2}`.
 
-How it works, cheapest first; every stage may answer, only the last needs sympy:
+Cheapest first; every stage may answer, only the last needs sympy. Stages 1-3 (spelling, guards, structure) are
+`notation.py`.
 
-1. `normalise`  rewrites notation (`\\dfrac`, thin-space thousands, `½`, `√2`, `\\text{ or }`) to one spelling.
-2. `unfit`      refuses what is no answer: control characters, HTML, TeX that does things, absurd length or nesting.
-3. `parse`      reads the outer structure (lists, sets, tuples and intervals, matrices, `x = …`, chains of equalities,
-                relations, ratios, number bases, words), and exact numbers at the leaves.
-4. `compare`    compares structure with structure; two exact numbers are settled by `Fraction`, without a float.
-5. `algebra_leaf`  the rest, one scalar at a time: math-verify's LaTeX parser, then evaluation to 60 digits (numbers) or at
-                several random points (expressions), and math-verify's own `verify` where evaluation says nothing.
+4. `compare`  compares structure with structure; two exact numbers are settled by `Fraction`, without a float.
+5. `algebra_leaf`  the rest, one scalar at a time: math-verify's LaTeX parser, then evaluation to 60 digits (numbers)
+   or at several fixed points (expressions), and math-verify's own `verify` where evaluation says nothing.
 
-`quick_equal` runs 1-4 in microseconds and says None where algebra is needed. `full_equal` runs all five. It can take any
-amount of time on hostile text, so it belongs in a killable worker process: use `rewards.is_equal` or `rewards.Grader`.
-No text is ever given to eval, sympify or parse_expr. Not symmetric on purpose in one place: a prediction `x \\in [0,1]` is accepted
-for the gold `0 \\le x \\le 1`, but not the reverse (a question that wants an interval wants an interval).
+`quick_equal` runs 1-4 in microseconds and says None where algebra is needed. `full_equal` runs all five. It can
+take any amount of time on hostile text, so it belongs in a killable worker process: use `rewards.is_equal` or
+`rewards.Grader`. No text is ever given to eval, sympify or parse_expr. Not symmetric on purpose in one place: a
+prediction `x \\in [0,1]` is accepted for the gold `0 \\le x \\le 1`, but not the reverse (who asks for an
+interval wants an interval).
 """
 
 from __future__ import annotations
@@ -21,408 +19,11 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------- 1. one spelling
-
-_UNICODE = {
-    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/",
-    "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
-    "∖": r"\setminus ", "±": r"\pm ", "∅": r"\emptyset ", "°": "", "≈": r"\approx ", "′": "'", "’": "'", "。": ".",
-    "、": ",", "€": "", "£": "", "¥": "", "￥": "", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-    "\u00a0": " ", "\u2009": " ", "\u202f": " ",
-}  # fmt: skip
-_SUPERSCRIPT = {c: d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n")}
-_VULGAR = {c: unicodedata.normalize("NFKD", c).split("⁄") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅑⅒"}
-_UNITS = (
-    "square|cubic|sq|cu|feet|foot|ft|inch(?:es)?|yards?|miles?|mi|mph|kmph|km|cm|mm|dm|nm|meters?|metres?|kilometers?|"
-    "centimeters?|millimeters?|kg|grams?|mg|lbs?|pounds?|ounces?|oz|tons?|liters?|litres?|ml|gallons?|seconds?|secs?|"
-    "minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?|yrs?|degrees?|deg|radians?|rad|dollars?|cents?|"
-    "usd|yuan|euros?|rupees?|units?|people|students?|percentage points?|per|hz|joules?|newtons?|watts?|volts?|points?|times"
-)
-_UNIT_TAIL = re.compile(rf"(?<=[\d}})\]!]) ?((?:(?:{_UNITS})\b[ ./]*)+(?:(?<=/)(?:h|s|l|m))?)(?:\^\{{?[23]\}}?)?$", re.I)
-_TEXT_TAIL = re.compile(r"(?<=[^\s,;=+\-*/(\[{^_])\s*\\text\s*\{([^{}0-9]*)\}\s*(?:\^\s*\{?-?\d\}?)?\s*$")
-# Units that contradict one another when both sides name one; every other word after a number is ignored.
-_CANON = {}
-for _row in (
-    "cm centimeter centimetre", "mm millimeter", "m meter metre", "km kilometer", "ft foot feet", "in inch inche", "mi mile", "yd yard",
-    "kg kilogram", "g gram", "mg milligram", "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "day", "week",
-    "month", "year yr", "dollar usd", "cent", "ml milliliter", "l liter litre", "gallon",
-):  # fmt: skip
-    _CANON.update(dict.fromkeys(_row.split(), _row.split()[0]))
-_MULTIPLES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|gcd|lcm"
-_RULES = [
-    (re.compile(p), r)
-    for p, r in (
-        (r"\\(?:displaystyle|textstyle|limits|nolimits|bigg?[lrm]?|Bigg?[lrm]?|boldsymbol|mathstrut|hfill)(?![a-zA-Z])", ""),
-        (r"\\(?:left|right)\s*(?![a-zA-Z])\.?", ""),
-        (r"\\(?:left|right)(?=\\)", ""),
-        (r"\\q?quad|\\(?:thinspace|enspace|hspace\{[^{}]*\})", " "),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\dbinom|\\tbinom", r"\\binom"),
-        (r"\\(?:textnormal|textrm|textbf|textit|texttt|textsf|mbox|hbox)\s*\{", r"\\text{"),
-        (r"\\(?:mathbf|mathit|mathsf|mathcal|mathscr|bm|vec|hat)\s*\{([A-Za-z0-9])\}", r"\1"),
-        (r"\\(?:math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]{2,})\}", r"\\text{\1}"),
-        (r"\\mathrm\s*\{([^{}])\}", r"\1"),
-        (r"\\(?:underline|bm|boldsymbol)\s*\{([^{}]*)\}", r"\1"),
-        (r"\\(?:textcolor|color)\s*\{[a-z]+\}", ""),
-        (r"[\"“”]", ""),
-        (r"\\colon(?![a-z])", ":"),
-        (r"\\\{\s*\\\}", r"\\emptyset "),
-        (r"\\(max|min)\s*\\\{(.*?)\\\}", r"\\\1(\2)"),
-        (r"\\pmod\s*\{?(\w+)\}?", r"(\\text{mod }\1)"),
-        (r"(?<![A-Za-z\\])C_\{?(\d+)\}?\^\{?(\d+)\}?", r"\\binom{\1}{\2}"),  # combinations as written in China and Russia
-        (r"\\text\s*\{\s*(?:,\s*)?(?:and|or)\s*\}", ","),
-        (r",?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ","),
-        (r"\\text\s*\{\s*(?:percent|percentage|pct)\s*\}|\s*\b(?:percentage|percent|pct)\b(?! points)", "%"),
-        (r"\\%", "%"),
-        (r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-z])|\\degree|\\text\s*\{\s*degrees?\s*\}", ""),
-        (r"\{,\}|,\s*\\!|\\!\s*,", "\x01"),  # a comma spelled as a thousands mark
-        (r"\\!", ""),
-        (r"(?<=\d)\\,(?=\d{3}(?!\d))", "\x01"),
-        (r"\\[,;:> ]|~", " "),
-        (r"\\(?:lbrace)(?![a-z])", r"\\{"),
-        (r"\\(?:rbrace)(?![a-z])", r"\\}"),
-        (r"\\(?:lvert|rvert|vert|mid)(?![a-z])", "|"),
-        (r"\\langle(?![a-z])", "("),
-        (r"\\rangle(?![a-z])", ")"),
-        (r"\\leqslant|\\leq(?![a-z])|\\leqq|<=", r"\\le "),
-        (r"\\geqslant|\\geq(?![a-z])|\\geqq|>=", r"\\ge "),
-        (r"\\lt(?![a-z])", "<"),
-        (r"\\gt(?![a-z])", ">"),
-        (r"\\neq(?![a-z])|!=", r"\\ne "),
-        (r"\\(?:approx|simeq)(?![a-z])|~=", r"\\approx "),
-        (r"\\(?:backslash|smallsetminus)(?![a-z])", r"\\setminus "),
-        (r"\\(?:ldots|cdots|dots|dotsc|dotsb)(?![a-z])|\.\.\.|…", r"\\ldots "),
-        (r"\\varnothing", r"\\emptyset"),
-        (r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
-        (r"\+\s*\\infty", r"\\infty"),
-        (r"\^\s*\{\s*(?:\\prime|')\s*\}|\^\s*(?:\\prime(?![a-z])|')", "'"),
-        (rf"(?<![\\a-zA-Z])({_FUNCTIONS}|pi)(?![a-zA-Z])", r"\\\1 "),
-        (r"(?<![\\a-zA-Z])(sqrt)(?=[\s(])", r"\\sqrt"),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\sqrt\s*(\d|[a-zA-Z])", r"\\sqrt{\1}"),
-        (r"\\frac\s*(\d|[a-zA-Z])\s*(\d|[a-zA-Z])", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d|[a-zA-Z])\s*(?=\{)", r"\\frac{\1}"),
-        (r"\\frac\s*\{([^{}]*)\}\s*(\d|[a-zA-Z])", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*\{([^{}]*)\}\s*\{", r"\\frac{\1}{"),
-        (r"(?<![\d.])\.(?=\d)", "0."),
-        (r"\s+", " "),
-    )
-]
-
-
-_GROUP = re.compile(r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")  # {x}: a mere TeX group; with a comma it may be a set
-
-
-@lru_cache(maxsize=4096)
-def normalise(text: str) -> str:
-    r"""One spelling of a written answer; idempotent up to spaces. `\dfrac12\text{ or }\tfrac{1}{4}` -> `\frac{1}{2}, \frac{1}{4}`."""
-    text = text.strip()
-    if not text.isascii():
-        text = re.sub(r"√\s*\(([^()]*)\)|√\s*(\d+|[a-z])", lambda m: r"\sqrt{%s}" % (m[1] or m[2]), text)
-        text = re.sub("([%s]+)" % "".join(_SUPERSCRIPT), lambda m: "^{%s}" % "".join(map(_SUPERSCRIPT.get, m[1])), text)
-        for char in set(text) & (_VULGAR.keys() | _UNICODE.keys()):
-            text = text.replace(char, r" \frac{%s}{%s}" % tuple(_VULGAR[char]) if char in _VULGAR else _UNICODE[char])
-        text = unicodedata.normalize("NFKC", text)
-    text = text.replace(r"\$", "").replace("$", "").replace("**", "^" if re.search(r"\w\*\*[\w(]", text) else "")
-    if r"\begin" in text:
-        text = text.replace(r"\\", "\x02")  # row ends of a matrix
-    elif "\\" in text:
-        text = re.sub(r"\\\\(?=[a-zA-Z{}%,])", r"\\", text)  # doubled backslashes of an answer that was escaped twice
-    text = re.sub(r"\\[()\[\]]", " ", text)
-    for pattern, replacement in _RULES:
-        text = pattern.sub(replacement, text)
-    if "\x01" in text:  # thousands: only where the groups are really of three digits
-        text = re.sub(r"(?<!\d)\d{1,3}(?:[\x01,]\s*\d{2,3})*\x01\s*\d{3}(?!\d)", lambda m: re.sub(r"\D", "", m[0]), text)
-        text = re.sub(r"\x01\s*(?=\d)", "", text).replace("\x01", ",")
-    text = text.replace("\x02", r" \\ ")
-    if (m := _GROUP.fullmatch(text.strip())) and "," not in m[1]:
-        text = m[1]
-    return re.sub(r"(?:[\s.,;:]|(?<!\\)\\(?![a-zA-Z{}|]))+$", "", text.strip()).lstrip(":,; ")
-
-
-def squash(text: str) -> str:
-    """Spaces away, except between two digits (`7 3/4` is not `73/4`): what string equality is decided on."""
-    return re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\\text\{ *([^{}]*?) *\}", r"\1", text)).replace("{}", "")
-
-
-# ------------------------------------------------------------------------------------------- 2. what is no answer
-
-_FORBIDDEN = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff\u00ad]|__|\\(?:input|include|write|openin|"
-    r"openout|read|def|edef|gdef|let|newcommand|immediate|catcode|csname|loop|expandafter|usepackage)(?![a-zA-Z])|"
-    r"</?(?:b|i|u|p|a|br|div|span|sub|sup|script|style|img|think|answer)\b[^<>]*>|(?<!\\)\b(?:lambda|import)\b"
-)
-
-
-def unfit(pred: str, gold: str) -> str | None:
-    """Why `pred` can't be an answer at all, or None. Linear time."""
-    if not pred.strip():
-        return "empty answer"
-    if pred.isascii() and not re.search("[A-Za-z0-9]", pred):
-        return "no letter and no digit"
-    if len(pred) > max(300, 2 * len(gold) + 100):
-        return "too long to be an answer"
-    if _FORBIDDEN.search(pred):
-        return "forbidden characters or commands"
-    depth = deepest = 0
-    for char in pred:
-        depth += (char in "([{") - (char in ")]}")
-        deepest = max(deepest, depth)
-    return "nested too deep" if deepest > 25 else None
-
-
-_POWER = re.compile(r"\^\s*(?:\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|(\d))|\*\*(\d+)")
-
-
-def blows_up(pred: str, gold: str) -> bool:
-    r"""Power towers, huge factorials, binomials and sums that the gold hasn't got: refused before sympy sees them."""
-
-    def hot(text: str) -> bool:
-        powers = [m[1] or m[2] or m[3] or "" for m in _POWER.finditer(text)]
-        if any(re.search(r"\d\s*\^|\d{5,}|!", p) for p in powers) or text.count("^") > 12:
-            return True
-        if re.search(r"!\s*\)?\s*!|\d{4,}\s*\)?\s*!", text):
-            return True
-        heavy = re.search(r"\\(?:binom|sum|prod|int|lim|choose|gcd|lcm)", text)
-        return bool(heavy and re.search(r"\d{4,}|\^\s*\{?\d{3}", text))
-
-    return hot(pred) and not hot(gold)
-
-
-# ---------------------------------------------------------------------------------------------------- 3. structure
-
-
-class Number(NamedTuple):
-    value: Fraction
-    decimals: int | None  # digits after the point where it is written as a decimal; None: exact notation
-    percent: bool
-
-
-class Node(NamedTuple):
-    """kind: number | word | atom | named | chain | relation | list | set | tuple | union | ratio | matrix | based."""
-
-    kind: str
-    text: str
-    items: tuple = ()
-    info: str = ""
-    unit: str = ""
-    number: Number | None = None
-
-
-_D = r"\d+(?:\.\d*)?"
-_SCIENTIFIC = re.compile(rf"({_D}) ?(?:(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{{ ?(-? ?\d{{1,4}}) ?\}}|(\d))|[eE]([+-]?\d{{1,3}}))$")
-_FRACTION = re.compile(rf"(?:\\frac ?\{{ ?(-? ?{_D}) ?\}} ?\{{ ?(-? ?{_D}) ?\}}|\(?({_D}) ?/ ?({_D})\)?)$")
-_MIXED = re.compile(r"(\d+) ?(?:\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}| (\d+) ?/ ?(\d+))$")
-_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d*)?$|\d{1,3}(?: \d{3})+(?:\.\d*)?$")
-
-
-def read_number(text: str) -> Number | None:
-    r"""An exact number in any usual notation, else None. `1\frac{4}{5}` -> 9/5, `2.5\times 10^{3}` -> 2500, `7,425,000`, `9\%`."""
-    sign = 1
-    text = text.strip()
-    percent = text.endswith("%")
-    text = text.rstrip("% ")
-    while text[:1] in ("-", "+", "(") and text:
-        if text[0] == "(":
-            if not (text.endswith(")") and text.count("(") == 1 == text.count(")")):
-                break
-            text = text[1:-1].strip()
-            continue
-        sign = -sign if text[0] == "-" else sign
-        text = text[1:].strip()
-        if text[:1] in ("-", "+"):
-            return None
-    if not text or len(text) > 1000 or not text[0].isascii() or not (text[0].isdigit() or text[0] == "\\"):
-        return None
-    if _GROUPED.match(text):
-        text = re.sub("[, ]", "", text)
-    if re.fullmatch(_D, text):
-        whole, _, part = text.partition(".")
-        value = Fraction(int(whole + part), 10 ** len(part))
-        return Number(sign * value, len(part) if part else None, percent)
-    if m := _FRACTION.match(text):
-        top, bottom = (Fraction(t.replace(" ", "").rstrip(".")) for t in ((m[1], m[2]) if m[1] else (m[3], m[4])))
-        return Number(sign * top / bottom, None, percent) if bottom else None
-    if m := _MIXED.match(text):
-        top, bottom = int(m[2] or m[4]), int(m[3] or m[5])
-        return Number(sign * (int(m[1]) + Fraction(top, bottom)), None, percent) if bottom else None
-    if m := re.fullmatch(r"(\d+)\.(\d*) ?\\overline ?\{(\d+)\}", text):  # 0.1\overline{6} = 1/6
-        value = Fraction(int(m[1] + m[2] + m[3]) - int(m[1] + m[2]), 10 ** len(m[2] + m[3]) - 10 ** len(m[2]))
-        return Number(sign * value, None, percent)
-    if m := _SCIENTIFIC.match(text):
-        exponent = int((m[2] or m[3] or m[4]).replace(" ", ""))
-        return Number(sign * Fraction(m[1].rstrip(".")) * Fraction(10) ** exponent, None, percent)
-    if m := re.fullmatch(rf"({_D}) ({'|'.join(_MULTIPLES)})", text):
-        return Number(sign * Fraction(m[1]) * _MULTIPLES[m[2]], None, percent)
-    return None
-
-
-_TOKEN = re.compile(r"\\(?:begin|end)\{[a-z*]+\}|\\[a-zA-Z]+|\\.|.", re.S)
-_OPEN, _CLOSE = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
-
-
-def split_top(text: str, separators: set[str]) -> tuple[list[str], list[str]] | None:
-    """Split at the separators that stand outside all brackets; (pieces, separators found), or None if unbalanced."""
-    pieces, found, depth, start = [], [], 0, 0
-    for m in _TOKEN.finditer(text):
-        token = m[0]
-        if token in _OPEN or token.startswith(r"\begin"):
-            depth += 1
-        elif token in _CLOSE or token.startswith(r"\end"):
-            depth -= 1
-            if depth < 0:
-                return None
-        elif depth == 0 and token in separators:
-            pieces.append(text[start : m.start()].strip())
-            found.append(token)
-            start = m.end()
-    return None if depth else (pieces + [text[start:].strip()], found)
-
-
-_NAME = re.compile(  # what may stand left of "=" as a mere name: x, x_1, f(x), AB, (p,q), \angle ABC, \frac{AM}{MB}, S_{ABC}:S
-    r"(?:\\(?:angle|triangle|overline|frac|sqrt|alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|rho|sigma|Delta|text|max|min|det|"
-    r"tan|sin|cos|area)(?![a-z])|[A-Za-z](?:_(?:\{[^{}]*\}|\w))?|[(){}\[\]|,:'/ ])+$"
-)
-_LETTERS_RUN = re.compile(r"(?<![\\a-zA-Z])[a-z]{2,}(?![a-zA-Z])")
-_RELATIONS = {"<", ">", r"\le", r"\ge", r"\ne"}
-_HAS_VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-df-hj-zA-Z](?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2,}|\\(?:theta|alpha|beta|lambda|mu|phi)")
-
-
-def _is_name(text: str) -> bool:
-    if not _NAME.match(text) or not re.search(r"[A-Za-z]", text):
-        return False
-    bare = re.sub(r"\([^()]*\)|_\{[^{}]*\}|\\text\{[^{}]*\}", "", text)  # xy = 0 is an equation, AB = 4 is a length
-    return not _LETTERS_RUN.search(bare)
-
-
-@lru_cache(maxsize=4096)
-def parse(text: str) -> Node:
-    r"""Normalised text -> Node. `x = 1, 3` -> list(named x 1, 3); `(1, 2]` -> tuple "(]"; `2^{10}-1 = 1023` -> chain."""
-    text = text.strip()
-    number = read_number(text)
-    if number:
-        return Node("number", text, number=number)
-    groups = split_top(text, {";"})
-    if groups and groups[1]:
-        rows = [parse(t) for t in groups[0] if t]
-        if all(r.kind == "list" and all(i.kind == "named" for i in r.items) for r in rows):
-            rows = [Node("tuple", r.text, tuple(i.items[0] for i in r.items), "()") for r in rows]
-        return Node("list", text, tuple(rows))
-    parts = split_top(text, {","})
-    if parts and parts[1]:
-        return Node("list", text, tuple(parse(t) for t in parts[0] if t))
-    return _parse_single(text, parts is not None)
-
-
-def _parse_single(text: str, balanced: bool) -> Node:
-    """A node without a comma at its top level."""
-    if not balanced:
-        return Node("atom", text)
-    members, inclusions = split_top(text, {r"\in"})
-    if len(inclusions) == 1 and re.fullmatch(r"[a-zA-Z]|\\[a-z]+", members[0]):
-        return Node("named", text, (parse(members[1]),), members[0] + " in")
-    if split_top(text, _RELATIONS)[1]:
-        pieces, signs = split_top(text, _RELATIONS | {"="})
-        return Node("relation", text, tuple(pieces), " ".join(signs))
-    members, signs = split_top(text, {"=", r"\approx"})
-    if signs and all(members):
-        return _parse_equality(text, members, signs)
-    operands, operators = split_top(text, {r"\cup", r"\cap", r"\setminus"})
-    if operators and all(operands):
-        return Node("union", text, tuple(parse(_as_set(t)) for t in operands), " ".join(operators))
-    bracketed = _parse_bracketed(text)
-    if r"\pm" not in text or (bracketed and bracketed.kind != "list"):
-        return bracketed or _parse_leaf(text)
-    if text.count(r"\pm") > 1:
-        return Node("atom", text)  # which of the four is meant?
-    both = tuple(parse(normalise(re.sub(r"\\pm *", lambda _: sign, text))) for sign in "+-")  # noqa: B023
-    return Node("list", text, both, "pm")
-
-
-def _as_set(text: str) -> str:
-    return re.sub(r"^\{(.*)\}$", r"\\{\1\\}", text)
-
-
-def _parse_equality(text: str, members: list[str], signs: list[str]) -> Node:
-    """`x = 5` is a named value; members that all say a value form a chain; the rest is an equation."""
-    tail = signs.index(r"\approx") + 1 if r"\approx" in signs else len(members)
-    names = [m for m in members[:tail] if _is_name(m)]
-    values = [m for m in members[:tail] if not _is_name(m)]
-    if len(members) == 2 and signs == ["="]:
-        if names and members[0] == names[0]:
-            return Node("named", text, (parse(members[1]),), squash(members[0]))
-        if any(_HAS_VARIABLE.search(m) for m in members):
-            return Node("relation", text, tuple(members), "=")
-    values = values or names[-1:]
-    node = Node("chain", text, (tuple(map(parse, values)), tuple(map(parse, members[tail:]))))
-    return Node("named", text, (node,), squash(names[0])) if names and names[0] == members[0] and values != names else node
-
-
-_BUILDER = re.compile(r"\\\{ ?([a-z]) ?(?:\\in ?[^|:]*)?(?:\||:) ?(.*)\\\}$")  # \{x | x > 2\}
-_MATRIX = re.compile(r"\\begin\{([pbBv]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}$", re.S)
-
-
-def _parse_bracketed(text: str) -> Node | None:
-    """(…), […), \\{…\\}, {…}, matrices that span the whole text; None otherwise."""
-    if m := _MATRIX.match(text):
-        if r"\begin" not in m[2] and m[1] != "vmatrix":
-            rows = [r for r in re.split(r"\\\\(?:\[[^\]]*\])?", m[2]) if r.strip()]
-            cells = tuple(tuple(parse(normalise(c)) for c in r.split("&")) for r in rows)
-            return Node("matrix", text, cells)
-    if m := _BUILDER.match(text):
-        return parse(m[2].strip())
-    m = re.fullmatch(r"(\\\{|[\[({])(.*?)(\\\}|[\])}])", text, re.S)
-    if not m:
-        return None
-    inner = split_top(m[2], {",", ";"})
-    if inner is None or not m[2].strip():
-        return None
-    body = parse(m[2].strip())
-    items = body.items if body.kind == "list" else (body,)
-    if m[1] in (r"\{", "{"):
-        if m[3] not in (r"\}", "}"):
-            return None
-        return Node("set", text, items) if m[1] == r"\{" or len(items) > 1 else body  # {5} is a mere TeX group
-    if len(items) == 1 and inner[1] == []:
-        return body if m[1] + m[3] == "()" or body.kind == "matrix" else None
-    return Node("tuple", text, items, m[1] + m[3])
-
-
-def _parse_leaf(text: str) -> Node:
-    """Words, ratios, numbers in another base, a value with its unit, or an atom for algebra."""
-    if m := re.fullmatch(r"\\text\{([^{}]*)\}", text):
-        text = m[1].strip()
-        if not re.fullmatch(r"[A-Za-z]", text) and re.search("[A-Za-z]", text) and not re.search(r"\d", text):
-            return Node("word", re.sub(r"[^a-z0-9]+", " ", text.lower()).strip())
-        return parse(text) if text != m[0] and text else Node("atom", text)
-    if re.fullmatch(r"[A-Za-z][A-Za-z' .\-]*", text) and (re.search(r"[A-Za-z]{4}| [A-Za-z]", text) or text.lower() in ("yes", "no")):
-        return Node("word", re.sub(r"[^a-z0-9]+", " ", text.lower()).strip())
-    if m := re.fullmatch(r"(-?[0-9A-F]+)_(?:\{?\\text\{(\w+)\}\}?|\{?(\w+)\}?)", text):
-        return Node("based", f"{m[1].lstrip('0')}_{m[2] or m[3]}")
-    if ":" in text and (parts := split_top(text, {":"})) and parts[1] and all(parts[0]):
-        return Node("ratio", text, tuple(map(parse, parts[0])))
-    stripped, unit = text, ""
-    for pattern in (_TEXT_TAIL, _UNIT_TAIL):
-        m = pattern.search(stripped)
-        if m and stripped[: m.start()].strip(" \\"):
-            stripped, unit = stripped[: m.start()].strip(), unit or m[1].strip(" .").lower()
-    number = read_number(stripped)
-    if unit and unit in _MULTIPLES and number:
-        number = number._replace(value=number.value * _MULTIPLES[unit])
-    key = unit.rstrip("s") if unit not in _CANON else unit
-    if number:
-        return Node("number", stripped, unit=_CANON.get(key, ""), number=number)
-    if stripped != text and not re.search(r"[,=]", stripped):
-        return parse(stripped)._replace(unit=_CANON.get(key, ""))
-    return Node("atom", stripped, unit=_CANON.get(key, ""))
-
+from notation import HAS_VARIABLE, Node, Number, blows_up, normalise, parse, read_number, squash, unfit
 
 # --------------------------------------------------------------------------------------------------- 4. comparison
 
@@ -430,9 +31,11 @@ Leaf = Callable[[Node, Node], "bool | None"]
 
 
 def number_equal(pred: Number, gold: Number) -> bool:
-    """Exactly equal; or one is a correctly rounded decimal of >= 6 places of the other, which has no finite decimal form.
+    """Exactly equal; or one is a correctly rounded decimal of >= 6 places of the other, which has no finite
+    decimal form.
 
-    A percent sign on one side only may stand for the factor 1/100 or be left out (a question that asks "what percent?").
+    A percent sign on one side only may stand for the factor 1/100 or be left out (a question that asks "what
+    percent?").
     """
     a, b = pred.value, gold.value
     if pred.percent != gold.percent:
@@ -478,10 +81,19 @@ def match_unordered(pred: tuple, gold: tuple, leaf: Leaf) -> bool | None:
     return None if unsure else True
 
 
-def distinct(items: tuple, leaf: Leaf) -> tuple:
+def contains(items, item: Node, leaf: Leaf) -> bool | None:
+    results = [compare(item, other, leaf) for other in items]
+    return True if True in results else (None if None in results else False)
+
+
+def distinct(items: tuple, leaf: Leaf) -> tuple | None:
+    """Without repetitions; None where the leaf can't tell."""
     kept: list[Node] = []
     for item in items:
-        if not any(compare(item, k, leaf) for k in kept):
+        known = contains(kept, item, leaf)
+        if known is None:
+            return None
+        if not known:
             kept.append(item)
     return tuple(kept)
 
@@ -510,7 +122,7 @@ def compare(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
     if "relation" in kinds:
         return _compare_relation(pred, gold, leaf)
     if pred.kind == gold.kind == "named" and pred.info != gold.info:
-        open_equation = _HAS_VARIABLE.search(pred.text.split("=")[-1]) and " in" not in pred.info + gold.info
+        open_equation = HAS_VARIABLE.search(pred.text.split("=")[-1]) and " in" not in pred.info + gold.info
         return leaf(_as_equation(pred), _as_equation(gold)) if open_equation else False
     if "named" in kinds:
         return compare(*(n.items[0] if n.kind == "named" else n for n in (pred, gold)), leaf)
@@ -545,7 +157,9 @@ def _compare_relation(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
     for i, other in ((0, 1), (1, 0)):
         if pair[i].kind == "named" and pair[i].info.endswith(" in"):  # x \in [0, 1] for 0 \le x \le 1, either way
             interval = as_interval(pair[other])
-            return bool(interval) and compare(*((pair[i].items[0], interval) if i == 0 else (interval, pair[i].items[0])), leaf)
+            return bool(interval) and compare(
+                *((pair[i].items[0], interval) if i == 0 else (interval, pair[i].items[0])), leaf
+            )
     if gold.kind == "relation" and pred.kind == "tuple":
         interval = as_interval(gold)
         return bool(interval) and compare(pred, interval, leaf)
@@ -569,7 +183,11 @@ def _compare_chain(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
     near = []
     for t in tail:
         values = [getattr(n.number, "value", None) for n in (t, target)]
-        near.append(leaf(t, target._replace(info="near")) if None in values else abs(values[0] - values[1]) * 100 <= abs(values[1]))
+        near.append(
+            leaf(t, target._replace(info="near"))
+            if None in values
+            else abs(values[0] - values[1]) * 100 <= abs(values[1])
+        )
     return all_of([verdict, *near])
 
 
@@ -583,8 +201,10 @@ def _compare_ratio(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
     return all_of(compare(p, g, leaf) for p, g in zip(pred.items, gold.items))
 
 
-def _finite(node: Node, leaf: Leaf) -> Node:
-    """Carry out unions, intersections and differences of finite sets; anything else is returned as it came."""
+def _finite(node: Node, leaf: Leaf) -> Node | None:
+    """Carry out unions, intersections and differences of finite sets (None: undecided); anything else is
+    returned as it came.
+    """
     if node.kind != "union" or any(i.kind != "set" for i in node.items):
         return node
     items = node.items[0].items
@@ -592,14 +212,22 @@ def _finite(node: Node, leaf: Leaf) -> Node:
         if operator == r"\cup":
             items = distinct(items + other.items, leaf)
         else:
-            keep = operator == r"\cap"
-            items = tuple(i for i in items if bool(any(compare(i, o, leaf) for o in other.items)) == keep)
+            member = [contains(other.items, i, leaf) for i in items]
+            items = None if None in member else tuple(i for i, m in zip(items, member) if m == (operator == r"\cap"))
+        if items is None:
+            return None
     return Node("set", node.text, items)
 
 
 def _compare_collection(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
     pred, gold = _finite(pred, leaf), _finite(gold, leaf)
-    if pred.kind == "union" and gold.kind == "list" and all(i.kind == "relation" and as_interval(i) for i in gold.items):
+    if pred is None or gold is None:
+        return None
+    if (
+        pred.kind == "union"
+        and gold.kind == "list"
+        and all(i.kind == "relation" and as_interval(i) for i in gold.items)
+    ):
         gold = parse(r"\cup ".join(as_interval(i).text for i in gold.items))
     kinds = {pred.kind, gold.kind}
     if kinds == {"matrix"}:
@@ -621,7 +249,9 @@ def _compare_collection(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
             return False
         ordered = gold.kind == "tuple"
         if ordered:
-            return all_of([len(pred.items) == len(gold.items), *(compare(p, g, leaf) for p, g in zip(pred.items, gold.items))])
+            return all_of(
+                [len(pred.items) == len(gold.items), *(compare(p, g, leaf) for p, g in zip(pred.items, gold.items))]
+            )
         return match_unordered(pred.items, gold.items, leaf)
     if kinds != {"tuple"} or len(pred.items) != len(gold.items):
         return leaf(pred, gold) if "atom" in kinds and "union" in kinds else False
@@ -636,6 +266,8 @@ def _compare_bags(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
     p, g = _spread(p), _spread(g)
     if "list" not in (pred.kind, gold.kind):
         p, g = distinct(p, leaf), distinct(g, leaf)
+        if p is None or g is None:
+            return None
     if len(p) != len(g):
         return _decimal_comma(pred, gold)
     p_names, g_names = ([re.sub(r"_.*", "", i.info) for i in side if i.kind == "named"] for side in (p, g))
@@ -655,7 +287,9 @@ def _compare_bags(pred: Node, gold: Node, leaf: Leaf) -> bool | None:
 
 def _spread(items: tuple) -> tuple:
     """`-2, 1 \\pm \\sqrt5` has three elements."""
-    return tuple(itertools.chain.from_iterable(i.items if i.kind == "list" and i.info == "pm" else (i,) for i in items))
+    return tuple(
+        itertools.chain.from_iterable(i.items if i.kind == "list" and i.info == "pm" else (i,) for i in items)
+    )
 
 
 def _decimal_comma(pred: Node, gold: Node) -> bool:
@@ -719,7 +353,9 @@ _UNPARSABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{4,}|\\gcd|\\lcm|\\ldots|\\par
 
 @lru_cache(maxsize=4096)
 def to_sympy(text: str):
-    """Normalised LaTeX of one scalar -> sympy expression with exact numbers, or None. math-verify's grammar does the parsing."""
+    """Normalised LaTeX of one scalar -> sympy expression with exact numbers, or None. math-verify's grammar
+    does the parsing.
+    """
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Basic, Float, I, Rational, Symbol
@@ -728,12 +364,18 @@ def to_sympy(text: str):
     bare = re.sub(r"\\text\{([A-Za-z])\}", r"\1", text)
     if _UNPARSABLE.search(bare) or "pm" in bare or re.search(r"(?<!_)\d \d", bare) or not bare:
         return None
-    bare = re.sub(r"(\d) ?(\\frac ?\{\d+\} ?\{\d+\})", r"(\1+\2)", bare) if re.match(r"-?\d ?\\frac ?\{\d+\}", bare) else bare
+    bare = (
+        re.sub(r"(\d) ?(\\frac ?\{\d+\} ?\{\d+\})", r"(\1+\2)", bare)
+        if re.match(r"-?\d ?\\frac ?\{\d+\}", bare)
+        else bare
+    )
     bare = re.sub(r"(?<!\\log_)(?<=[\d)])\s*\(", r"\\cdot (", bare)  # the grammar reads 5(2) as the mixed number 7
     bare = re.sub(r"(?<=[\d)}])\s*\*\s*|(?<=[a-zA-Z])\*", r"\\cdot ", bare)
     config = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
     try:
-        expression = latex2sympy(bare, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=config)
+        expression = latex2sympy(
+            bare, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=config
+        )
     except Exception:  # noqa: BLE001  the parser raises bare Exception on everything it can't read
         return None
     if not isinstance(expression, Basic):
@@ -769,7 +411,9 @@ def _constants_equal(pred: Node, gold: Node, a, b) -> bool:
     a, b = a.doit(), b.doit()
     if a.is_Rational and b.is_Rational:
         x, y = Fraction(int(a.p), int(a.q)), Fraction(int(b.p), int(b.q))
-        return number_equal(*(Number(v, n.number and n.number.decimals, n.text.endswith("%")) for v, n in ((x, pred), (y, gold))))
+        return number_equal(
+            *(Number(v, n.number and n.number.decimals, n.text.endswith("%")) for v, n in ((x, pred), (y, gold)))
+        )
     x, y = value_at(a), value_at(b)
     if x is None or y is None:
         return a == b and a in (oo, -oo)
@@ -794,7 +438,11 @@ def value_at(expression, point: dict | None = None):
     expression = expression.subs(point) if point else expression
     unknown = {f: Rational(sum(map(ord, str(f))) % 9973 + 7, 1009) for f in expression.atoms(AppliedUndef)}
     value = expression.xreplace(unknown).doit().evalf(60, maxn=400)
-    return value if value.is_number and value.is_finite and not value.free_symbols and not value.has(AppliedUndef) else None
+    return (
+        value
+        if value.is_number and value.is_finite and not value.free_symbols and not value.has(AppliedUndef)
+        else None
+    )
 
 
 def points(symbols: set) -> list[dict]:
@@ -803,11 +451,16 @@ def points(symbols: set) -> list[dict]:
 
     ordered = sorted(symbols, key=str)
     seeds = [(17, 23), (-31, 13), (211, 37), (-7, 41), (5, 3)]
-    return [{s: Rational(a + 6 * i * (-1) ** (i + k) + i, b) for i, s in enumerate(ordered)} for k, (a, b) in enumerate(seeds)]
+    return [
+        {s: Rational(a + 6 * i * (-1) ** (i + k) + i, b) for i, s in enumerate(ordered)}
+        for k, (a, b) in enumerate(seeds)
+    ]
 
 
 def same_function(a, b) -> bool | None:
-    """Equal at every point where both are defined: True; different somewhere: False; fewer than two such points: None."""
+    """Equal at every point where both are defined: True; different somewhere: False; fewer than two such
+    points: None.
+    """
     agreed = 0
     for point in points(a.free_symbols | b.free_symbols):
         x, y = value_at(a, point), value_at(b, point)
@@ -866,12 +519,17 @@ def _verify(pred: str, gold: str) -> bool:
     if _UNPARSABLE.search(pred) or pred.count("_") != gold.count("_"):
         return False
     config = [LatexExtractionConfig(boxed_match_priority=-1)]
-    p, g = (parse(f"${t}$", extraction_config=config, fallback_mode="no_fallback", parsing_timeout=None) for t in (pred, gold))
+    p, g = (
+        parse(f"${t}$", extraction_config=config, fallback_mode="no_fallback", parsing_timeout=None)
+        for t in (pred, gold)
+    )
     return bool(p and g and verify(g[0], p[0], timeout_seconds=None))
 
 
 def warm_up() -> None:
-    """Import sympy and fill the LaTeX parser's tables: the first answers of a fresh process would take 50-400 ms each."""
+    """Import sympy and fill the LaTeX parser's tables: the first answers of a fresh process would take 50-400
+    ms each.
+    """
     pairs = (
         (r"\frac{x^{2}+1}{2}", r"0.5x^2+\frac12"), (r"2\sqrt{3}+\pi", r"\pi + \sqrt{12}"), (r"(x-1)(x+1)", r"x^2-1"),
         (r"\sin^2 x+\cos^2 x", "1+0x"), (r"\binom{n}{2}", r"\frac{n!}{2(n-2)!}"), (r"-\frac{a_{1}}{b}", r"-a_1/b"),

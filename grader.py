@@ -1,16 +1,19 @@
-"""Worker processes that can be killed: run `module:function` on items with a deadline each, whatever the function does.
+"""Worker processes that can be killed: run `module:function` on items with a deadline each, whatever the
+function does.
 
-SymPy can't be interrupted from a thread and a user's reward can do anything, so each item runs in a process that is killed
-(with everything it started) when the deadline passes, and a fresh one takes its place. The workers are new interpreters
-(`subprocess`, not fork: no CUDA context, no torch, no copy of the caller's `__main__`), read JSON lines and answer JSON lines.
+SymPy can't be interrupted from a thread and a user's reward can do anything, so each item runs in a process
+that is killed (with everything it started) when the deadline passes, and a fresh one takes its place. The
+workers are new interpreters (`subprocess`, not fork: no CUDA context, no torch, no copy of the caller's
+`__main__`), read JSON lines and answer JSON lines.
 
     with Pool("rewards:grade_equality", workers=2, deadline=5) as pool:
         outcome = pool.submit("\\\\frac12", "0.5").result()      # Outcome("ok", True, "", 0.003)
 
-Promises, each with a test: the deadline runs from the moment that a worker takes the item (never while it queues or while
-the interpreter starts); a result comes at most about a second after it; an exception, a hang or a death of the worker is an
-Outcome, never an exception; memory is bounded (RLIMIT_AS); `submit` may be called from any thread; no worker outlives the
-pool, the interpreter, or a parent that was killed with SIGKILL (Linux: parent-death signal; elsewhere: end of file on the pipe).
+Promises, each with a test: the deadline runs from the moment that a worker takes the item (never while it
+queues or while the interpreter starts); a result comes at most about a second after it; an exception, a hang or
+a death of the worker is an Outcome, never an exception; memory is bounded (RLIMIT_AS); `submit` may be called
+from any thread; no worker outlives the pool, the interpreter, or a parent that was killed with SIGKILL (Linux:
+parent-death signal; elsewhere: end of file on the pipe).
 """
 
 from __future__ import annotations
@@ -108,8 +111,8 @@ class _Worker:
 class Pool:
     """`workers` killable processes behind one queue. Raises ValueError at once if `function` can't be imported there.
 
-    function: "module:function" of JSON values, called as function(*args). deadline: seconds per item. memory_gb: RLIMIT_AS of a worker.
-    counters: taken, ok, timeout, error, kills.
+    function: "module:function" of JSON values, called as function(*args). deadline: seconds per item.
+    memory_gb: RLIMIT_AS of a worker. counters: taken, ok, timeout, error, kills.
     """
 
     def __init__(self, function: str, workers: int = 2, deadline: float = 5.0, memory_gb: float = 4.0):
@@ -135,7 +138,9 @@ class Pool:
             raise
 
     def submit(self, *args: object) -> Future:
-        """Queue function(*args); the Future's result is an Outcome (never an exception, except CancelledError after `close`)."""
+        """Queue function(*args); the Future's result is an Outcome (never an exception, except CancelledError
+        after `close`).
+        """
         future: Future = Future()
         if os.getpid() != self._pid:
             raise RuntimeError("this pool belongs to the process that made it; make one after the fork")
@@ -226,8 +231,16 @@ class Pool:
             return worker
         begin = time.monotonic()
         try:
-            reply = worker.ask(args, self.deadline) if worker else {"status": "error", "value": None, "why": "no worker could be started"}
-            outcome = Outcome("timeout", None, f"killed after {self.deadline:g} s", self.deadline) if reply is None else None
+            reply = (
+                worker.ask(args, self.deadline)
+                if worker
+                else {"status": "error", "value": None, "why": "no worker could be started"}
+            )
+            outcome = (
+                Outcome("timeout", None, f"killed after {self.deadline:g} s", self.deadline)
+                if reply is None
+                else None
+            )
         except WorkerDied:
             reply, outcome = None, Outcome("error", None, "the worker died (memory limit?)", time.monotonic() - begin)
         except (TypeError, ValueError) as e:  # what was submitted isn't JSON
@@ -255,7 +268,9 @@ class Pool:
 
 
 def worker_main() -> None:
-    """argv: function, memory in GB, pid of the parent. Replies {status, value, why} to every line; ends with the pipe."""
+    """argv: function, memory in GB, pid of the parent. Replies {status, value, why} to every line; ends with
+    the pipe.
+    """
     global IN_WORKER
     IN_WORKER = True
     function_name, memory_gb, parent = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
@@ -281,7 +296,12 @@ def worker_main() -> None:
             _reply(replies, "error", None, "out of memory", spent=True)  # a fresh process serves the next item
         except Exception as e:
             where = traceback.extract_tb(e.__traceback__)[-1]
-            _reply(replies, "error", None, f"{type(e).__name__}: {e} ({os.path.basename(where.filename)}:{where.lineno})"[:500])
+            _reply(
+                replies,
+                "error",
+                None,
+                f"{type(e).__name__}: {e} ({os.path.basename(where.filename)}:{where.lineno})"[:500],
+            )
 
 
 def load(name: str) -> Callable:
@@ -299,7 +319,9 @@ def _reply(stream, status: str, value: object, why: str, spent: bool = False) ->
     try:
         text = json.dumps({"status": status, "value": value, "why": why, "spent": spent})
     except (TypeError, ValueError):
-        text = json.dumps({"status": "error", "value": None, "why": f"returned {type(value).__name__}, which isn't a JSON value"})
+        text = json.dumps(
+            {"status": "error", "value": None, "why": f"returned {type(value).__name__}, which isn't a JSON value"}
+        )
     stream.write(text + "\n")
     stream.flush()
 

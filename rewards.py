@@ -1,18 +1,21 @@
 """Verifiable rewards: from a completion and a problem to 1.0 or 0.0. One function for training and for evaluation.
 
     python rewards.py FILE.jsonl                # grade {pred|completion, gold} rows, print agreement and latency
-    python train_grpo.py --reward my_rewards:score …    # a rule of your own: score(problem, completion, finish_reason) -> float
+    python train_grpo.py --reward my:score …    # a rule of your own: score(problem, completion, finish_reason) -> float
 
-Three steps, strict on purpose (the reward is the only teacher, and what it can be fooled into is what will be learned):
+Three steps, strict on purpose (the reward is the only teacher, and what it can be fooled into is what will be
+learned):
 
 1. `extract_answer`: only after the last `</think>`; the last closed `<answer>…</answer>`, else the last brace-matched
-   `\\boxed{}`. Never a guess, never the nearest option, never the last number of the prose (`lenient=True` is a second score).
-2. equality: letters for choices; for math `equality.py` (exact numbers and strings here, algebra in a killable worker).
-3. `Reward(score, answer, why, status)`, status ok | no_answer | truncated | timeout | error. A cut completion scores 0.
+   `\\boxed{}`. Never a guess, never the nearest option, never the last number of the prose (`lenient=True` is a
+   second score).
+2. equality: letters for choices; for math `equality.py` (numbers and strings here, algebra in a killable worker).
+3. `Reward(score, answer, why, status)`, status ok | no_answer | truncated | timeout | error. A cut text scores 0.
 
-`reward` and `is_equal` wait for the result; `Grader` is the asynchronous form that a training loop uses: submit while decoding
-goes on, collect Futures. Neither can hang, raise on model text, or leave a process behind. Imports no torch.
-The paper scores exact answers 1/0 and says no more; the rules here are ours. See `grader.py` for the processes.
+`reward` and `is_equal` wait for the result; `Grader` is the asynchronous form that a training loop uses: submit
+while decoding goes on, collect Futures. Neither can hang, raise on model text, or leave a process behind.
+Imports no torch. The paper scores exact answers 1/0 and says no more; the rules here are ours. See `grader.py`
+for the processes.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from typing import NamedTuple
 
 import equality
 import grader
+import notation
 from grader import Pool
 
 RULES = ("answer", "boxed", "line")
@@ -70,8 +74,9 @@ _BETWEEN = re.compile(r"(?:[\s$.]|\\[()\[\] ,;]|\\q?quad|(,|;|\\text\{\s*(?:and|
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last outermost `\boxed{…}`; boxes joined by a comma, `and` or `or` are one list. None if there is none,
-    or if a box is opened after it and never closed. `\boxed{1} and \boxed{2}` -> "1, 2"; `\boxed{17}, no: \boxed{42}` -> "42".
+    r"""Content of the last outermost `\boxed{…}`; boxes joined by a comma, `and` or `or` are one list. None if
+    there is none, or if a box is opened after it and never closed. `\boxed{1} and \boxed{2}` -> "1, 2";
+    `\boxed{17}, no: \boxed{42}` -> "42".
     """
     text = text[-SCANNED:]
     spans: list[tuple[int, int, int]] = []  # (start of the command, start of the content, end of the content)
@@ -115,13 +120,20 @@ def tagged(text: str) -> str | None:
 
 
 def extract_answer(
-    text: str, kind: str, options: list[str] | None = None, *, rule: str = "answer", open_thought: bool = False, lenient: bool = False
+    text: str,
+    kind: str,
+    options: list[str] | None = None,
+    *,
+    rule: str = "answer",
+    open_thought: bool = False,
+    lenient: bool = False,
 ) -> Answer | None:
     """The answer that the completion gives, or None.
 
-    kind: math | choice | open. options: texts of a choice, without letters (letters beyond them are no answers). rule: where the
-    prompt asked for the answer: "answer" (`<answer>`, else a box), "boxed" (a box only), "line" (the last "Answer: X").
-    lenient: also the other rules, then the last number or letter of the prose; a second figure for reports, never a reward.
+    kind: math | choice | open. options: texts of a choice, without letters (letters beyond them are no
+    answers). rule: where the prompt asked for the answer: "answer" (`<answer>`, else a box), "boxed" (a box
+    only), "line" (the last "Answer: X"). lenient: also the other rules, then the last number or letter of the
+    prose; a second figure for reports, never a reward.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
@@ -181,14 +193,15 @@ def _plain(text: str) -> str:
 
 
 def choice_letter(content: str, options: list[str] | None = None) -> str | None:
-    """The one strict rule for a choice: "B", "(B)", "B: text", "B. text", "B) text", "(B) text", or exactly one option's text.
+    """The one strict rule for a choice: "B", "(B)", "B: text", "B. text", "B) text", "(B) text", or exactly one
+    option's text.
 
     A text that is another option's contradicts its letter; a second letter ("B. or C.") makes it no answer.
     """
     if len(content) > 2000:
         return None
     content, letters = _plain(content), _letters(options)
-    texts = [_plain(o).casefold() for o in options or []]
+    texts = [_plain(str(o)).casefold() for o in options or []][: len(letters)]
     if m := re.fullmatch(r"\(([A-Z])\)|([A-Z])\)?", content):
         return (m[1] or m[2]) if (m[1] or m[2]) in letters else None
     if content.casefold() in texts:
@@ -206,11 +219,13 @@ def choice_letter(content: str, options: list[str] | None = None) -> str | None:
 
 _ANCHOR = re.compile(  # every repetition is bounded: linear time on hostile text
     r"(?:(?i:answer|answers|option|choice|réponse|respuesta|antwort|risposta|resposta|ответ|答案|答え|정답)\**"
-    r"\s{0,3}(?:\((?i:letter)\)\s{0,3})?(?:\s(?i:is|would be|should be|must be|est|es|ist)|:|=|是|为|為|は|è|é)[\s:*]{0,9}"
+    r"\s{0,3}(?:\((?i:letter)\)\s{0,3})?"
+    r"(?:\s(?i:is|would be|should be|must be|est|es|ist)|:|=|是|为|為|は|è|é)[\s:*]{0,9}"
     r"(?:(?i:therefore|thus|most likely|likely|clearly|definitely|option|choice|letter)[\s:,*]{1,9}){0,3}"
     r"|\b(?i:it['’]?s|it is|choose|pick|select)\s+(?=\())"
     r"(?P<wrap>(?:\\[a-z]{2,10}\{|\\[(\[]|[\s*$`\"“(\[{<]){0,12})(?P<letter>[A-Z])(?![A-Za-z0-9_'’])(?P<rest>[^\n]*)"
 )
+_ANSWER_LINE = re.compile(r"(?im)^\W{0,9}answer\W{0,5}:\W{0,9}(\S[^\n]*)$")
 _HEDGE = re.compile(r"[\s*)$}\].]*(?:[/&]|,?\s*(?i:or|and|ou|oder|et|und)\b|,(?=\s*\(?[A-Z]\b))(.*)", re.S)
 
 
@@ -223,18 +238,20 @@ def stated_letter(body: str, options: list[str] | None = None) -> str | None:
         return letter
     letters = _letters(options)
     body = unicodedata.normalize("NFKC", body)
-    last = None
-    for last in _ANCHOR.finditer(body):
-        pass
-    lines = re.findall(r"(?im)^\W{0,9}answer\W{0,5}:\W{0,9}(\S[^\n]*)$", body)
-    if lines and options and (last is None or lines[-1] not in body[last.start() :]) and body.rfind(lines[-1]) > (last.start() if last else -1):
-        return choice_letter(lines[-1], options)
+    last = max(_ANCHOR.finditer(body), key=lambda m: m.start(), default=None)
+    line = max(_ANSWER_LINE.finditer(body), key=lambda m: m.start(), default=None)
+    if line and options and (last is None or last.start() < line.start()):
+        return choice_letter(line[1], options)  # "Answer: cough"
     if last is None or last["letter"] not in letters:
         return None
     hedge = _HEDGE.match(last["rest"])
     if hedge and re.search(rf"(?<![\w'])[{letters}](?![\w'])", hedge[1] or ""):
         return None
-    article = last["letter"] in "AI" and not last["wrap"].strip() and re.match(r"\s+(?!(?i:because|since|as)\b)[a-z]", last["rest"])
+    article = (
+        last["letter"] in "AI"
+        and not last["wrap"].strip()
+        and re.match(r"\s+(?!(?i:because|since|as)\b)[a-z]", last["rest"])
+    )
     return None if article else last["letter"]
 
 
@@ -265,7 +282,9 @@ def _settle(problem: dict, completion: str, finish_reason: str, how: dict) -> Re
         return Reward(0.0, text, "cut at the length limit", "truncated")
     if answer is None:
         unclosed = after_thought(completion, how.get("open_thought", False)) is None
-        return Reward(0.0, None, "the thought is never closed" if unclosed else "no answer in the place asked for", "no_answer")
+        return Reward(
+            0.0, None, "the thought is never closed" if unclosed else "no answer in the place asked for", "no_answer"
+        )
     if kind == "choice":
         return _verdict(text == golds[0], text)
     return _settle_value(problem, text, golds)
@@ -286,9 +305,11 @@ def _settle_value(problem: dict, text: str, golds: list[str]) -> Reward | tuple[
         text_bare = text
     golds = [last_boxed(g) or g if "boxed" in g else g for g in golds]
     if _BIG.search(text) and not any(_BIG.search(g) for g in golds) and _BIG.search(problem.get("question", "")):
-        return Reward(0.0, text, "an unevaluated sum, product, integral or limit of the question isn't an answer", "ok")
+        return Reward(
+            0.0, text, "an unevaluated sum, product, integral or limit of the question isn't an answer", "ok"
+        )
     if meta.get("precision") is not None:
-        pair = [equality.read_number(equality.normalise(t)) if len(t) < 300 else None for t in (text_bare, golds[0])]
+        pair = [notation.read_number(notation.normalise(t)) if len(t) < 300 else None for t in (text_bare, golds[0])]
         if all(pair):
             places = int(meta["precision"])
             return _verdict(round(pair[0].value, places) == round(pair[1].value, places), text)
@@ -309,7 +330,9 @@ def _from_outcome(outcome: grader.Outcome, text: str | None) -> Reward:
 
 
 def _from_user(outcome: grader.Outcome) -> Reward:
-    """A user's function returns a finite number, or {"score": number, "answer"?: text, "why"?: text}; anything else is an error."""
+    """A user's function returns a finite number, or {"score": number, "answer"?: text, "why"?: text}; anything
+    else is an error.
+    """
     if outcome.status != "ok":
         return Reward(0.0, None, outcome.why, outcome.status)
     value = outcome.value if isinstance(outcome.value, dict) else {"score": outcome.value}
@@ -325,7 +348,9 @@ _default_lock = threading.Lock()
 
 
 def _equal_somewhere(pred: str, golds: list[str]) -> grader.Outcome:
-    """Algebra for the waiting calls: here if this is a worker already, else in one shared worker that starts when first needed."""
+    """Algebra for the waiting calls: here if this is a worker already, else in one shared worker that starts
+    when first needed.
+    """
     global _default_pool
     if grader.IN_WORKER:
         return grader.Outcome("ok", grade_equality(pred, golds), "", 0.0)
@@ -336,7 +361,9 @@ def _equal_somewhere(pred: str, golds: list[str]) -> grader.Outcome:
 
 
 def is_equal(pred: str, gold: str) -> bool:
-    """Is the written answer `pred` the same mathematical object as `gold`? False on timeout (5 s). Empty equals nothing."""
+    """Is the written answer `pred` the same mathematical object as `gold`? False on timeout (5 s). Empty equals
+    nothing.
+    """
     verdict = equality.quick_equal(pred, gold)
     return bool(_equal_somewhere(pred, [gold]).value) if verdict is None else verdict
 
@@ -350,10 +377,12 @@ def reward(
     open_thought: bool = False,
     lenient: bool = False,
 ) -> Reward:
-    """Score one completion of a problem row (kind, answer, options?, question?, meta? {precision, unit}) and wait for it.
+    """Score one completion of a problem row (kind, answer, options?, question?, meta? {precision, unit}) and
+    wait for it.
 
-    finish_reason: stop | length | forced+stop | forced+length; a length scores 0. The other arguments: see `extract_answer`.
-    Bad golds and unknown kinds are a Reward with status "error", so one bad row never ends a run.
+    finish_reason: stop | length | forced+stop | forced+length; a length scores 0. The other arguments: see
+    `extract_answer`. Bad golds and unknown kinds are a Reward with status "error", so one bad row never ends a
+    run.
     """
     settled = _settle(problem, completion, finish_reason, dict(rule=rule, open_thought=open_thought, lenient=lenient))
     return settled if isinstance(settled, Reward) else _from_outcome(_equal_somewhere(*settled), settled[0])
@@ -371,14 +400,16 @@ def unverifiable(problem: dict) -> str | None:
 
 
 class Grader:
-    """Rewards as Futures, graded in killable processes. A context manager; make it before CUDA or after, it never forks.
+    """Rewards as Futures, graded in killable processes. A context manager; make it before CUDA or after, it
+    never forks.
 
     with Grader(workers=2, deadline=5) as g:
         futures = [g.submit(problem, text, "stop") for problem, text in rollouts]      # any thread
         rewards = [f.result() for f in futures]
 
-    reward: "module:function" of your own, called in the workers as function(problem, completion, finish_reason); an exception, a
-    hang, NaN or None there is a Reward with status error or timeout. Letters, integers and exact strings never leave this process.
+    reward: "module:function" of your own, called in the workers as function(problem, completion,
+    finish_reason); an exception, a hang, NaN or None there is a Reward with status error or timeout. Letters,
+    integers and exact strings never leave this process.
     """
 
     def __init__(
@@ -401,10 +432,14 @@ class Grader:
         self.pool = Pool(reward or "rewards:grade_equality", workers, deadline, memory_gb)
 
     def submit(self, problem: dict, completion: str, finish_reason: str = "stop") -> Future:
-        """A Future of a Reward; already done where no worker is needed. It never holds an exception unless the grader is closed."""
+        """A Future of a Reward; already done where no worker is needed. It never holds an exception unless the
+        grader is closed.
+        """
         future: Future = Future()
         if self.user:
-            self.pool.submit(problem, completion, finish_reason).add_done_callback(lambda f: self._finish(future, f, _from_user))
+            self.pool.submit(problem, completion, finish_reason).add_done_callback(
+                lambda f: self._finish(future, f, _from_user)
+            )
             return future
         settled = _settle(problem, completion, finish_reason, self.how)
         if isinstance(settled, Reward):
@@ -465,8 +500,9 @@ def read_rows(path: str) -> list[dict]:
 
 
 def as_job(row: dict, rule: str) -> tuple[dict, str, str]:
-    """A row -> (problem, completion, rule). `completion` is a model's whole text. `pred` is a bare answer and is put in a box,
-    except under the kinds text (whole text, box asked for) and mcq (whole text, statement asked for) of grader test files.
+    """A row -> (problem, completion, rule). `completion` is a model's whole text. `pred` is a bare answer and
+    is put in a box, except under the kinds text (whole text, box asked for) and mcq (whole text, statement
+    asked for) of grader test files.
     """
     kind, gold = row.get("kind", "math"), row.get("gold", row.get("answer"))
     if kind.endswith("mcq"):
@@ -487,7 +523,9 @@ def expected(row: dict) -> bool | None:
     return row.get("expected_boxed_only", row.get("expected")) if row.get("kind") == "text" else row.get("expected")
 
 
-def grade_rows(rows: list[dict], workers: int, deadline: float, rule: str, user: str = "") -> list[tuple[Reward, float]]:
+def grade_rows(
+    rows: list[dict], workers: int, deadline: float, rule: str, user: str = ""
+) -> list[tuple[Reward, float]]:
     """Reward and milliseconds from submission to result (one at a time, so the queue isn't in it) for every row."""
     graders = {}
     graded = []
@@ -506,7 +544,10 @@ def grade_rows(rows: list[dict], workers: int, deadline: float, rule: str, user:
 
 
 def table(rows: list[dict], graded: list[tuple[Reward, float]]) -> str:
-    lines = [f"{'kind':14}{'rows':>6}{'score 1':>9}{'agree':>14}{'FP':>5}{'FN':>5}{'median ms':>11}{'p99':>9}{'max':>9}{'killed':>8}"]
+    lines = [
+        f"{'kind':14}{'rows':>6}{'score 1':>9}{'agree':>14}{'FP':>5}{'FN':>5}"
+        f"{'median ms':>11}{'p99':>9}{'max':>9}{'killed':>8}"
+    ]
     kinds = sorted({r.get("kind", "math") for r in rows})
     for kind in [*kinds, "all"]:
         part = [(r, g, ms) for r, (g, ms) in zip(rows, graded) if kind in ("all", r.get("kind", "math"))]
@@ -518,15 +559,20 @@ def table(rows: list[dict], graded: list[tuple[Reward, float]]) -> str:
         p99 = times[min(len(times) - 1, int(0.99 * len(times)))]
         lines.append(
             f"{kind:14}{len(part):6}{sum(g.score > 0 for _, g, _ in part):9}{share:>14}{positive:5}{negative:5}"
-            f"{times[len(times) // 2]:11.3f}{p99:9.2f}{times[-1]:9.2f}{sum(g.status == 'timeout' for _, g, _ in part):8}"
+            f"{times[len(times) // 2]:11.3f}{p99:9.2f}{times[-1]:9.2f}"
+            f"{sum(g.status == 'timeout' for _, g, _ in part):8}"
         )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", help="jsonl rows: pred or completion, gold; optional kind, options, meta, expected, finish_reason")
-    parser.add_argument("--rule", choices=RULES, default="answer", help="where completions were asked to put the answer")
+    parser.add_argument(
+        "file", help="jsonl rows: pred or completion, gold; optional kind, options, meta, expected, finish_reason"
+    )
+    parser.add_argument(
+        "--rule", choices=RULES, default="answer", help="where completions were asked to put the answer"
+    )
     parser.add_argument("--reward", default="", metavar="module:function", help="a rule of your own")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=5.0, help="seconds per answer")
@@ -541,9 +587,10 @@ def main(argv: list[str] | None = None) -> None:
     print(table(rows, graded))
     wrong = [(r, g) for r, (g, _) in zip(rows, graded) if expected(r) is not None and expected(r) != (g.score > 0)]
     for row, g in wrong:
-        text = row.get("completion", row.get("pred"))
+        text, gold = row.get("completion", row.get("pred")), row.get("gold", row.get("answer"))[:80]
         shown = text if len(text) < 100 else "…" + text[-100:]
-        print(f"differs {row.get('id', '')} expected {expected(row)}: {shown!r} | {row.get('gold', row.get('answer'))[:80]!r} -> {g.answer!r} ({g.why})")
+        label = f"differs {row.get('id', '')} expected {expected(row)}"
+        print(f"{label}: {shown!r} | {gold!r} -> {g.answer!r} ({g.why})")
 
 
 if __name__ == "__main__":

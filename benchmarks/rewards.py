@@ -1,10 +1,11 @@
 """How fast and how safe is grading? Beside math-verify alone, what a user would pick instead.
 
-    python benchmarks/rewards.py speed  [--golds FILE.jsonl]    # ms per answer: integers, letters, LaTeX; ours and math-verify
-    python benchmarks/rewards.py stress [--items 10000 --hanging 200 --deadline 1]   # hostile answers, 2 workers, exits non-zero on a miss
+    python benchmarks/rewards.py speed [--golds FILE.jsonl]    # ms per answer: integers, letters, LaTeX
+    python benchmarks/rewards.py stress [--items 10000 --hanging 200 --deadline 1]    # exits non-zero on a miss
 
-`speed` grades each gold (field "answer" or "gold" of the rows; a built-in mix without a file) against itself respelled and against
-another gold. `stress` runs the same load three times: from the main thread, from another thread, and in a process that is killed.
+`speed` grades each gold (field "answer" or "gold" of the rows; a built-in mix without a file) against itself
+respelled and against another gold. `stress` runs the same load three times: from the main thread, from another
+thread, and in a process that is killed.
 """
 
 from __future__ import annotations
@@ -27,12 +28,45 @@ sys.path.insert(0, str(ROOT))
 
 from rewards import Grader, reward  # noqa: E402
 
-LATEX = [r"\frac{1}{2}", r"2\sqrt{3}", r"\frac{\pi}{4}", r"x^2-1", r"(2, \infty)", r"\{1,2,3\}", r"3 \pm 2\sqrt{2}", r"2^{n-1}", r"\frac{n(n+1)}{2}",
-         r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"5x - 7y + 11z + 4 = 0", r"\left( 3, \frac{\pi}{2} \right)", "y = 2x + 3", r"1 - \frac{1}{e}",
-         r"11 \sqrt{5} + 11", r"\frac{11+9a}{20}", r"x^5 - x^4 + x^3 - 1", r"(0,9) \cup (9,36)", r"6 - 5i", r"\frac{448}{15625}"]  # fmt: skip
-HOSTILE = [r"9^{9^{9^9}}", "99999999!", "(" * 2000 + "1" + ")" * 2000, r"\binom{10^8}{5*10^7}", r"(10^{9})!", r"{{2^{9999}}^{9999}}^{9999}",
-           r"\int_0^\infty \frac{\sin(x^3)\ln x}{x^x+1} dx", r"\sum_{k=1}^{\infty}\frac{\sin(k^2)}{k}", r"\int_0^{1} e^{x^2}\sin(x^3) dx", "MEGABYTES",
-           r"(((10!)!)!)!", r"\sum_{n=1}^{10^9} n^n", "1 " * 100_000, "9" * 200_000, r"\int \sin(x^x)/x^{x^x} dx"]  # fmt: skip
+LATEX = [
+    r"\frac{1}{2}",
+    r"2\sqrt{3}",
+    r"\frac{\pi}{4}",
+    r"x^2-1",
+    r"(2, \infty)",
+    r"\{1,2,3\}",
+    r"3 \pm 2\sqrt{2}",
+    r"2^{n-1}",
+    r"\frac{n(n+1)}{2}",
+    r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}",
+    r"5x - 7y + 11z + 4 = 0",
+    r"\left( 3, \frac{\pi}{2} \right)",
+    "y = 2x + 3",
+    r"1 - \frac{1}{e}",
+    r"11 \sqrt{5} + 11",
+    r"\frac{11+9a}{20}",
+    r"x^5 - x^4 + x^3 - 1",
+    r"(0,9) \cup (9,36)",
+    r"6 - 5i",
+    r"\frac{448}{15625}",
+]
+HOSTILE = [
+    r"9^{9^{9^9}}",
+    "99999999!",
+    "(" * 2000 + "1" + ")" * 2000,
+    r"\binom{10^8}{5*10^7}",
+    r"(10^{9})!",
+    r"{{2^{9999}}^{9999}}^{9999}",
+    r"\int_0^\infty \frac{\sin(x^3)\ln x}{x^x+1} dx",
+    r"\sum_{k=1}^{\infty}\frac{\sin(k^2)}{k}",
+    r"\int_0^{1} e^{x^2}\sin(x^3) dx",
+    "MEGABYTES",
+    r"(((10!)!)!)!",
+    r"\sum_{n=1}^{10^9} n^n",
+    "1 " * 100_000,
+    "9" * 200_000,
+    r"\int \sin(x^x)/x^{x^x} dx",
+]
 
 
 def respell(text: str) -> str:
@@ -52,7 +86,10 @@ def milliseconds(grade, jobs: list[tuple]) -> tuple[list[float], int]:
 
 def report(name: str, times: list[float], right: int) -> None:
     n = len(times)
-    print(f"{name:44}{n:7}{times[n // 2]:11.4f}{times[int(0.99 * (n - 1))]:10.3f}{times[-1]:10.2f}{sum(times) / n:10.3f}{right / n:9.1%}")
+    print(
+        f"{name:44}{n:7}{times[n // 2]:11.4f}{times[int(0.99 * (n - 1))]:10.3f}{times[-1]:10.2f}"
+        f"{sum(times) / n:10.3f}{right / n:9.1%}"
+    )
 
 
 def speed(golds: list[str]) -> None:
@@ -63,7 +100,9 @@ def speed(golds: list[str]) -> None:
     random.Random(0).shuffle(shuffled)
     whole = [g for g in golds if re.fullmatch(r"\s*-?\d+\s*", g)] or [str(i) for i in range(-100, 900)]
     others = [g for g in golds if not re.fullmatch(r"\s*-?[\d,]+\s*", g)]
-    wrong = [(a, b) for a, b in zip(shuffled, golds) if a.strip() != b.strip() and not re.fullmatch(r"\s*-?[\d,]+\s*", b)]
+    wrong = [
+        (a, b) for a, b in zip(shuffled, golds) if a.strip() != b.strip() and not re.fullmatch(r"\s*-?[\d,]+\s*", b)
+    ]
     sets = {
         "integers": [(g, g, True) for g in whole] + [(str(int(g) + 1), g, False) for g in whole],
         "LaTeX, the gold respelled": [(respell(g), g, True) for g in others],
@@ -73,13 +112,23 @@ def speed(golds: list[str]) -> None:
     letters = [(rf"<think>t</think><answer>{x}</answer>", "B", x == "B") for x in "ABCD" * 250]
     with Grader(workers=1) as grader:
         choice = {"kind": "choice", "options": list("wxyz")}
-        report("ours: letters", *milliseconds(lambda text, gold: grader.submit(choice | {"answer": gold}, text).result().score, letters))
+        report(
+            "ours: letters",
+            *milliseconds(lambda text, gold: grader.submit(choice | {"answer": gold}, text).result().score, letters),
+        )
+
+        def score(pred: str, gold: str) -> float:
+            text = rf"<think>t</think>\boxed{{{pred}}}"
+            return grader.submit({"kind": "math", "answer": gold}, text).result().score
+
         for name, jobs in sets.items():
-            one = lambda pred, gold: grader.submit({"kind": "math", "answer": gold}, rf"<think>t</think>\boxed{{{pred}}}").result().score  # noqa: E731
-            report(f"ours: {name}", *milliseconds(one, jobs))
+            report(f"ours: {name}", *milliseconds(score, jobs))
         counts = grader.counters()
     for name, jobs in sets.items():
-        report(f"math-verify: {name}", *milliseconds(lambda p, g: verify(parse(f"${g}$"), parse(rf"$\boxed{{{p}}}$")), jobs))
+        report(
+            f"math-verify: {name}",
+            *milliseconds(lambda p, g: verify(parse(f"${g}$"), parse(rf"$\boxed{{{p}}}$")), jobs),
+        )
     print(f"settled without a worker: {counts['here']} of {counts['graded']}; killed {counts['kills']}")
 
 
@@ -125,7 +174,11 @@ def stress_once(jobs: list, deadline: float, out: dict) -> None:
             time.sleep(0.2)
         scores = [f.result().score for f in futures]
         out.update(grader.counters(), longest=grader.pool.longest)
-    out.update(misses=sum(s != e for s, (*_, e) in zip(scores, jobs)), workers_peak_mb=round(peak), seconds=round(time.monotonic() - begin, 1))
+    out.update(
+        misses=sum(s != e for s, (*_, e) in zip(scores, jobs)),
+        workers_peak_mb=round(peak),
+        seconds=round(time.monotonic() - begin, 1),
+    )
     out["left_behind"] = sum(map(alive, seen))
     out["parent_peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     out["late"] = out["longest"] > deadline + 1
@@ -145,7 +198,8 @@ def stress(items: int, hanging: int, deadline: float) -> int:
     print("other thread", other)
     code = (
         "import sys, time; sys.path.insert(0, 'benchmarks'); sys.path.insert(0, '.')\nimport importlib.util as u\n"
-        "s = u.spec_from_file_location('bench', 'benchmarks/rewards.py'); b = u.module_from_spec(s); s.loader.exec_module(b)\n"
+        "s = u.spec_from_file_location('bench', 'benchmarks/rewards.py')\n"
+        "b = u.module_from_spec(s); s.loader.exec_module(b)\n"
         "g = b.Grader(workers=2, deadline=1000)\n"
         "[g.submit({'kind': 'math', 'answer': '1+x'}, '\\\\boxed{' + h + '}') for h in b.HOSTILE[3:9]]\n"
         "time.sleep(3); print(*g.pool.pids(), flush=True); time.sleep(1000)"

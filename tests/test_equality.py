@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import equality
+import notation
 from equality import full_equal, quick_equal
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -143,29 +143,52 @@ def test_equal_notations_score(pred, gold):
 
 @pytest.mark.parametrize("pred, gold", pairs(UNEQUAL))
 def test_near_misses_do_not_score(pred, gold):
-    """False positives, most of them real ones of public graders: rounding, dropped subscripts, hedges, mixed-number misreadings."""
+    """False positives, most of them real ones of public graders: rounding, dropped subscripts, hedges,
+    mixed-number misreadings.
+    """
     assert not full_equal(pred, gold)
 
 
 @pytest.mark.parametrize(
     "pred",
-    ["", " ", "{}", "4\u200b2", "4\x002", "<b>42</b>", r"\input{/etc/passwd}", "lambda: 42", "__import__('os')", "(" * 30 + "42" + ")" * 30,
-     "42" + " " * 400 + "a", "9^{9^{9^9}}", "99999999!", r"(((10!)!)!)!", r"\binom{100000000}{50000000}", "|", "}", "^", "\\", "()", "&"],
-)  # fmt: skip
+    [
+        "",
+        " ",
+        "{}",
+        "4\u200b2",
+        "4\x002",
+        "<b>42</b>",
+        r"\input{/etc/passwd}",
+        "lambda: 42",
+        "__import__('os')",
+        "(" * 30 + "42" + ")" * 30,
+        "42" + " " * 400 + "a",
+        "9^{9^{9^9}}",
+        "99999999!",
+        r"(((10!)!)!)!",
+        r"\binom{100000000}{50000000}",
+        "|",
+        "}",
+        "^",
+        "\\",
+        "()",
+        "&",
+    ],
+)
 def test_what_is_no_answer_is_refused_without_algebra(pred):
     """A hostile text that reaches sympy costs a worker; one that reaches TeX or Python would cost more."""
     assert quick_equal(pred, "42") is False and quick_equal(pred, pred.strip() and "1") is False
 
 
 def test_an_empty_gold_equals_nothing():
-    """"" == "" would reward an empty box on every row whose gold was lost."""
+    """ "" == "" would reward an empty box on every row whose gold was lost."""
     assert not full_equal("", "") and not full_equal("{}", " ")
 
 
 def test_text_is_never_executed(tmp_path):
     """sympify and parse_expr run Python: this string would create the file."""
     target = tmp_path / "owned"
-    for text in (f'__import__("pathlib").Path("{target}").touch()', f"exec('open(\"{target}\",\"w\")')"):
+    for text in (f'__import__("pathlib").Path("{target}").touch()', f'exec(\'open("{target}","w")\')'):
         assert not full_equal(text, "1") and not full_equal("1", text)
     assert not target.exists()
 
@@ -178,7 +201,7 @@ NOTATIONS = (
     lambda q: rf"\frac{{{3 * q.numerator}}}{{{3 * q.denominator}}}",
     lambda q: rf"x = \frac{{{q.numerator}}}{{{q.denominator}}}",
     lambda q: rf"${q.numerator} / {q.denominator}$",
-    lambda q: rf"{'-' if q < 0 else ''}{abs(q.numerator) // q.denominator}\frac{{{abs(q.numerator) % q.denominator}}}{{{q.denominator}}}",
+    lambda q: r"{}{}\frac{{{}}}{{{}}}".format("-" * (q < 0), *divmod(abs(q.numerator), q.denominator), q.denominator),
     lambda q: f"{Fraction(q * 100).numerator}/{Fraction(q * 100).denominator}\\%",
     lambda q: rf"\frac{{{q.numerator}}}{{{q.denominator}}}\text{{ cm}}",
 )
@@ -194,13 +217,25 @@ def test_a_rational_equals_itself_in_ten_notations_and_no_neighbour(a, b, rng):
     spellings = [write(q) for write in NOTATIONS]
     gold = rng.choice(spellings[:7])
     assert [s for s in spellings if not full_equal(s, gold)] == []
-    for neighbour in (q + Fraction(1, b), -q or Fraction(1), Fraction(a + 1, b), 1 / q if q not in (0, 1, -1) else q + 1, q + Fraction(1, 10**9)):
+    for neighbour in (
+        q + Fraction(1, b),
+        -q or Fraction(1),
+        Fraction(a + 1, b),
+        1 / q if q not in (0, 1, -1) else q + 1,
+        q + Fraction(1, 10**9),
+    ):
         assert neighbour == q or [w(neighbour) for w in NOTATIONS if full_equal(w(neighbour), gold)] == []
 
 
-ATOMS = st.sampled_from([r"\frac{1}{2}", "x", "3", r"\sqrt{2}", r"\pi", "y^2", r"\sin x", "0.25", "n", r"\frac{x}{3}"])
+ATOMS = st.sampled_from(
+    [r"\frac{1}{2}", "x", "3", r"\sqrt{2}", r"\pi", "y^2", r"\sin x", "0.25", "n", r"\frac{x}{3}"]
+)
 EXPRESSIONS = st.recursive(
-    ATOMS, lambda inner: st.builds(lambda a, op, b: rf"\left({a}{op}{b}\right)", inner, st.sampled_from(["+", "-", r" \cdot "]), inner), max_leaves=4
+    ATOMS,
+    lambda inner: st.builds(
+        lambda a, op, b: rf"\left({a}{op}{b}\right)", inner, st.sampled_from(["+", "-", r" \cdot "]), inner
+    ),
+    max_leaves=4,
 )
 
 
@@ -209,7 +244,14 @@ EXPRESSIONS = st.recursive(
 def test_equality_is_symmetric_and_blind_to_spacing(a, b):
     """Between scalars the order must not matter; \\left\\right, \\dfrac and blanks are no mathematics."""
     assert full_equal(a, b) == full_equal(b, a)
-    respelled = a.replace(r"\left", "").replace(r"\right", "").replace(r"\frac", r"\dfrac").replace("+", " + ").replace("(", r"\bigl( ").replace(")", r"\bigr)")
+    respelled = (
+        a.replace(r"\left", "")
+        .replace(r"\right", "")
+        .replace(r"\frac", r"\dfrac")
+        .replace("+", " + ")
+        .replace("(", r"\bigl( ")
+        .replace(")", r"\bigr)")
+    )
     assert full_equal(respelled, a) and full_equal(f" ${a}$. ", a)
 
 
@@ -218,8 +260,16 @@ def evaluate(text: str) -> float:
     import math
 
     names = dict(x=1.7, y=-0.6, n=2.3, pi=math.pi, sin=math.sin, sqrt=math.sqrt)
-    python = text.replace(r"\left", "").replace(r"\right", "").replace(r"\sin x", "sin(x)").replace(r"\sqrt{2}", "sqrt(2)")
-    python = python.replace(r"\frac{1}{2}", "(1/2)").replace(r"\frac{x}{3}", "(x/3)").replace(r"\pi", "pi").replace(r"\cdot", "*").replace("^", "**")
+    python = (
+        text.replace(r"\left", "").replace(r"\right", "").replace(r"\sin x", "sin(x)").replace(r"\sqrt{2}", "sqrt(2)")
+    )
+    python = (
+        python.replace(r"\frac{1}{2}", "(1/2)")
+        .replace(r"\frac{x}{3}", "(x/3)")
+        .replace(r"\pi", "pi")
+        .replace(r"\cdot", "*")
+        .replace("^", "**")
+    )
     return eval(python, {"__builtins__": {}}, names)  # our own strings, never a model's
 
 
@@ -250,12 +300,16 @@ def test_real_golds_equal_themselves_and_shuffled_only_true_equals():
         shuffled = answers[:]
         random.Random(0).shuffle(shuffled)
         called = [(a, b) for a, b in zip(answers, shuffled) if a.strip() != b.strip() and full_equal(a, b)]
-        assert [(a, b) for a, b in called if not verify(parse(f"${b}$"), parse(f"${a}$")) and "x = y = z" not in b] == []
+        assert [
+            (a, b) for a, b in called if not verify(parse(f"${b}$"), parse(f"${a}$")) and "x = y = z" not in b
+        ] == []
 
 
 @needs_data
 def test_labelled_pairs_keep_their_agreement():
-    """The 101 boxed pairs of public graders' test suites: two hedges with a wrong approximation are refused on purpose."""
+    """The 101 boxed pairs of public graders' test suites: two hedges with a wrong approximation are refused on
+    purpose.
+    """
     rows = [json.loads(line) for line in (DATA / "rewards_dev.jsonl").open()]
     rows = [r for r in rows if r["kind"] == "math" and r"\boxed" not in r["pred"]]
     wrong = [r["id"] for r in rows if full_equal(r["pred"], r["gold"]) != r["expected"]]
@@ -266,5 +320,5 @@ def test_normalise_is_idempotent():
     """Golds are normalised once and kept: a second pass must not change what they equal."""
     for pred, gold in pairs(EQUAL) + pairs(UNEQUAL):
         for text in (pred, gold):
-            once = equality.normalise(text)
-            assert equality.squash(equality.normalise(once)) == equality.squash(once)
+            once = notation.normalise(text)
+            assert notation.squash(notation.normalise(once)) == notation.squash(once)

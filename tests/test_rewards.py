@@ -74,10 +74,32 @@ def test_an_open_thought_of_the_prompt_must_be_closed():
 
 @pytest.mark.parametrize(
     "content, letter",
-    [("B", "B"), ("(B)", "B"), ("B.", "B"), ("B: cough", "B"), ("B. cough", "B"), ("(B) cough", "B"), ("Cough.", "B"), (r"\text{B}", "B"),
-     (r"$\text{(B)}$", "B"), ("**B**", "B"), ("B: rash", None), ("E", None), ("A or B", None), ("A, B", None), ("ABCD", None), ("A/B", None),
-     ("A. or B.", None), ("A. fever B. cough", None), ("(A)(B)", None), ("b", None), ("A dog", None), ("the answer is B", None), ("co", None)],
-)  # fmt: skip
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("B.", "B"),
+        ("B: cough", "B"),
+        ("B. cough", "B"),
+        ("(B) cough", "B"),
+        ("Cough.", "B"),
+        (r"\text{B}", "B"),
+        (r"$\text{(B)}$", "B"),
+        ("**B**", "B"),
+        ("B: rash", None),
+        ("E", None),
+        ("A or B", None),
+        ("A, B", None),
+        ("ABCD", None),
+        ("A/B", None),
+        ("A. or B.", None),
+        ("A. fever B. cough", None),
+        ("(A)(B)", None),
+        ("b", None),
+        ("A dog", None),
+        ("the answer is B", None),
+        ("co", None),
+    ],
+)
 def test_choice_is_one_strict_rule(content, letter):
     """A guess, the nearest option or the first letter of a list would pay for hedging."""
     assert choice_letter(content, OPTIONS) == letter
@@ -86,38 +108,73 @@ def test_choice_is_one_strict_rule(content, letter):
 
 
 def test_choice_texts_must_be_unique_and_letters_come_first():
-    """Options ["D", "C", "B", "A"]: "A" is the first option, not the fourth; a text that two options share names neither."""
+    """Options ["D", "C", "B", "A"]: "A" is the first option, not the fourth; a text that two options share
+    names neither.
+    """
     assert choice_letter("A", ["D", "C", "B", "A"]) == "A"
     assert choice_letter("x", ["x", "y", "x"]) is None
 
 
 @pytest.mark.parametrize(
     "text, letter",
-    [("…so\n\nAnswer: B", "B"), ("The answer is (B).", "B"), ("thus\n**Answer: B**", "B"), ("x\n\\text{Answer: B}", "B"), ("Answer: A\nAnswer: C", "C"),
-     ("x\nAnswer: cough", "B"), ("x\nAnswer: B. cough", "B"), ("The answer is A or B", None), ("The answer is A, B", None), ("x\nAnswer: A/B", None),
-     ("the answer is A big surprise", None), ("x\nThe answer is not A", None), ("x\nAnswer: E", None), ("it might be A. or B", None),
-     ("The answer: D, it doesn't make sense for it to be A or B", "D"), ("答案是B", "B"), ("No letter here", None)],
-)  # fmt: skip
+    [
+        ("…so\n\nAnswer: B", "B"),
+        ("The answer is (B).", "B"),
+        ("thus\n**Answer: B**", "B"),
+        ("x\n\\text{Answer: B}", "B"),
+        ("Answer: A\nAnswer: C", "C"),
+        ("x\nAnswer: cough", "B"),
+        ("x\nAnswer: B. cough", "B"),
+        ("The answer is A or B", None),
+        ("The answer is A, B", None),
+        ("x\nAnswer: A/B", None),
+        ("the answer is A big surprise", None),
+        ("x\nThe answer is not A", None),
+        ("x\nAnswer: E", None),
+        ("it might be A. or B", None),
+        ("The answer: D, it doesn't make sense for it to be A or B", "D"),
+        ("答案是B", "B"),
+        ("No letter here", None),
+    ],
+)
 def test_stated_letter(text, letter):
     """The rule for prompts that ask for a last line "Answer: X": articles, hedges and negations are no statements."""
     assert stated_letter(text, OPTIONS) == letter
-    assert extract_answer(text, "choice", OPTIONS) is None or choice_letter(text, OPTIONS)  # never part of the strict default
+    assert extract_answer(text, "choice", OPTIONS) is None or choice_letter(
+        text, OPTIONS
+    )  # never part of the strict default
 
 
 @pytest.mark.parametrize(
     "text, content",
-    [(r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} and \boxed{2} and \boxed{3}", "1, 2, 3"), (r"\boxed{1} no no no no no \boxed{2}", "2"),
-     (r"$\boxed{12}$ so $\boxed{12}$", "12"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\fbox{3}", "3"), (r"\boxed{1+\boxed{2}}", "1+2"), (r"\boxed {3}", "3"),
-     (r"\\boxed{840}", "840"), (r"\boxed{185\}", "185"), (r"{{\boxed{7}", "7"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
-     (r"\boxed 5", None), ("none", None), (r"\boxed{1} \boxed{2", None)],
-)  # fmt: skip
+    [
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} and \boxed{2} and \boxed{3}", "1, 2, 3"),
+        (r"\boxed{1} no no no no no \boxed{2}", "2"),
+        (r"$\boxed{12}$ so $\boxed{12}$", "12"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed{1+\boxed{2}}", "1+2"),
+        (r"\boxed {3}", "3"),
+        (r"\\boxed{840}", "840"),
+        (r"\boxed{185\}", "185"),
+        (r"{{\boxed{7}", "7"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed 5", None),
+        ("none", None),
+        (r"\boxed{1} \boxed{2", None),
+    ],
+)
 def test_last_boxed(text, content):
     """Brace matching: nested braces, escaped braces, nested boxes, lists of boxes, and boxes that are never closed."""
     assert last_boxed(text) == content
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(alphabet=st.sampled_from(list("\\boxed{}<answer>/think ABC:.$42\n")), max_size=300), st.sampled_from(["math", "choice", "open"]))
+@given(
+    st.text(alphabet=st.sampled_from(list("\\boxed{}<answer>/think ABC:.$42\n")), max_size=300),
+    st.sampled_from(["math", "choice", "open"]),
+)
 def test_no_text_makes_extraction_fail(text, kind):
     """A model writes anything; the run must go on."""
     for rule in rewards.RULES:
@@ -153,8 +210,15 @@ def test_the_question_restated_is_no_answer():
     assert reward(problem, r"\boxed{6}").score == 1.0
 
 
-@pytest.mark.parametrize("row", [{"kind": "math", "answer": ""}, {"kind": "math"}, {"kind": "choice", "answer": "E", "options": OPTIONS},
-                                 {"kind": "essay", "answer": "x"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"kind": "math", "answer": ""},
+        {"kind": "math"},
+        {"kind": "choice", "answer": "E", "options": OPTIONS},
+        {"kind": "essay", "answer": "x"},
+    ],
+)
 def test_a_bad_row_is_an_error_not_a_crash_and_not_a_point(row):
     """An empty gold must not equal an empty box; a letter beyond the options can't be right."""
     assert reward(row, r"\boxed{}")[::3] == (0.0, "error")
@@ -166,15 +230,22 @@ def test_rules_of_a_user(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "import time\ndef score(problem, completion, finish_reason):\n"
         "    if completion == 'raise': 1 / 0\n    if completion == 'hang': time.sleep(99)\n"
-        "    return {'none': None, 'nan': float('nan'), 'text': 'x', 'dict': {'score': 0.5, 'answer': 7}}.get(completion, len(completion) / 10)\n"
+        "    odd = {'none': None, 'nan': float('nan'), 'text': 'x', 'dict': {'score': 0.5, 'answer': 7}}\n"
+        "    return odd.get(completion, len(completion) / 10)\n"
     )
     monkeypatch.chdir(tmp_path)
     with Grader(workers=1, deadline=1, reward="mine:score") as grader:
         got = {c: grader.submit(MATH, c).result() for c in ("raise", "hang", "none", "nan", "text", "dict", "12345")}
         counts = grader.counters()
     assert {c: (g.score, g.status) for c, g in got.items()} == {
-        "raise": (0.0, "error"), "hang": (0.0, "timeout"), "none": (0.0, "error"), "nan": (0.0, "error"), "text": (0.0, "error"),
-        "dict": (0.5, "ok"), "12345": (0.5, "ok")}  # fmt: skip
+        "raise": (0.0, "error"),
+        "hang": (0.0, "timeout"),
+        "none": (0.0, "error"),
+        "nan": (0.0, "error"),
+        "text": (0.0, "error"),
+        "dict": (0.5, "ok"),
+        "12345": (0.5, "ok"),
+    }
     assert got["dict"].answer == "7" and "ZeroDivisionError" in got["raise"].why
     assert (counts["graded"], counts["error"], counts["timeout"], counts["kills"]) == (7, 4, 1, 1)
 
@@ -184,7 +255,12 @@ HANGING = (r"\boxed{\binom{10^8}{5*10^7}}", r"\boxed{(10^{9})!}")
 
 def test_hanging_answers_cost_themselves_only():
     """Innocent answers among hanging ones must keep their score, from several threads, in any order."""
-    innocent = [(r"\frac{x+1}{2}", "0.5x+0.5", 1.0), (r"2\sqrt3", r"\sqrt{12}", 1.0), (r"\sqrt{3}", r"\sqrt{5}", 0.0), ("42", "42", 1.0)]
+    innocent = [
+        (r"\frac{x+1}{2}", "0.5x+0.5", 1.0),
+        (r"2\sqrt3", r"\sqrt{12}", 1.0),
+        (r"\sqrt{3}", r"\sqrt{5}", 0.0),
+        ("42", "42", 1.0),
+    ]
     jobs = [({"kind": "math", "answer": gold}, rf"\boxed{{{pred}}}", score) for pred, gold, score in innocent * 25]
     jobs[10:10] = [(MATH, text, 0.0) for text in HANGING]
     with Grader(workers=2, deadline=1.5) as grader:
@@ -199,7 +275,11 @@ def test_hanging_answers_cost_themselves_only():
 def test_reward_and_is_equal_work_off_the_main_thread():
     """math-verify alone raises there, and the usual `except: return 0` turns every answer into a wrong one."""
     out = []
-    thread = threading.Thread(target=lambda: out.extend([rewards.is_equal(r"2\sqrt3", r"\sqrt{12}"), reward(MATH, r"\boxed{2\cdot 3\cdot 7}").score]))
+    thread = threading.Thread(
+        target=lambda: out.extend(
+            [rewards.is_equal(r"2\sqrt3", r"\sqrt{12}"), reward(MATH, r"\boxed{2\cdot 3\cdot 7}").score]
+        )
+    )
     thread.start()
     thread.join(60)
     assert out == [True, 1.0]
@@ -208,8 +288,11 @@ def test_reward_and_is_equal_work_off_the_main_thread():
 def test_command_line(tmp_path):
     """The table that a user reads before trusting a data set; a bad line is named before any grading."""
     file = tmp_path / "rows.jsonl"
-    rows = [{"pred": "1/2", "gold": "0.5", "expected": True}, {"completion": "<answer>B</answer>", "kind": "choice", "gold": "B", "options": OPTIONS},
-            {"pred": "3", "gold": "4", "expected": True, "id": "off"}]  # fmt: skip
+    rows = [
+        {"pred": "1/2", "gold": "0.5", "expected": True},
+        {"completion": "<answer>B</answer>", "kind": "choice", "gold": "B", "options": OPTIONS},
+        {"pred": "3", "gold": "4", "expected": True, "id": "off"},
+    ]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     done = subprocess.run([sys.executable, ROOT / "rewards.py", file], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "1/2  50.0%" in done.stdout and "differs off" in done.stdout
@@ -220,7 +303,9 @@ def test_command_line(tmp_path):
 
 @needs_data
 def test_labelled_rows_keep_their_agreement():
-    """rewards_dev.jsonl: >= 96 % boxed pairs, >= 98 % free texts with no false positive, all attacks, >= 80 % choices, no false positive."""
+    """rewards_dev.jsonl: >= 96 % boxed pairs, >= 98 % free texts with no false positive, all attacks, >= 80 %
+    choices, no false positive.
+    """
     rows = rewards.read_rows(str(DATA / "rewards_dev.jsonl"))
     graded = rewards.grade_rows(rows, 1, 5.0, "answer")
     wrong: dict[str, list[bool]] = {}
@@ -233,7 +318,9 @@ def test_labelled_rows_keep_their_agreement():
 
 @needs_data
 def test_mmmu_pro_outputs_agree_with_the_official_letters():
-    """250 real GPT-4o outputs: the "Answer: X" rule differs from the official parser in two ("A. (D)", and no letter at all)."""
+    """250 real GPT-4o outputs: the "Answer: X" rule differs from the official parser in two ("A. (D)", and no
+    letter at all).
+    """
     rows = [json.loads(line) for line in (DATA / "mmmu/gpt4o_standard10_cot_250.jsonl").open()]
     differ = []
     for row in rows:
