@@ -1,0 +1,645 @@
+"""The sampler: prompts → completions with log-probabilities, for rollouts and evaluation. One process, no server.
+
+    sampler = Sampler(model, max_len=6144)                      # KV memory: slots=…, or kv_gb=…, or a share of what is free
+    rollouts = sampler.generate(prompts, SamplingParams(n=8, max_new_tokens=4096, stop_ids=[151645, 151643]))
+
+Read in this order: `decode_step` (choose a token from the last hidden state, run it through the decoder), `choose`
+(sampling, forced exit, stopping), `Sampler.generate` (prefill → admit → steps → collect, until nothing is left).
+
+1. A prompt is prefilled once, packed with others, its images encoded once; each of its n samples gets a copy of its KV.
+2. Live samples always fill slots 0 … B - 1. A slot whose sample ended takes the next one; when none is left, the last
+   live sample moves into the hole. So a batch is a slice, and on CUDA one graph per batch size replays the whole step.
+3. A token's random number depends on (seed, sample id, position) and on nothing else: neither batch, slot, order of
+   refills nor number of ranks change what is sampled, up to the rounding of matrix products of another size.
+4. Log-probabilities are those of the trainer: `model.head_logits`, fp32, after temperature, before top-k and top-p.
+5. Forced exit: where the paper (arXiv 2505.03981, section 2.1) stops at a length, appends `</think>` and generates anew,
+   the tokens are inserted in place, one a step, marked in `mask` and never trained on.
+
+Shapes: B live samples, S slots, L layers, C hidden size, Hq / Hkv heads, D head size, V vocabulary, P prompt tokens.
+"""
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Callable, Protocol, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from attention import attend
+from decode_kernels import Graphs, decode_attend, plan_attention
+from model import Model, apply_rope, head_logits, rope_cos_sin
+from vision import mrope_positions
+
+
+class PromptLike(Protocol):
+    """What the sampler continues (`data.Prompt`)."""
+    tokens: list[int]  # image placeholders already repeated
+    pixel_values: torch.Tensor | None  # (patches, 1176)
+    grid_thw: torch.Tensor | None  # (images, 3)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue every prompt of a call."""
+    n: int = 1  # samples a prompt
+    temperature: float = 1.0  # 0: greedy; its log-probabilities are those at temperature 1
+    top_p: float = 1.0  # for evaluation only: training must sample what it scores
+    top_k: int = 0  # 0: off; for evaluation only
+    max_new_tokens: int = 1024  # forced tokens count
+    stop_ids: Sequence[int] = ()  # the stop token is part of the completion
+    seed: int = 0
+    think_budget: int | None = None  # sampled tokens before thinking is ended by force; None: never
+    exit_tokens: Sequence[int] = ()  # what is then inserted; see `think_exit`
+    close_table: torch.Tensor | None = field(default=None, repr=False)  # finds the model's own close; see `think_exit`
+    answer_budget: int | None = None  # tokens reserved for the answer after a forced exit; None: what is left
+    banned_ids: Sequence[int] | None = None  # never sampled; None: the model's own `banned_ids`
+
+    def __post_init__(self):
+        for name, ok, rule in [("n", self.n >= 1, "≥ 1"), ("temperature", self.temperature >= 0, "≥ 0"),
+                               ("top_p", 0 < self.top_p <= 1, "in (0, 1]"), ("top_k", self.top_k >= 0, "≥ 0"),
+                               ("max_new_tokens", self.max_new_tokens >= 1, "≥ 1")]:
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be {rule}")
+        if self.think_budget is None:
+            return
+        if self.think_budget < 0 or not len(self.exit_tokens) or self.close_table is None:
+            raise ValueError("think_budget must be ≥ 0 and needs exit_tokens and close_table: "
+                             "SamplingParams(think_budget=…, **think_exit(tokenizer, vocab_size))")
+        # an exit can be held up while the model is closing by itself, a token a character of the close at most
+        held, answer = len(self.close_table) - 1, 1 if self.answer_budget is None else self.answer_budget
+        most = self.max_new_tokens - len(self.exit_tokens) - held - answer
+        if self.think_budget > most:
+            raise ValueError(f"think_budget {self.think_budget} leaves no room for {len(self.exit_tokens)} exit tokens and "
+                             f"{answer} of the answer in max_new_tokens {self.max_new_tokens}; at most {most}")
+
+
+@dataclass
+class Rollout:
+    """One finished completion."""
+    prompt_index: int
+    sample_index: int
+    tokens: list[int]  # the stop token included
+    logprobs: np.ndarray  # (len(tokens),) fp32, the model's own at the sampling temperature, forced tokens too
+    mask: np.ndarray  # (len(tokens),) bool: True sampled, False forced
+    finish_reason: str  # stop | length | forced+stop | forced+length
+    prompt_tokens: int
+
+    @property
+    def sampled_tokens(self) -> int:
+        return int(self.mask.sum())
+
+
+# --------------------------------------------------------------------------------------- random numbers, sampling
+_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+def sample_key(seed: int, prompt_id: int, sample_index: int) -> int:
+    """A signed 64-bit number for one sample, by splitmix64 over the three numbers."""
+    x = 0
+    for number in (seed, prompt_id, sample_index):
+        x = (x + number + _GOLDEN) % (1 << 64)
+        x = (x ^ x >> 30) * _MIX1 % (1 << 64)
+        x = (x ^ x >> 27) * _MIX2 % (1 << 64)
+        x ^= x >> 31
+    return _signed(x)
+
+
+def uniform(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """(B,) int64 keys and positions → (B,) fp32 in (0, 1), the same on every device: splitmix64 at `position`."""
+    def shifted(x, bits):  # logical shift right: torch's own carries the sign along
+        return (x >> bits) & ((1 << 64 - bits) - 1)
+    x = key + (position + 1) * _signed(_GOLDEN)
+    x = (x ^ shifted(x, 30)) * _signed(_MIX1)
+    x = (x ^ shifted(x, 27)) * _signed(_MIX2)
+    x = x ^ shifted(x, 31)
+    return shifted(x, 41).float() * 2.0**-23 + 2.0**-24  # 23 bits, so that neither 0 nor 1 comes out
+
+
+def sample_token(logits: torch.Tensor, u: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (B, V) fp32, u (B,) in (0, 1) → tokens (B,) by inverse CDF, and logsumexp(logits) (B,).
+
+    Token i is taken when u · total lies in [cdf[i-1], cdf[i]): one random number a row, and an id of probability 0,
+    whose interval is empty, is never taken. Overwrites nothing of the caller's.
+    """
+    top = logits.amax(-1, keepdim=True)
+    p = (logits - top).exp_()  # (B, V), unnormalised
+    lse = (top + p.sum(-1, keepdim=True).log()).squeeze(1)
+    if top_k or top_p < 1:
+        p = truncate(p, top_k, top_p)
+    cdf = p.cumsum(-1)
+    total = cdf[:, -1:]
+    at = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))  # rounding must not reach the end
+    token = torch.searchsorted(cdf, at, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    if p.is_cuda:  # a parallel scan is monotone up to rounding only, which could let an impossible id through
+        token = torch.where(p.gather(1, token[:, None]).squeeze(1) > 0, token, p.argmax(-1))
+    return token, lse
+
+
+def truncate(p: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Zero all but the top_k largest of each row of p (B, V), then all beyond the smallest set that holds a share top_p
+    of what is left; the most probable token always stays."""
+    if top_k and top_k < p.shape[1]:
+        p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0)
+    if top_p < 1:
+        ordered, index = p.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass of all more probable tokens
+        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
+        p = torch.zeros_like(p).scatter_(1, index, ordered)
+    return p
+
+
+# -------------------------------------------------------------------------------------------------- forced exit
+def think_exit(tokenizer, vocab_size: int, text: str = "</think>\n", close: str = "</think>") -> dict:
+    """What SamplingParams needs for a forced exit: {"exit_tokens": ids of `text`, "close_table": finder of `close`}.
+    The newline stands where training data have it; in Qwen's vocabulary it belongs to the last token of the close."""
+    pieces = [tokenizer.decode([i]) for i in range(min(len(tokenizer), vocab_size))]
+    pieces += [""] * (vocab_size - len(pieces))
+    return {"exit_tokens": tokenizer.encode(text, add_special_tokens=False), "close_table": close_table(pieces, close)}
+
+
+def close_table(pieces: list[str], close: str) -> torch.Tensor:
+    """(len(close) + 1, V) uint8: how many characters of `close` stand at the end of the text after each token, given how
+    many stood there before. The last state is for good: closed.
+
+    `</think>` is several tokens, and which ones depends on its neighbours (" </" and ">\\n" are tokens of their own),
+    so it is followed as text. For close "</t>", pieces ["</", "t", ">\\n", "a"]: from state 0 "</" leads to 2,
+    from 2 "t" to 3, from 3 ">\\n" to 4 (closed); "a" leads back to 0 from everywhere but 4.
+    """
+    def advance(state: int, piece: str) -> int:
+        text = close[:state] + piece
+        if close in text:
+            return len(close)
+        return next(k for k in range(len(close) - 1, -1, -1) if text.endswith(close[:k]))
+
+    table = torch.zeros(len(close) + 1, len(pieces), dtype=torch.uint8)
+    letters = set(close)
+    for i, piece in enumerate(pieces):
+        if not piece:  # says nothing: the state stays
+            table[:, i] = torch.arange(len(close) + 1)
+        elif piece[-1] in letters or piece[0] in letters:  # no other piece can lead anywhere but to 0
+            table[:, i] = torch.tensor([advance(s, piece) for s in range(len(close) + 1)])
+        elif close in piece:
+            table[:, i] = len(close)
+    table[-1] = len(close)
+    return table
+
+
+# ------------------------------------------------------------------------------------------------ the decode step
+STATE = ("length",  # tokens whose KV is cached
+         "delta",  # M-RoPE: position of a new token - its index
+         "count", "limit",  # tokens of the completion, and the most it may have
+         "close", "hold",  # characters of the close at the end of the text; 1: and the last token added to them
+         "exit_at",  # token at which the forced exit began, -1: none
+         "done",  # 1: finished or empty, the row runs along and changes nothing
+         "key")  # of its random numbers
+
+
+class Slots:
+    """The samples being decoded, one slot each: KV cache, last hidden state, what has been sampled so far."""
+
+    def __init__(self, slots: int, capacity: int, config, dtype: torch.dtype, device: torch.device):
+        c = config
+        size = (2, c.num_hidden_layers, slots, capacity, c.num_key_value_heads, c.head_dim)
+        if device.type == "cpu":  # the same order of dimensions, but each head's rows side by side: SDPA is faster
+            size = (*size[:3], size[4], size[3], size[5])
+        # zeros, since a masked NaN would still reach the output through 0 · NaN
+        kv = torch.zeros(size, dtype=dtype, device=device)
+        self.kv = kv.transpose(3, 4) if device.type == "cpu" else kv  # (2, L, S, capacity, Hkv, D)
+        self.hidden = torch.zeros(slots, c.hidden_size, dtype=dtype, device=device)  # after the final norm
+        self.state = torch.zeros(len(STATE), slots, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(slots, capacity + 1, dtype=torch.int64, device=device)  # the last column is scratch:
+        self.logprobs = torch.zeros(slots, capacity + 1, device=device)  # finished rows write there
+        self.rows = torch.arange(slots, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        self.state[STATE.index("done")] = 1
+
+    def first(self, rows: int) -> SimpleNamespace:
+        """Views of slots 0 … rows - 1, the fields of the state by their names."""
+        return SimpleNamespace(**dict(zip(STATE, self.state[:, :rows].unbind(0))), kv=self.kv[:, :, :rows],
+                               hidden=self.hidden[:rows], tokens=self.tokens[:rows], logprobs=self.logprobs[:rows],
+                               rows=self.rows[:rows])
+
+    def move(self, source: int, target: int, length: int, count: int) -> None:
+        self.kv[:, :, target, :length] = self.kv[:, :, source, :length]
+        self.tokens[target, :count] = self.tokens[source, :count]
+        self.logprobs[target, :count] = self.logprobs[source, :count]
+        self.hidden[target] = self.hidden[source]
+        self.state[:, target] = self.state[:, source]
+        self.state[STATE.index("done"), source] = 1
+
+
+def choose(s: SimpleNamespace, head: torch.Tensor, p: SimpleNamespace) -> torch.Tensor:
+    """The next token (B,) of every row from its hidden state; records it, its log-probability, and whether it ends the
+    sample. p: SamplingParams with its lists as tensors (`Sampler._constants`)."""
+    logits = head_logits(s.hidden, head, p.temperature or 1.0, p.banned)  # (B, V) fp32
+    if p.temperature == 0:
+        token, lse = logits.argmax(-1), logits.logsumexp(-1)
+    else:
+        token, lse = sample_token(logits, uniform(s.key, s.count), p.top_k, p.top_p)
+    forced = None
+    if p.think_budget is not None:
+        token, forced = force_exit(s, token, p)
+    logprob = logits.gather(1, token[:, None]).squeeze(1) - lse
+    live = 1 - s.done
+    column = torch.where(s.done > 0, s.tokens.shape[1] - 1, s.count)
+    s.tokens.index_put_((s.rows, column), token)
+    s.logprobs.index_put_((s.rows, column), logprob)
+    s.count += live
+    ended = s.count >= s.limit
+    if p.stop is not None:
+        stopped = (token[:, None] == p.stop).any(1)
+        ended |= stopped if forced is None else stopped & ~forced
+    s.done |= ended
+    return token
+
+
+def force_exit(s: SimpleNamespace, token: torch.Tensor, p: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace sampled tokens (B,) by the exit's where thinking is over its budget → (tokens, which are forced (B,) bool).
+
+    Thinking is everything until the close has been written, whether prompt or completion opened it. The exit waits
+    while the model is closing by itself: each token must bring the close further, so it waits len(close) - 1 tokens
+    at most. After the exit `answer_budget` tokens are left.
+    """
+    starts = (s.count >= p.think_budget) & (s.close < p.closed) & (s.hold == 0) & (s.exit_at < 0)
+    s.exit_at.copy_(torch.where(starts, s.count, s.exit_at))
+    if p.answer_budget is not None:
+        s.limit.copy_(torch.where(starts, s.count + len(p.exit) + p.answer_budget, s.limit))
+    place = s.count - s.exit_at
+    forced = (s.exit_at >= 0) & (place < len(p.exit))
+    token = torch.where(forced, p.exit[place.clamp(0, len(p.exit) - 1)], token)
+    close = p.close_table[s.close, token].long()
+    s.hold.copy_((close > s.close) & (close < p.closed))
+    s.close.copy_(close)
+    return token, forced
+
+
+def block(w: SimpleNamespace, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Callable, c
+          ) -> torch.Tensor:
+    """`model.Block` on fused weights: x (R, C) → (R, C). attention(q (R, Hq, D), k, v (R, Hkv, D)) → (R, Hq, D)."""
+    heads = c.num_attention_heads + c.num_key_value_heads
+    h = F.rms_norm(x, w.norm1.shape, w.norm1, c.rms_norm_eps)
+    qkv = F.linear(h, w.qkv, w.qkv_bias).unflatten(-1, (-1, c.head_dim))  # (R, Hq + 2 Hkv, D)
+    q, k = apply_rope(qkv[:, :heads], cos, sin).split([c.num_attention_heads, c.num_key_value_heads], dim=1)
+    x = x + F.linear(attention(q, k, qkv[:, heads:]).flatten(1), w.o)
+    gate, up = F.linear(F.rms_norm(x, w.norm2.shape, w.norm2, c.rms_norm_eps), w.gate_up).chunk(2, dim=-1)
+    return x + F.linear(F.silu(gate) * up, w.down)
+
+
+def decode_step(w: SimpleNamespace, s: SimpleNamespace, p: SimpleNamespace, c, bounds: list[int] | None = None) -> None:
+    """One token for every row of `s`, in place; no value is read by the host, so a CUDA graph can hold all of it.
+    w: `Sampler.weights`; p: constants of the call; c: ModelConfig; bounds: see `plan_attention`."""
+    token = choose(s, w.head, p)
+    x = F.embedding(token, w.embed)  # (B, C)
+    position = s.length + s.delta  # one for all three axes: the new token is text
+    cos, sin = w.cos[position], w.sin[position]
+    plan = plan_attention(s.length, s.kv.shape[3], bounds)
+    for layer, (keys, values) in zip(w.layers, zip(*s.kv)):  # (B, capacity, Hkv, D) each
+        def attention(q, k, v, keys=keys, values=values):
+            keys.index_put_((s.rows, s.length), k)
+            values.index_put_((s.rows, s.length), v)
+            return decode_attend(q, keys, values, plan)
+        x = block(layer, x, cos, sin, attention, c)
+    s.hidden.copy_(F.rms_norm(x, w.norm.shape, w.norm, c.rms_norm_eps))
+    s.length += 1 - s.done
+
+
+# ---------------------------------------------------------------------------------------------------- the sampler
+@dataclass
+class Staged:
+    """A prefilled prompt whose samples have not all started."""
+    prompt: int
+    kv: torch.Tensor  # (2, L, P, Hkv, D)
+    hidden: torch.Tensor  # (C,) of its last token
+    delta: int
+    started: int = 0
+
+
+@dataclass
+class Live:
+    """The host's knowledge of a slot's sample."""
+    prompt: int
+    sample: int
+    length: int  # cached tokens, exact until the sample has ended
+    prompt_tokens: int
+
+
+class Sampler:
+    """Weights, KV memory and graphs that outlive a call. See the module's docstring."""
+
+    def __init__(self, model: Model, *, max_len: int, slots: int | None = None, kv_gb: float | None = None,
+                 dtype: torch.dtype | None = None, sync_every: int | None = None, prefill_tokens: int | None = None,
+                 min_rows: int = 1):
+        """max_len: longest prompt + completion. slots: samples decoded at once (256 on CUDA, 64 on CPU if they fit).
+        kv_gb: KV memory, by default 80% of what is free. dtype: of weights and cache, by default the model's own.
+        sync_every: decode steps between two looks of the host (8 on CUDA, 1 on CPU). prefill_tokens: prompt tokens a
+        prefill pass. min_rows: pad smaller batches; from 16 rows on, CPU matrix products give a row the same bits in
+        every batch. Takes no weights and no memory yet, so `model` may still be sharded."""
+        self.model, self.config, self.capacity = model, model.config, max_len
+        self.wanted_slots, self.kv_gb, self.dtype, self.min_rows = slots, kv_gb, dtype, min_rows
+        self.sync_every, self.prefill_tokens = sync_every, prefill_tokens
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.weights = self.slots = self.graphs = self.graphs_for = None
+        self.stats: dict[str, float] = {}  # of the last call: seconds and tokens of prefill and decode
+
+    # weights ------------------------------------------------------------------------------------------------------
+    @torch.inference_mode()
+    def update_weights(self) -> None:
+        """Take the model's weights as they are now; `generate` does it by itself. q, k, v and gate, up are fused into
+        persistent copies; the others are aliased, unless FSDP owns the model, whose gathered tensors do not last."""
+        m, c = self.model.model, self.config
+        weight = m.embed_tokens.weight
+        if isinstance(weight, DTensor):
+            raise ValueError("the model is sharded: sample inside `with parallel.gathered(model):`")
+        self.device, dtype = weight.device, self.dtype or weight.dtype
+        layers = []
+        for i, b in enumerate(m.layers):
+            a, mlp = b.self_attn, b.mlp
+            parts = {"qkv": (a.q_proj.weight, a.k_proj.weight, a.v_proj.weight), "o": (a.o_proj.weight,),
+                     "qkv_bias": (a.q_proj.bias, a.k_proj.bias, a.v_proj.bias), "down": (mlp.down_proj.weight,),
+                     "gate_up": (mlp.gate_proj.weight, mlp.up_proj.weight), "norm1": (b.input_layernorm.weight,),
+                     "norm2": (b.post_attention_layernorm.weight,)}
+            layers.append(SimpleNamespace(**{k: self._take(f"{i}.{k}", v, dtype) for k, v in parts.items()}))
+        embed = self._take("embed", (weight,), dtype)
+        tied = self.model.lm_head is None
+        if "cos" not in self.tensors:  # angles of every position that a new token can have
+            angles = rope_cos_sin(torch.arange(self.capacity, device=self.device).expand(3, -1), c)
+            self.tensors.update(zip(("cos", "sin"), angles))
+        self.weights = SimpleNamespace(
+            layers=layers, embed=embed, head=embed if tied else self._take("head", (self.model.lm_head.weight,), dtype),
+            norm=self._take("norm", (m.norm.weight,), dtype), cos=self.tensors["cos"], sin=self.tensors["sin"])
+
+    def _take(self, name: str, parts: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+        parts, old = [p.detach() for p in parts], self.tensors.get(name)
+        if len(parts) == 1 and parts[0].dtype == dtype and not isinstance(self.model, FSDPModule):
+            new = parts[0]
+        elif old is not None and old.dtype == dtype and old.device == self.device:
+            new = torch.cat(parts, out=old) if len(parts) > 1 else old.copy_(parts[0])
+        else:
+            new = torch.cat([p.to(dtype) for p in parts])
+        if old is not None and old.data_ptr() != new.data_ptr():
+            self.graphs = None  # they hold the old address
+        self.tensors[name] = new
+        return new
+
+    def release(self) -> None:
+        """Give back all memory: KV cache, weights, graphs. The next `generate` takes it again."""
+        self.tensors, self.weights, self.slots, self.graphs = {}, None, None, None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # memory -------------------------------------------------------------------------------------------------------
+    def _slot_bytes(self) -> int:
+        c = self.config
+        token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.weights.embed.dtype.itemsize
+        return (token + 12) * self.capacity  # 12: the sampled token and its log-probability
+
+    def _fitting(self) -> int:
+        """Slots that memory holds: --kv_gb of it, or 80% of what is free now."""
+        if self.kv_gb is not None:
+            return int(self.kv_gb * 1e9 // self._slot_bytes())
+        cuda = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if cuda else \
+            os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(0.8 * free // self._slot_bytes())
+
+    def _allocate(self) -> None:
+        """The slots, as many as were asked for or as memory allows. Raises ValueError that says how many would fit."""
+        if self.slots is not None:
+            self.slots.clear()
+            return
+        fitting = self._fitting()
+        if fitting < max(1, self.wanted_slots or 0):
+            raise ValueError(f"{self.wanted_slots or 1} slot(s) of {self.capacity} tokens need "
+                             f"{self._slot_bytes() / 1e9:.3g} GB of KV cache each; {fitting} would fit. Pass fewer slots, "
+                             "a smaller max_len or more kv_gb")
+        self.usable = self.wanted_slots or min(fitting, 256 if self.device.type == "cuda" else 64)
+        self.slots = Slots(max(self.usable, self.min_rows), self.capacity, self.config, self.weights.embed.dtype,
+                           self.device)
+        self.graphs = None
+
+    def _constants(self, params: SamplingParams) -> SimpleNamespace:
+        """The call's parameters as `choose` wants them: lists as tensors on the device."""
+        def ids(x):
+            return torch.tensor(list(x), device=self.device) if len(x) else None
+        thinks = params.think_budget is not None
+        return SimpleNamespace(
+            temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, stop=ids(params.stop_ids),
+            banned=self.model.banned_ids if params.banned_ids is None else ids(params.banned_ids),
+            think_budget=params.think_budget, answer_budget=params.answer_budget, exit=ids(params.exit_tokens),
+            close_table=params.close_table.to(self.device) if thinks else None,
+            closed=len(params.close_table) - 1 if thinks else 0)
+
+    # one call -----------------------------------------------------------------------------------------------------
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[PromptLike], params: SamplingParams, *, sample_ids: Sequence[int] | None = None,
+                 on_finish: Callable[[Rollout], None] | None = None, progress: bool = False) -> list[Rollout]:
+        """params.n completions of each prompt, ordered by (prompt, sample).
+
+        sample_ids: a number a prompt that, with the seed and the sample's index, decides its random numbers; by default
+        the prompt's place in this call. on_finish: called with each rollout as soon as the host sees that it ended.
+        Uses the model's weights as they are now. Raises ValueError for what cannot work, before anything is computed.
+        On Ctrl-C and when memory runs out, the exception's `rollouts` holds what has been finished.
+        """
+        ids = list(range(len(prompts))) if sample_ids is None else list(sample_ids)
+        self._check(prompts, params, ids)
+        if not prompts:
+            return []
+        self.update_weights()
+        self._allocate()
+        run = Run(prompts, params, ids, self._constants(params), on_finish, tqdm(
+            total=len(prompts) * params.n, disable=not progress, unit="sample", dynamic_ncols=True))
+        every = self.sync_every or (8 if self.device.type == "cuda" else 1)
+        try:
+            self._record_graphs(run)
+            while run.unfinished:
+                self._admit(run)
+                begin = time.perf_counter()
+                for _ in range(every):
+                    self._step(run)
+                self._collect(run)
+                run.decode_seconds += time.perf_counter() - begin
+        except (KeyboardInterrupt, torch.OutOfMemoryError) as e:
+            if isinstance(e, torch.OutOfMemoryError):
+                e.add_note(f"sampling with {self.usable} slots of {self.capacity} tokens; about "
+                           f"{self.usable // 2} would fit: pass slots, kv_gb or a smaller max_len")
+            e.rollouts = run.finished
+            raise
+        finally:
+            run.bar.close()
+            self.stats = run.stats()
+        return sorted(run.finished, key=lambda r: (r.prompt_index, r.sample_index))
+
+    def _check(self, prompts, params, ids) -> None:
+        vocab, images = self.config.vocab_size, self.model.visual is not None
+        if len(ids) != len(prompts):
+            raise ValueError(f"{len(ids)} sample_ids for {len(prompts)} prompts; give one a prompt")
+        for i, prompt in enumerate(prompts):
+            if not len(prompt.tokens):
+                raise ValueError(f"prompt {i} is empty; it needs one token at least")
+            if len(prompt.tokens) + params.max_new_tokens > self.capacity:
+                raise ValueError(f"prompt {i}: {len(prompt.tokens)} tokens + max_new_tokens {params.max_new_tokens} are more "
+                                 f"than the sampler's max_len {self.capacity}")
+            if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab:
+                raise ValueError(f"prompt {i} holds token ids outside 0 … {vocab - 1}; wrong tokenizer?")
+            if prompt.pixel_values is not None and not images:
+                raise ValueError(f"prompt {i} has images, but the model was built without its vision tower (with_vision=True)")
+
+    def _record_graphs(self, run: "Run") -> None:
+        if self.device.type != "cuda":
+            return
+        p = run.constants
+        made_for = [x.tolist() if isinstance(x, torch.Tensor) else x for x in vars(p).values()]
+        if self.graphs is None or self.graphs_for != made_for:
+            step = lambda rows: decode_step(self.weights, self.slots.first(rows), p, self.config)  # noqa: E731
+            self.graphs, self.graphs_for = Graphs(step, len(self.slots.rows)), made_for
+            self.graphs_hold = p  # whose tensors the graphs read
+
+    def _prefill(self, run: "Run") -> None:
+        """Stage the next prompts: as many as fit a packed pass of `prefill_tokens`, one at least."""
+        begin, c = time.perf_counter(), self.config
+        budget = self.prefill_tokens or (16384 if self.device.type == "cuda" else 1024)
+        chosen = [run.next_prompt]
+        while (n := chosen[-1] + 1) < len(run.prompts) and sum(
+                len(run.prompts[i].tokens) for i in (*chosen, n)) <= budget:
+            chosen.append(n)
+        run.next_prompt = chosen[-1] + 1
+        prompts = [run.prompts[i] for i in chosen]
+        tokens = torch.cat([torch.as_tensor(p.tokens) for p in prompts])  # (T,)
+        positions, deltas = zip(*(self._positions(p) for p in prompts))
+        cu = torch.tensor([0, *(len(p.tokens) for p in prompts)]).cumsum(0).int()
+        pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+        images = (torch.cat(pixels), torch.cat([p.grid_thw for p in prompts if p.pixel_values is not None])) if pixels else ()
+        w, longest, on_device = self.weights, int(cu.diff().max()), cu.to(self.device)
+        x = self.model.embed(tokens.to(self.device), *images).to(w.embed.dtype)  # (T, C)
+        cos, sin = rope_cos_sin(torch.cat(positions, dim=1).to(self.device), c)
+        kv = x.new_empty(2, len(w.layers), len(tokens), c.num_key_value_heads, c.head_dim)
+        for i, layer in enumerate(w.layers):
+            def attention(q, k, v, i=i):
+                kv[0, i], kv[1, i] = k, v
+                return attend(q, k, v, on_device, longest, causal=True)
+            x = block(layer, x, cos, sin, attention, c)
+        last = F.rms_norm(x[on_device[1:].long() - 1], w.norm.shape, w.norm, c.rms_norm_eps)  # (prompts, C)
+        run.staged.extend(Staged(i, kv[:, :, a:b], h, d)
+                          for i, a, b, h, d in zip(chosen, cu[:-1].tolist(), cu[1:].tolist(), last, deltas))
+        run.prefill_seconds += time.perf_counter() - begin
+        run.prefill_tokens += len(tokens)
+
+    def _positions(self, prompt: PromptLike) -> tuple[torch.Tensor, int]:
+        if prompt.grid_thw is None:
+            return torch.arange(len(prompt.tokens)).expand(3, -1), 0
+        return mrope_positions(torch.as_tensor(prompt.tokens), prompt.grid_thw, image_token_id=self.config.image_token_id,
+                               merge_size=self.config.vision.spatial_merge_size)
+
+    def _admit(self, run: "Run") -> None:
+        """Fill free slots with waiting samples, then close the holes that are left."""
+        s, rows, p = self.slots, [], run.params
+        free = [i for i, x in enumerate(run.live) if x is None] + list(range(len(run.live), self.usable))
+        while free and run.waiting:
+            if not run.staged:
+                self._prefill(run)
+            staged = run.staged[0]
+            length = staged.kv.shape[2]
+            slot, free = free[0], free[1:]
+            s.kv[:, :, slot, :length] = staged.kv
+            s.kv[:, :, slot, length:length + p.max_new_tokens] = 0  # no trace, above all no NaN, of the last sample
+            s.hidden[slot] = staged.hidden
+            key = sample_key(p.seed, run.ids[staged.prompt], staged.started)
+            rows.append((slot, dict(length=length, delta=staged.delta, count=0, limit=p.max_new_tokens, close=0, hold=0,
+                                    exit_at=-1, done=0, key=key)))
+            if slot == len(run.live):
+                run.live.append(None)
+            run.live[slot] = Live(staged.prompt, staged.started, length, length)
+            staged.started += 1
+            if staged.started == p.n:
+                run.staged.popleft()
+        if rows:
+            at = torch.tensor([slot for slot, _ in rows], device=self.device)
+            s.state[:, at] = torch.tensor([[r[name] for _, r in rows] for name in STATE], device=self.device)
+        while None in run.live:
+            hole, last = run.live.index(None), run.live.pop()
+            if last is not None:
+                s.move(len(run.live), hole, last.length, last.length - last.prompt_tokens)
+                run.live[hole] = last
+
+    def _step(self, run: "Run") -> None:
+        rows = len(run.live)
+        if self.graphs is not None:
+            self.graphs.replay(rows)
+        else:
+            rows = max(rows, self.min_rows)
+            bounds = [x.length for x in run.live] + [0] * (rows - len(run.live))
+            decode_step(self.weights, self.slots.first(rows), run.constants, self.config, bounds)
+        for x in run.live:
+            x.length += 1
+
+    def _collect(self, run: "Run") -> None:
+        """Hand out the samples that have ended and free their slots. The one place where the host waits for the GPU."""
+        s = self.slots.first(len(run.live))
+        done, count, exit_at = torch.stack([s.done, s.count, s.exit_at]).tolist()
+        ended = [i for i, d in enumerate(done) if d]
+        if not ended:
+            return
+        at, longest = torch.tensor(ended, device=self.device), max(count[i] for i in ended)
+        tokens, logprobs = s.tokens[at, :longest].cpu().numpy(), s.logprobs[at, :longest].cpu().numpy()
+        for i, t, l in zip(ended, tokens, logprobs):
+            run.finish(run.live[i], t[:count[i]], l[:count[i]], exit_at[i])
+            run.live[i] = None
+
+
+class Run:
+    """Where a call of `generate` stands."""
+
+    def __init__(self, prompts, params: SamplingParams, ids: list[int], constants: SimpleNamespace, on_finish, bar):
+        self.prompts, self.params, self.ids, self.constants = prompts, params, ids, constants
+        self.on_finish, self.bar = on_finish, bar
+        self.next_prompt = 0  # the first that has not been prefilled
+        self.staged: deque[Staged] = deque()
+        self.live: list[Live | None] = []  # by slot; None: ended, to be refilled or closed
+        self.finished: list[Rollout] = []
+        self.start = time.perf_counter()
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self.prefill_tokens = self.decode_tokens = 0
+
+    @property
+    def waiting(self) -> bool:
+        """Is there a sample that has not started?"""
+        return bool(self.staged) or self.next_prompt < len(self.prompts)
+
+    @property
+    def unfinished(self) -> bool:
+        return self.waiting or any(x is not None for x in self.live)
+
+    def finish(self, live: Live, tokens: np.ndarray, logprobs: np.ndarray, exit_at: int) -> None:
+        """tokens, logprobs (count,) of an ended sample; exit_at: where its forced tokens begin, -1: none."""
+        mask = np.ones(len(tokens), dtype=bool)
+        if exit_at >= 0:
+            mask[exit_at:exit_at + len(self.params.exit_tokens)] = False
+        reason = "stop" if tokens[-1] in self.params.stop_ids and mask[-1] else "length"
+        rollout = Rollout(live.prompt, live.sample, tokens.tolist(), logprobs.copy(), mask,
+                          reason if exit_at < 0 else "forced+" + reason, live.prompt_tokens)
+        self.finished.append(rollout)
+        self.decode_tokens += len(tokens)
+        self.bar.set_postfix_str(f"{self.decode_tokens / (time.perf_counter() - self.start):.0f} tok/s, {len(self.live)} slots busy",
+                                 refresh=False)
+        self.bar.update()
+        if self.on_finish is not None:
+            self.on_finish(rollout)
+
+    def stats(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self.start, "prefill_seconds": self.prefill_seconds,
+                "decode_seconds": self.decode_seconds, "prefill_tokens": self.prefill_tokens,
+                "decode_tokens": self.decode_tokens}
