@@ -31,13 +31,12 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
 
 
 # --------------------------------------------------------------------------------------------------- command line
-def option(default: Any, help: str, *, may_change: bool = False, **kwargs) -> Any:
-    """A dataclass field with its --help text. may_change: a resumed run may be given another value of it. A default
-    of `dataclasses.MISSING` makes the flag required."""
-    metadata = {"help": help, "may_change": may_change}
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its --help text; a default of `dataclasses.MISSING` makes the flag required."""
+    metadata = {"help": help.replace("%", "%%")}  # argparse formats help texts
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, **kwargs)
-    return dataclasses.field(default=default, metadata=metadata, **kwargs)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -> T:
@@ -68,11 +67,11 @@ class Run:
 
     def __init__(self, out: str | Path, config: Any, *, is_main: bool):
         """Claim `out` for this configuration. Raises ValueError when it holds a different run (nothing is
-        overwritten); continues it when the configuration is the same but for fields that may change. Only rank 0
+        overwritten); continues it when the configuration is the same but for its MAY_CHANGE fields. Only rank 0
         looks: call it inside `parallel.main_first`, so that the others end with it."""
         self.out, self.is_main = Path(out), is_main
         self.config = dataclasses.asdict(config)
-        self.may_change = {f.name for f in dataclasses.fields(config) if f.metadata.get("may_change")}
+        self.may_change = config.MAY_CHANGE
         self.bar = None
         if is_main:
             self._claim()

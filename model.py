@@ -245,7 +245,7 @@ class Model(nn.Module):
         self.model = Decoder(config)
         self.lm_head = (None if config.tie_word_embeddings
                         else nn.Linear(config.hidden_size, config.vocab_size, bias=False))
-        self.loss_chunk = 4096  # rows of logits that exist at once: 2.5 GB in fp32 at V = 152,064
+        self.loss_chunk = 0  # rows of logits that exist at once, 0: by device, see `rows_of_logits`
         self.banned_ids: torch.Tensor | None = None  # ids that never get probability, see `set_banned_ids`
 
     def set_banned_ids(self, ids: list[int]) -> None:
@@ -297,12 +297,19 @@ class Model(nn.Module):
         rows, targets = rows.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         hidden = self.model.norm(x[rows])  # only the rows that are asked for reach the head
         logprobs, entropies = ChunkedLogProbs.apply(hidden, self.head_weight(), targets[rows], temperature, entropy,
-                                                    self.banned_ids, self.loss_chunk)
+                                                    self.banned_ids, self.loss_chunk or rows_of_logits(self))
         full = torch.zeros(len(tokens), device=device)
         return full.index_copy(0, rows, logprobs), full.index_copy(0, rows, entropies) if entropy else None
 
 
 # ------------------------------------------------------------------------------------- log-probabilities in chunks
+def rows_of_logits(model: Model) -> int:
+    """Rows of one chunk: 4,096 on a GPU (2.5 GB of fp32 logits at V = 152,064; large matmuls run best), 32 MB on CPU,
+    where larger blocks miss the cache and fresh pages cost more than the arithmetic."""
+    on_gpu = model.model.embed_tokens.weight.is_cuda
+    return 4096 if on_gpu else max(16, 2**23 // model.config.vocab_size)
+
+
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b with an fp32 result that was never rounded to bf16: on CUDA straight from the tensor cores."""
     if a.dtype == torch.float32:

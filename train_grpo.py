@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -37,12 +37,14 @@ from vision import ImageConfig
 
 @dataclass
 class Config:
+        MAY_CHANGE: ClassVar[set[str]] = {"epochs", "steps", "graders", "offload_optimizer", "save_every",
+                                      "keep_last", "max_bad_steps", "eval_every", "eval_n"}  # in a resumed run
+
     model: str = option(MISSING, "model directory or hub id to start from, usually OUT/final of train_sft.py")
     data: list[str] = option(MISSING, "jsonl file(s) of problems, see `python data.py check`")
     out: str = option(MISSING, "run directory; OUT/final is the trained model, OUT/rollouts every sample")
-    epochs: int = option(3, "passes over the problems (paper: 3 in the text, 'until convergence' in its appendix)",
-                         may_change=True)
-    steps: int = option(-1, "steps, overrides --epochs; -1: by epochs", may_change=True)
+    epochs: int = option(3, "passes over the problems (paper: 3 in the text, 'until convergence' in its appendix)")
+    steps: int = option(-1, "steps, overrides --epochs; -1: by epochs")
     prompts: int = option(128, "problems a step (paper: batch 128, taken as prompts, not samples)")
     group: int = option(8, "rollouts of each problem (paper: 8)")
     max_new_tokens: int = option(4096, "longest completion (paper: 4096)")
@@ -91,20 +93,20 @@ class Config:
     slots: int = option(0, "samples decoded at once on a rank, 0: by --kv_gb")
     kv_gb: float = option(0.0, "memory for the KV cache in GB a rank, 0: a share of what is free")
     reward: str = option("", "module:function to use instead of the built-in grading")
-    graders: int = option(2, "grading processes a rank", may_change=True)
+    graders: int = option(2, "grading processes a rank")
     dtype: Literal["auto", "bf16", "fp32"] = option("auto", "compute dtype; auto: bf16 on CUDA, fp32 on CPU")
     adam_dtype: Literal["fp32", "bf16"] = option("fp32", "AdamW moments; bf16 on CUDA only")
-    offload_optimizer: bool = option(False, "keep optimizer states in host memory while sampling", may_change=True)
+    offload_optimizer: bool = option(False, "keep optimizer states in host memory while sampling")
     checkpointing: Literal["none", "attn", "matmul", "full"] = option("full", "activation checkpointing, as in SFT")
     compile: bool = option(False, "torch.compile each decoder block")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
-    save_every: int = option(10, "save resumable state every n steps, 0: only when stopped", may_change=True)
-    keep_last: int = option(2, "checkpoints to keep", may_change=True)
-    max_bad_steps: int = option(5, "stop after this many non-finite steps in a row", may_change=True)
+    save_every: int = option(10, "save resumable state every n steps, 0: only when stopped")
+    keep_last: int = option(2, "checkpoints to keep")
+    max_bad_steps: int = option(5, "stop after this many non-finite steps in a row")
     skip_bad_rows: bool = option(False, "train without the rows that fail the check")
     eval_data: list[str] = option([], "problems to evaluate on, before the first step and every --eval_every")
-    eval_every: int = option(20, "evaluate every n steps", may_change=True)
-    eval_n: int = option(0, "samples a problem for avg@n beside greedy, 0: greedy only", may_change=True)
+    eval_every: int = option(20, "evaluate every n steps")
+    eval_n: int = option(0, "samples a problem for avg@n beside greedy, 0: greedy only")
     replay: str = option("", "train on the rollouts that another run saved (its OUT), without sampling")
     rollout_only: bool = option(False, "sample and save rollouts, train nothing")
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
 from itertools import count
 from pathlib import Path
-from typing import Callable, Iterator, Literal
+from typing import Callable, ClassVar, Iterator, Literal
 
 import numpy as np
 import torch
@@ -48,11 +48,13 @@ from parallel import World, all_max, all_sum, init, main_first, shutdown
 
 @dataclass
 class Config:
+    MAY_CHANGE: ClassVar[set[str]] = {"epochs", "steps", "val_every", "save_every", "keep_last", "max_bad_steps"}
+
     model: str = option(MISSING, "model directory or hub id to start from")
     data: list[str] = option(MISSING, "jsonl file(s) of conversations, see `python data.py check`")
     out: str = option(MISSING, "run directory; OUT/final is the trained model")
-    epochs: int = option(4, "passes over the data (paper: 4)", may_change=True)
-    steps: int = option(-1, "optimizer steps, overrides --epochs; -1: by epochs", may_change=True)
+    epochs: int = option(4, "passes over the data (paper: 4)")
+    steps: int = option(-1, "optimizer steps, overrides --epochs; -1: by epochs")
     max_len: int = option(4096, "longest document in tokens (paper: 4096)")
     overlong: Literal["truncate", "drop", "error"] = option("truncate", "documents over max_len: the paper truncates, "
                                                             "which removes the end of the thought and the answer")
@@ -71,7 +73,7 @@ class Config:
     train_vision: bool = option(False, "train the vision tower too (needs image data; the paper leaves it untouched)")
     skip_bad_rows: bool = option(False, "train without the rows that fail the check, each one logged")
     val_data: list[str] = option([], "jsonl file(s) for the validation loss")
-    val_every: int = option(100, "validate every n steps and at the end", may_change=True)
+    val_every: int = option(100, "validate every n steps and at the end")
     dtype: Literal["auto", "bf16", "fp32"] = option("auto", "compute dtype; auto: bf16 on CUDA, fp32 on CPU. Master "
                                                     "weights and gradient reduction are always fp32")
     adam_dtype: Literal["fp32", "bf16"] = option("fp32", "AdamW moments; bf16 saves 28 GiB at 7B (CUDA only)")
@@ -81,9 +83,9 @@ class Config:
     reshard: bool = option(True, "free gathered blocks after forward (ZeRO-3); off keeps them: +13 GiB at 7B, faster")
     replicas: int = option(1, "HSDP: number of groups that each hold all shards (e.g. one per node)")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
-    save_every: int = option(200, "save resumable state every n steps, 0: only when stopped", may_change=True)
-    keep_last: int = option(2, "checkpoints to keep", may_change=True)
-    max_bad_steps: int = option(5, "stop after this many non-finite steps in a row", may_change=True)
+    save_every: int = option(200, "save resumable state every n steps, 0: only when stopped")
+    keep_last: int = option(2, "checkpoints to keep")
+    max_bad_steps: int = option(5, "stop after this many non-finite steps in a row")
 
     def __post_init__(self):
         if self.pack_len < self.max_len:
@@ -198,12 +200,12 @@ def build(config: Config, model_dir: Path, world: World, with_vision: bool) -> t
 
 def batch_arithmetic(config: Config, dataset: TokenizedDataset, steps: list, steps_per_epoch: int, world: World) -> str:
     """The plan of the run as equations, printed before the first step."""
-    packs = sum(map(len, steps[:steps_per_epoch]))
-    tokens = int(dataset.lengths.sum())
-    return (f"{len(dataset.lengths)} documents, {tokens} tokens ({int(dataset.supervised.sum())} supervised) → {packs} "
-            f"packs of ≤ {config.pack_len}, {tokens / (packs * config.pack_len):.1%} full, no padding\n"
-            f"{packs} packs / {max(1, config.batch_tokens // config.pack_len)} a step = {steps_per_epoch} steps an "
-            f"epoch; {len(steps)} steps in all on {world.size} rank(s)")
+    first = steps[:steps_per_epoch]
+    packs, tokens = sum(map(len, first)), sum(int(dataset.lengths[pack].sum()) for step in first for pack in step)
+    return (f"{len(dataset)} documents, {dataset.lengths.sum()} tokens ({dataset.supervised.sum()} supervised); "
+            f"{packs} packs of ≤ {config.pack_len}, {tokens / max(1, packs * config.pack_len):.1%} full, no padding\n"
+            f"{max(1, config.batch_tokens // config.pack_len)} packs a step, {steps_per_epoch} steps an epoch, "
+            f"{len(steps)} steps in all on {world.size} rank(s)")
 
 
 def train(config: Config) -> int:
