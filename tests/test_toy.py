@@ -1,0 +1,190 @@
+"""The miniature world: its problems are right, its splits are apart, its files are what the real scripts read."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import rewards
+import schema
+import toy
+from vision import ImageConfig, preprocess_image, load_image
+
+
+@pytest.fixture(scope="module")
+def world_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy")
+    toy.write_data(toy.DataConfig(out=str(out), conversations=300, problems=100, test=20))
+    return out
+
+
+def solve(line: str) -> int:
+    """An independent solver: Python's own eval on the line of either dress."""
+    line = line.replace("mg", "").replace(":", "=").replace(",", ";")
+    *statements, asked = line.split(";")
+    names: dict = {}
+    pending = [s.split("=") for s in statements]
+    while pending:
+        name, right = pending.pop(0)
+        try:
+            names[name] = eval(right, {"__builtins__": {}}, dict(names))
+        except NameError:
+            pending.append([name, right])
+    return names[asked.rstrip("?")]
+
+
+@pytest.mark.parametrize("dress", [toy.PLAIN, toy.WARD])
+@pytest.mark.parametrize("tangled", [False, True])
+def test_answers_are_right(dress, tangled):
+    """A wrong gold answer would cap every accuracy and teach the wrong thing."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        chain = toy.draw_chain(rng, int(rng.integers(1, 8)), dress, tangled)
+        assert solve(chain.text) == chain.answer
+        assert all(0 <= v <= 9 for v in chain.values)
+
+
+def test_thoughts_are_right_to_the_last_step():
+    """A teacher with a wrong step, or an answer that its thought does not reach, would be a hidden cap on stage one."""
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        chain = toy.draw_chain(rng, int(rng.choice(toy.SIZES)))
+        known, last = {}, None
+        for step in toy.think(chain, rng).replace(toy.WAIT, ";").split(";"):
+            name, *forms = step.split("=")
+            for form in forms:
+                assert eval(form, {"__builtins__": {}}, dict(known)) == chain.values[chain.names.index(name)], step
+            known[name], last = int(forms[-1]), int(forms[-1])
+        assert last == chain.answer
+
+
+def test_doubts_are_as_frequent_as_stated():
+    """The disease that stage two cures is a number in this file; thoughts that never doubt would leave nothing to cure."""
+    rng = np.random.default_rng(2)
+    for size, chance in toy.DOUBT.items():
+        doubting = [toy.WAIT in toy.think(toy.draw_chain(rng, size), rng) for _ in range(600)]
+        assert np.mean(doubting) == pytest.approx(chance, abs=0.07)
+
+
+def test_train_and_test_share_no_question(world_dir):
+    """A test question that training saw would be remembered, not reasoned about; also across text and image form."""
+    lines = {f.stem: [json.loads(x) for x in f.read_text().splitlines()] for f in world_dir.glob("*.jsonl")}
+    tests = {row["meta"]["line"] for name, rows in lines.items() if name.startswith("test_") for row in rows}
+    assert len(tests) > 50
+    trained = {row["meta"]["line"] for row in lines["rl"]}
+    for row in lines["sft"] + lines["sft_direct"]:
+        trained.update(re.findall(r"(?:\w=[\w+-]+;)+\w\?", row["messages"][0]["content"]))
+    assert len(trained) > 200 and not tests & trained
+    assert all(toy.is_test(t) for t in tests) and not any(toy.is_test(t) for t in trained)
+
+
+def test_same_seed_same_files_and_another_seed_others(tmp_path):
+    """Files that differ from run to run make no two results comparable; a seed without effect makes seeds worthless."""
+    made = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        toy.write_data(toy.DataConfig(out=str(tmp_path / name), seed=seed, conversations=20, problems=20, test=3))
+        made.append({f.relative_to(tmp_path / name).as_posix(): f.read_bytes()
+                     for f in sorted((tmp_path / name).rglob("*")) if f.is_file()})
+    assert made[0] == made[1]
+    assert made[0]["sft.jsonl"] != made[2]["sft.jsonl"] and made[0]["test_image.jsonl"] != made[2]["test_image.jsonl"]
+    assert made[0]["img/image-0.png"] != made[2]["img/image-0.png"]
+
+
+def test_files_pass_the_check_of_the_real_scripts(world_dir):
+    """The miniature must go through the code that the 7B goes through, with nothing skipped."""
+    for name in ("sft", "sft_direct"):
+        rows, faults = schema.load_conversations(world_dir / f"{name}.jsonl")
+        assert len(rows) == 300 and not faults and not any(r.get("images") for r in rows)  # text only
+    for task in toy.TASKS:
+        rows, faults = schema.load_problems(world_dir / f"test_{task}.jsonl")
+        assert len(rows) == 20 and not faults
+        assert all(bool(r.get("images")) == task.endswith("image") for r in rows)
+        for row in rows:
+            assert rewards.reward(row, f"<think>x</think>{toy.final_answer(row)}").score == 1.0
+
+
+def test_text_and_image_sets_hold_the_same_chains(world_dir):
+    """The comparison text against image is one of form only if the problems are the same."""
+    for domain in ("", "ward_", "hard_"):
+        text, image = ([json.loads(x)["meta"]["line"] for x in (world_dir / f"test_{domain}{form}.jsonl").open()]
+                       for form in ("text", "image"))
+        assert text == image
+
+
+def test_tokenizer_gives_every_text_back_and_keeps_common_strings_whole():
+    """A tokenizer that loses a space or a byte breaks answer extraction and replays; split tags cost most of the time."""
+    tokenizer = toy.make_tokenizer()
+    for text in ("a=9;k=a-3;k?", "<think>a=9;wait,a</think><answer>B: 6</answer>", "naïve ☃ \n\t tab  two", "Options:\n\nA: x"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("<think></think><answer></answer>")) == 4
+    assert len(tokenizer) <= toy.VOCAB
+    problem = {"id": "x", "task": "t", "kind": "math", "question": "a=9;a?", "answer": "9"}
+    assert len(data.render_problem(problem, tokenizer, None, style="train").tokens) == 11 + len("a=9;a?")
+
+
+def test_template_writes_what_the_published_one_writes():
+    """A student who reads the miniature's prompts must see the real format: default system turn, turns, image place."""
+    tokenizer = toy.make_tokenizer()
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "this"}, {"role": "user", "content": "why?"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>what?<|im_end|>\n"
+        "<|im_start|>assistant\nthis<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n")
+    with_system = tokenizer.apply_chat_template([{"role": "system", "content": "Be."}, chat[2]], tokenize=False)
+    assert with_system == "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n"
+
+
+def test_one_vision_token_a_glyph(world_dir):
+    """Resizing or a grid that does not meet the cells would blur glyphs over tokens and spoil alignment and transfer."""
+    images = ImageConfig.from_dir(world_dir / "model_files")
+    for task in ("image", "ward_image", "hard_image"):
+        for line in (world_dir / f"test_{task}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            picture = load_image(world_dir / row["images"][0])
+            _, grid = preprocess_image(picture, images)
+            assert grid == (1, 2, 2 * len(row["meta"]["line"])) and picture.size == (28 * len(row["meta"]["line"]), 28)
+
+
+def test_glyphs_differ():
+    """Two characters with one picture could not be told apart by any model."""
+    characters = toy.PLAIN.names + toy.WARD.names + "0123456789=+-;:,?"
+    pictures = {toy.glyph(c).tobytes() for c in characters}
+    assert len(pictures) == len(characters)
+
+
+def test_transformers_loads_tokenizer_config_and_model(world_dir):
+    """The files must be a real Hugging Face directory, not only one that our own loader understands."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world_dir / "model_files")
+    config = transformers.AutoConfig.from_pretrained(world_dir / "model_files")
+    assert config.model_type == "qwen2_5_vl" and config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    count = sum(p.numel() for p in model.parameters())
+    assert 0.8e6 < count < 1.5e6
+    processor = transformers.Qwen2VLImageProcessor.from_pretrained(world_dir / "model_files")
+    assert processor.patch_size == 14 and processor.merge_size == 2
+    from model import Model, ModelConfig
+    ours = Model(ModelConfig.from_dir(world_dir / "model_files"), with_vision=True)
+    assert sum(p.numel() for p in ours.parameters()) == count
+
+
+def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
+    """Labels that are off by one token would align every glyph with its neighbour, and the loss would not show it."""
+    import toy_base
+    toy.write_model_files(tmp_path)
+    tokenizer, images = data.load_tokenizer(tmp_path), ImageConfig.from_dir(tmp_path)
+    config = toy_base.BaseConfig(out="-", rows=8)
+    batch, ids = toy_base.make_batch(np.random.default_rng(0), config, tokenizer, images, (2, 3))
+    assert int(batch.grid_thw.prod(1).sum()) // 4 == len(ids) == int((batch.tokens == batch.tokens.new_tensor(
+        tokenizer.convert_tokens_to_ids("<|image_pad|>"))).sum())
+    lengths = (batch.grid_thw[:, 2] // 2).tolist()
+    lines = [tokenizer.decode(part) for part in torch.split(ids, lengths)]
+    assert all(solve(line) in range(10) for line in lines)
+    # an exact match of vision tokens and embeddings has no squared error; a shifted one has
+    embedding = torch.randn(toy.VOCAB, 16)
+    exact, right = toy_base.alignment_loss(embedding[ids], embedding, ids)
+    shifted, wrong = toy_base.alignment_loss(embedding[ids.roll(1)], embedding, ids)
+    assert right == 1.0 and wrong < 0.5 and exact < shifted

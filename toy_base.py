@@ -1,0 +1,171 @@
+"""The miniature's base model: a tiny Qwen2.5-VL that reads text and images, and answers at once, without a thought.
+
+    python toy.py base --out runs/toy/base                 a model directory; about 4 minutes on one core
+    python toy.py base --out runs/toy/base --no_align      the ablation: without alignment hardly anything transfers
+
+It is to the miniature what Qwen2.5-VL-Instruct is to the paper, and no part of the method: a loop of its own around the
+project's `Model`. Two phases:
+
+1. Align: the vision tower alone, on lines of random characters. Each merged vision token is drawn to the embedding of
+   the character that it shows (mean squared error + 0.1 × cross-entropy over all characters; `alignment_loss`).
+2. Joint: tower and decoder together, on text and image rows of the same exercises: read aloud, find, answer at once,
+   choose an option; both dresses. The alignment loss stays on.
+
+Stated openly: the alignment uses the characters' labels, which is more than captions give a real model. It stands for
+what large-scale pre-training achieves, a vision token that means to the decoder what the word means. That this is what
+makes text-only training transfer to images is the lesson of `--no_align`.
+"""
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+import toy
+from data import Batch, Document, collate, encode_conversations, load_images, load_tokenizer, prompt_text
+from experiment import option
+from model import Model, ModelConfig
+from vision import ImageConfig
+
+SIZES = (1, 2, 3, 4, 5)
+
+
+@dataclass
+class BaseConfig:
+    out: str = option(MISSING, "the model directory to write")
+    seed: int = option(0, "initial weights and data")
+    align_steps: int = option(150, "steps of phase 1")
+    steps: int = option(800, "steps of phase 2")
+    rows: int = option(48, "rows a step, half of them with an image")
+    lr: float = option(3e-3, "peak learning rate, warmed up, then down a cosine")
+    align: bool = option(True, "the alignment loss, in both phases (--no_align: phase 1 falls away too)")
+    embedding_std: float = option(0.3, "of the initial embeddings")
+
+
+# ----------------------------------------------------------------------------------------------------------- rows
+def base_row(rng: np.random.Generator, image: bool, sizes: tuple[int, ...]) -> dict:
+    """A conversation of the base's world; an image row has the line as a picture in "images" and as text in "line"."""
+    chain = toy.draw_unlike(rng, test=False, sizes=sizes, dress=toy.WARD if rng.random() < 0.4 else toy.PLAIN)
+    if rng.random() < 0.4:
+        ask, reply = toy.skill(chain, rng)
+        user = ask + ("<image>" if image else chain.text)
+    else:
+        problem = toy.as_problem(chain, "-", "-", rng, rng.random() < 0.4, "-" if image else None)
+        user = prompt_text(problem, style="train" if rng.random() < 0.5 else "kind")
+        reply = toy.final_answer(problem)
+    row = {**toy.conversation(user, reply), "line": chain.text}
+    return {**row, "images": [Image.fromarray(toy.draw_line(chain.text, rng))]} if image else row
+
+
+def make_batch(rng: np.random.Generator, config: BaseConfig, tokenizer, images: ImageConfig, sizes: tuple[int, ...]
+               ) -> tuple[Batch, torch.Tensor]:
+    """A packed batch, and the token of every character of its images, in order."""
+    rows = [base_row(rng, i % 2 == 0, sizes) for i in range(config.rows)]
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    documents = [Document(tokens, learned, row.get("images", []), pad, "toy")
+                 for row, (tokens, learned) in zip(rows, encode_conversations(rows, tokenizer, images))]
+    lines = [row["line"] for row in rows if "images" in row]
+    return collate(documents, images), character_ids(lines, tokenizer)
+
+
+def character_ids(lines: list[str], tokenizer) -> torch.Tensor:
+    """One token a character, never a whole string such as ";wait,": (characters of all lines,)"""
+    return torch.tensor([tokenizer.convert_tokens_to_ids(c) for line in lines for c in line])
+
+
+def random_lines(rng: np.random.Generator, count: int) -> list[str]:
+    """Lines of 12 random characters of both dresses."""
+    characters = list(toy.PLAIN.names + toy.WARD.names + "0123456789=+-;:,?")
+    return ["".join(rng.choice(characters, 12)) for _ in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------- training
+def alignment_loss(vision: torch.Tensor, embedding: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """vision (M, C) merged tokens, embedding (V, C), ids (M,) the characters shown → loss, share told right.
+    The embeddings are the goal and get no gradient: vision comes to the words, not the words to vision."""
+    embedding = embedding.detach()
+    scale = embedding[ids].std()
+    logits = vision @ embedding.t() / scale**2 / vision.shape[1]**0.5  # (M, V)
+    loss = F.mse_loss(vision, embedding[ids]) / scale**2 + 0.1 * F.cross_entropy(logits, ids)
+    return loss, (torch.cdist(vision, embedding).argmin(1) == ids).float().mean().item()
+
+
+def align(model: Model, optimizer, tokenizer, images: ImageConfig, config: BaseConfig, rng) -> None:
+    """Phase 1: the tower alone, on lines of random characters."""
+    for step in range(config.align_steps):
+        lines = random_lines(rng, config.rows)
+        pictures = [Image.fromarray(toy.draw_line(line, rng)) for line in lines]
+        patches, grids = load_images(pictures, images)
+        loss, right = alignment_loss(model.visual(patches, grids), model.model.embed_tokens.weight,
+                                     character_ids(lines, tokenizer))
+        update(optimizer, loss, config.lr * schedule(step, config.align_steps))
+        if (step + 1) % 50 == 0:
+            print(f"align {step + 1}/{config.align_steps} | loss {loss.item():.3f} | characters {right:.1%}", flush=True)
+
+
+
+
+def joint(model: Model, optimizer, tokenizer, images: ImageConfig, config: BaseConfig, rng) -> None:
+    """Phase 2: everything, on text and images. The first third of it sees lines of one or two statements only."""
+    seen: list[torch.Tensor] = []  # what the tower made of the batch's images, for the alignment loss
+    hook = model.visual.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    start = time.perf_counter()
+    for step in range(config.steps):
+        sizes = SIZES[:2] if step < 0.3 * config.steps else SIZES
+        b, ids = make_batch(rng, config, tokenizer, images, sizes)
+        logprobs, _ = model(b.tokens, b.position_ids, b.cu_seqlens, targets=b.targets, pixel_values=b.pixel_values,
+                            grid_thw=b.grid_thw)
+        language = -logprobs.sum() / (b.targets != -100).sum()
+        aligned, right = alignment_loss(seen.pop(), model.model.embed_tokens.weight, ids)
+        update(optimizer, language + aligned if config.align else language, config.lr * schedule(step, config.steps))
+        if (step + 1) % 50 == 0:
+            print(f"joint {step + 1}/{config.steps} | loss {language.item():.3f} | characters {right:.1%} | "
+                  f"{time.perf_counter() - start:.0f} s", flush=True)
+    hook.remove()
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm up over 20 steps, then a cosine down to a twentieth."""
+    return min(1.0, (step + 1) / 20) * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * step / steps)))
+
+
+def update(optimizer, loss: torch.Tensor, lr: float) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+def make_base(config: BaseConfig) -> None:
+    """Train and write the base model, in bf16 as the published models are, with the command that made it."""
+    torch.manual_seed(config.seed)
+    rng = np.random.default_rng([config.seed, 5])
+    out, start = Path(config.out), time.perf_counter()
+    toy.write_model_files(out)
+    tokenizer, images = load_tokenizer(out), ImageConfig.from_dir(out)
+    model = Model(ModelConfig.from_dir(out), with_vision=True)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(config.embedding_std)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    if config.align:
+        align(model, torch.optim.AdamW(model.visual.parameters(), weight_decay=0.0), tokenizer, images, config, rng)
+    joint(model, torch.optim.AdamW(model.parameters(), weight_decay=0.01), tokenizer, images, config, rng)
+    weights = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.named_parameters()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    made = {"command": shlex.join(["python", "toy.py", *sys.argv[1:]]), "config": vars(config),
+            "seconds": round(time.perf_counter() - start)}
+    (out / "made_by.json").write_text(json.dumps(made, indent=2) + "\n")
+    print(f"{out}: written after {made['seconds']} s")
