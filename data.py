@@ -215,8 +215,7 @@ def tokenize_files(paths: Sequence[str | Path], model_dir: str | Path, *, max_le
         images = ImageConfig.from_dir(model_dir) if with_images else None
         try:
             write_cache(aside, paths, tokenizer, images, max_len, overlong, [str(f) for f in faults])
-            if not (final / "meta.json").is_file():
-                aside.rename(final)
+            aside.rename(final)
         except OSError:
             if not (final / "meta.json").is_file():  # else another process was first; its cache is the same
                 raise
