@@ -351,6 +351,10 @@ def full_equal(pred: str, gold: str) -> bool:
 _UNPARSABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{4,}|\\gcd|\\lcm|\\ldots|\\parallel|\\perp|\\begin|\\text|%")
 
 
+# x1 is no product, and \frac{2}{9}3 no 2/3: the grammar multiplies whatever stands side by side
+_JUXTAPOSED = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z] ?\d|(?<!\\log_\{\d)(?<!\\log_\{\d\d)[)}] ?\d|\\infty ?\d")
+
+
 @lru_cache(maxsize=4096)
 def to_sympy(text: str):
     """Normalised LaTeX of one scalar -> sympy expression with exact numbers, or None. math-verify's grammar
@@ -358,11 +362,18 @@ def to_sympy(text: str):
     """
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-    from sympy import Basic, Float, I, Rational, Symbol
+    from sympy import Expr, Float, I, Rational, Symbol
+    from sympy.core.function import AppliedUndef
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     bare = re.sub(r"\\text\{([A-Za-z])\}", r"\1", text)
-    if _UNPARSABLE.search(bare) or "pm" in bare or re.search(r"(?<!_)\d \d", bare) or not bare:
+    if (
+        _UNPARSABLE.search(bare)
+        or _JUXTAPOSED.search(bare)
+        or "pm" in bare
+        or re.search(r"(?<!_)\d \d", bare)
+        or not bare
+    ):
         return None
     bare = (
         re.sub(r"(\d) ?(\\frac ?\{\d+\} ?\{\d+\})", r"(\1+\2)", bare)
@@ -378,11 +389,12 @@ def to_sympy(text: str):
         )
     except Exception:  # noqa: BLE001  the parser raises bare Exception on everything it can't read
         return None
-    if not isinstance(expression, Basic):
+    if not isinstance(expression, Expr):  # a relation, a set, a truth value
         return None
     expression = expression.xreplace({f: Rational(str(f)) for f in expression.atoms(Float)})
     imaginary = {s: I for s in expression.free_symbols if isinstance(s, Symbol) and s.name == "i"}
-    return expression.xreplace(imaginary)
+    unknown = {f: Symbol(str(f)) for f in expression.atoms(AppliedUndef)}  # f(1) is a number of its own
+    return expression.xreplace(unknown).xreplace(imaginary)
 
 
 def algebra_leaf(pred: Node, gold: Node) -> bool:
@@ -432,17 +444,8 @@ def close(x, y) -> bool:
 
 def value_at(expression, point: dict | None = None):
     """The expression at a point (symbol -> rational), to 60 digits; None unless it is a finite number."""
-    from sympy import Rational
-    from sympy.core.function import AppliedUndef
-
-    expression = expression.subs(point) if point else expression
-    unknown = {f: Rational(sum(map(ord, str(f))) % 9973 + 7, 1009) for f in expression.atoms(AppliedUndef)}
-    value = expression.xreplace(unknown).doit().evalf(60, maxn=400)
-    return (
-        value
-        if value.is_number and value.is_finite and not value.free_symbols and not value.has(AppliedUndef)
-        else None
-    )
+    value = (expression.subs(point) if point else expression).doit().evalf(60, maxn=400)
+    return value if value.is_number and value.is_finite and not value.free_symbols else None
 
 
 def points(symbols: set) -> list[dict]:
@@ -461,6 +464,10 @@ def same_function(a, b) -> bool | None:
     """Equal at every point where both are defined: True; different somewhere: False; fewer than two such
     points: None.
     """
+    from sympy import Max, Min
+
+    if a.has(Max, Min) or b.has(Max, Min):  # a branch that no point takes would go unseen
+        return a == b
     agreed = 0
     for point in points(a.free_symbols | b.free_symbols):
         x, y = value_at(a, point), value_at(b, point)
@@ -498,7 +505,7 @@ def _relations_equal(pred: Node, gold: Node) -> bool:
 
 def constant_ratio(a, b, polynomial: bool):
     """The constant c with a = c*b, compared at the fixed points (denominators cleared first for equations), or None."""
-    if a.free_symbols != b.free_symbols:
+    if a.free_symbols != b.free_symbols or not a.free_symbols:  # without a symbol any two numbers are proportional
         return None
     if polynomial:
         a, b = (e.together().as_numer_denom()[0] for e in (a, b))

@@ -325,7 +325,7 @@ def _is_name(text: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Node:
-    r"""Normalised text -> Node. `x = 1, 3` -> list(named x 1, 3); `(1, 2]` -> tuple "(]"; `2^{10}-1 = 1023` -> chain."""
+    r"""Normalised text -> Node. `x = 1, 3` -> list(named x 1, 3); `(1, 2]` -> tuple; `2^{10}-1 = 1023` -> chain."""
     text = text.strip()
     number = read_number(text)
     if number:

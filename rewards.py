@@ -267,11 +267,21 @@ grade_equality.warm_up = equality.warm_up  # before the worker says that it is r
 
 
 def _settle(problem: dict, completion: str, finish_reason: str, how: dict) -> Reward | tuple[str, list[str]]:
+    """`_settle_strictly`, where a row that breaks its assumptions (a number as gold's kind, options as text) is an error."""
+    try:
+        return _settle_strictly(problem, completion, finish_reason, how)
+    except Exception as e:
+        return Reward(0.0, None, f"{type(e).__name__}: {e}", "error")
+
+
+def _settle_strictly(problem: dict, completion: str, finish_reason: str, how: dict) -> Reward | tuple[str, list[str]]:
     """All that is cheap: a Reward, or (prediction, golds) where algebra has to decide. Linear time in the text."""
     gold, kind, options = problem.get("answer"), problem.get("kind", "math"), problem.get("options")
     golds = [str(g) for g in (gold if isinstance(gold, list) else [gold]) if g is not None and str(g).strip()]
     if not golds:
         return Reward(0.0, None, "the problem has no answer to compare with", "error")
+    if options is not None and not isinstance(options, list):
+        return Reward(0.0, None, f"options must be a list of texts, got {type(options).__name__}", "error")
     if kind == "choice" and (options is not None and not options or golds[0] not in _letters(options)):
         return Reward(0.0, None, f"the answer of a choice must be one of its letters, got {golds[0]!r}", "error")
     if kind not in ("math", "choice", "open"):

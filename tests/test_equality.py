@@ -77,6 +77,7 @@ p=5,q=2;p=7,q=2 ~ (7,2),(5,2)
 100,101,102 ~ 100, 101, 102
 70/9 \approx 7.78 ~ 7.78
 3,14 ~ 3.14
+\min(2WR, BW, 3RB) ~ \min(BW, 2WR, 3RB)
 \int_0^1 x dx ~ \frac{1}{2}
 \text{No solution} ~ no solution
 """
@@ -128,6 +129,13 @@ the answer is 42 ~ 42
 x ~ (x) + 1
 1 ~ (x) + 1
 \lambda ~ 1
+f(0)+4(1)=1 ~ f(0)+f(1)=1
+f(8) > 202 f(0) ~ f(8) > 2022 f(0)
+f(1) ~ f(2)
+\min(BW, 2WR, 43RB) ~ \min(BW, 2WR, 3RB)
+x^{p1-1} ~ x^{p-1}
+\frac293 ~ \frac23
+\frac{2}{5}1 ~ \frac25
 """
 
 

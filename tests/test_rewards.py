@@ -217,6 +217,8 @@ def test_the_question_restated_is_no_answer():
         {"kind": "math"},
         {"kind": "choice", "answer": "E", "options": OPTIONS},
         {"kind": "essay", "answer": "x"},
+        {"kind": "choice", "answer": "A", "options": "['a', 'b']"},
+        {"kind": "math", "answer": "1", "meta": ["not", "a", "dict"]},
     ],
 )
 def test_a_bad_row_is_an_error_not_a_crash_and_not_a_point(row):
