@@ -4,7 +4,7 @@
     python data.py inspect FILE --model DIR                     counts, lengths, and one sample with its loss mask
     python data.py convert NAME SRC... --out FILE               a public release → flat jsonl (convert.py)
 
-The schemas of the files are in schema.py.
+The schemas of the files, and which rows are refused, are in schema.py; `check` and `inspect` in datacheck.py.
 
 SFT: `tokenize_files` (validate all, render, mask, cache) → `pack_plan` → `balance` → `collate`. GRPO and evaluation:
 `load_problems` → `render_problem`. From the paper (arXiv 2505.03981): the prompts (appendix C) and cutting documents
@@ -68,8 +68,9 @@ def chat_segments(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
     messages[:i+1], enclose turn i. Pieces are tokenised apart, so a prompt has the tokens that it has in generation.
 
     Raises ValueError for a template that rewrites earlier turns, drops a part of one, or does not end one.
-    >>> chat_segments([user "Hi", assistant "Yes"], chatml)      # doctest: +SKIP
-    [("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False), ("Yes<|im_end|>", True), ("\n", False)]
+
+    [user "Hi", assistant "Yes"] in ChatML (↵ is a line break) → "<|im_start|>user↵Hi<|im_end|>↵<|im_start|>assistant↵"
+    not learned, "Yes<|im_end|>" learned, "↵" not.
     """
     def render(n: int, header: bool) -> str:
         return tokenizer.apply_chat_template(chat[:n], tokenize=False, add_generation_prompt=header)
@@ -114,7 +115,7 @@ def image_token_id(tokenizer) -> int | None:
 
 
 def image_token_count(path: str, config: ImageConfig) -> int:
-    """Tokens that this image will take, from its size alone."""
+    """Tokens that this image will take, from its upright size."""
     width, height = load_image(path).size
     height, width = smart_resize(height, width, config)
     return num_image_tokens((1, height // config.patch_size, width // config.patch_size), config.merge_size)
@@ -417,6 +418,7 @@ INSTRUCTIONS = {
             " A: Yes \nB: No', you should answer with <think> your reasoning </think> <answer>B: No</answer>. If the "
             "question is 'What is 1+1?', you should answer with <think> your reasoning </think> <answer>2 </answer>)."
             "\n\nHere is the question: ",
+    "plain": "",  # the bare question
 }
 BY_KIND = {"choice": "mcq", "math": "math", "open": "train"}  # open: the two others ask for a letter or a number
 
