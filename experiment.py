@@ -98,6 +98,8 @@ class Run:
         self._set_status("running")
         _write_json(self.out / "header.json", {**header, "resumed_at_step": resume_step})
         for file in (self.out / n for n in ("metrics.jsonl", "validation.jsonl", "eval.jsonl")):
+            if not file.is_file():
+                continue
             kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= resume_step]
             tmp = file.with_suffix(".tmp")
             tmp.write_text("".join(kept))

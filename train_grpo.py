@@ -31,13 +31,13 @@ from parallel import World, all_gather_objects, all_max, all_sum, gathered, init
 from rewards import Grader
 from rollouts import (RolloutBatch, Sample, collate_samples, empty_rollouts, generate_and_grade, problem_key,
                       read_samples, write_samples)
-from sampler import Sampler, SamplingParams
+from sampler import Sampler, SamplingParams, think_exit
 from vision import ImageConfig
 
 
 @dataclass
 class Config:
-        MAY_CHANGE: ClassVar[set[str]] = {"epochs", "steps", "graders", "offload_optimizer", "save_every",
+    MAY_CHANGE: ClassVar[set[str]] = {"epochs", "steps", "graders", "offload_optimizer", "keep_sampler", "save_every",
                                       "keep_last", "max_bad_steps", "eval_every", "eval_n"}  # in a resumed run
 
     model: str = option(MISSING, "model directory or hub id to start from, usually OUT/final of train_sft.py")
@@ -49,6 +49,8 @@ class Config:
     group: int = option(8, "rollouts of each problem (paper: 8)")
     max_new_tokens: int = option(4096, "longest completion (paper: 4096)")
     max_prompt_tokens: int = option(2048, "longer prompts are left out and counted (paper: not stated)")
+    prompt_style: str = option("train", "instruction before each question: train (the paper's), kind (the paper's for "
+                               "evaluation), plain (none)")
     temperature: float = option(1.0, "of sampling and of every log-probability (paper: 1); no top-p or top-k here")
     think_budget: int = option(0, "force </think> after so many tokens, 0: never (paper: at evaluation only)")
     # objective
@@ -92,6 +94,7 @@ class Config:
     micro_tokens: int = option(16384, "tokens of one packed micro-batch; a longer sample has one of its own")
     slots: int = option(0, "samples decoded at once on a rank, 0: by --kv_gb")
     kv_gb: float = option(0.0, "memory for the KV cache in GB a rank, 0: a share of what is free")
+    keep_sampler: bool = option(False, "keep KV memory and CUDA graphs while training: saves setting them up each step")
     reward: str = option("", "module:function to use instead of the built-in grading")
     graders: int = option(2, "grading processes a rank")
     dtype: Literal["auto", "bf16", "fp32"] = option("auto", "compute dtype; auto: bf16 on CUDA, fp32 on CPU")
@@ -326,24 +329,25 @@ class Roller:
         self.stop_ids = stop_ids(tokenizer)
         self.sampler = Sampler(model, slots=config.slots or None, kv_gb=config.kv_gb or None,
                                max_len=config.max_prompt_tokens + config.max_new_tokens)
+        self.exit = think_exit(tokenizer, model.config.vocab_size) if config.think_budget else {}
 
     def prompts(self, problems: list[dict]) -> list:
-        return [render_problem(p, self.tokenizer, self.images, style="train") for p in problems]
+        return [render_problem(p, self.tokenizer, self.images, style=self.config.prompt_style) for p in problems]
 
     def params(self, n: int, temperature: float) -> SamplingParams:
         c = self.config
         return SamplingParams(n=n, temperature=temperature, max_new_tokens=c.max_new_tokens, stop_ids=self.stop_ids,
-                              seed=c.seed, think_budget=c.think_budget or None)
+                              seed=c.seed, think_budget=c.think_budget or None, **self.exit)
 
     def sample(self, problems: list[dict], prompts: list, keys: list[int], n: int, temperature: float) -> list[Sample]:
         """n samples of each problem, in order of (problem, sample), the same on every rank. Collective."""
         mine = range(self.world.rank, len(problems), self.world.size)
         with gathered(self.model):
-            self.sampler.update_weights()
             samples = generate_and_grade(
                 self.sampler, self.grader, self.tokenizer, [problems[i] for i in mine], [prompts[i] for i in mine],
                 self.params(n, temperature), keys=[keys[i] for i in mine], stop_ids=self.stop_ids)
-            self.sampler.release()
+            if not self.config.keep_sampler:
+                self.sampler.release()
         for s in samples:
             s.problem = mine[s.problem]
         everyone = [s for part in all_gather_objects(samples) for s in part]
@@ -467,7 +471,7 @@ def set_up(config: Config, world: World, run: Run):
     with_images = any(p.get("images") for p in problems + evaluation)
     images = ImageConfig.from_dir(model_dir) if with_images else None
     fitting = [p for p in problems
-               if len(render_problem(p, tokenizer, images, style="train").tokens) <= config.max_prompt_tokens]
+               if len(render_problem(p, tokenizer, images, style=config.prompt_style).tokens) <= config.max_prompt_tokens]
     run.say(f"{len(fitting)} problems ({len(faults)} bad rows skipped, {len(problems) - len(fitting)} prompts over "
             f"{config.max_prompt_tokens} tokens left out), {len(evaluation)} for evaluation")
     if not fitting:
@@ -510,7 +514,7 @@ def train(config: Config) -> int:
     run.progress(total, at["step"])
     stop = StopRequest()
     quiet_garbage_collection()
-    with Grader(workers=config.graders, reward=config.reward or None) as grader:
+    with Grader(workers=config.graders, reward=config.reward) as grader:
         roller = Roller(config, model, tokenizer, images, grader, world)
         for step in range(at["step"], total):
             if evaluation and step % config.eval_every == 0:
