@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from equality import quick_equal  # noqa: E402
 from rewards import Grader, reward  # noqa: E402
 
 LATEX = [
@@ -70,9 +71,9 @@ HOSTILE = [
 
 
 def respell(text: str) -> str:
-    """The same answer, not the same string: the identity path must not flatter us."""
-    text = text.replace(r"\frac", r"\dfrac").replace("+", " + ").replace(r"\left", "").replace(r"\right", "")
-    return text if text.startswith(("{", r"\begin")) or "=" in text else f"{{{text}}}"
+    """The same answer, not the same string: the identity path must not flatter us. Spellings that math-verify knows."""
+    text = text.replace(r"\frac", r"\dfrac").replace("+", " + ").replace("-", " - ").replace(r"\sqrt2", r"\sqrt{2}")
+    return text.replace(r"\left", "").replace(r"\right", "")
 
 
 def milliseconds(grade, jobs: list[tuple]) -> tuple[list[float], int]:
@@ -108,6 +109,9 @@ def speed(golds: list[str]) -> None:
         "LaTeX, the gold respelled": [(respell(g), g, True) for g in others],
         "LaTeX, another problem's gold": [(a, b, False) for a, b in wrong],
     }
+    sets["LaTeX that needs algebra"] = [
+        job for name in list(sets)[1:] for job in sets[name] if quick_equal(job[0], job[1]) is None
+    ]
     print(f"{'':44}{'answers':>7}{'median ms':>11}{'p99':>10}{'max':>10}{'mean':>10}{'right':>9}")
     letters = [(rf"<think>t</think><answer>{x}</answer>", "B", x == "B") for x in "ABCD" * 250]
     with Grader(workers=1) as grader:

@@ -218,13 +218,19 @@ def test_the_question_restated_is_no_answer():
         {"kind": "choice", "answer": "E", "options": OPTIONS},
         {"kind": "essay", "answer": "x"},
         {"kind": "choice", "answer": "A", "options": "['a', 'b']"},
-        {"kind": "math", "answer": "1", "meta": ["not", "a", "dict"]},
     ],
 )
 def test_a_bad_row_is_an_error_not_a_crash_and_not_a_point(row):
     """An empty gold must not equal an empty box; a letter beyond the options can't be right."""
     assert reward(row, r"\boxed{}")[::3] == (0.0, "error")
     assert rewards.unverifiable(row)
+
+
+def test_a_row_that_breaks_the_schema_costs_itself_only():
+    """An exception in the cheap path would end the run from inside the training loop."""
+    assert reward(MATH | {"meta": ["not", "a", "dict"]}, r"\boxed{42}").status == "error"
+    with Grader(workers=1) as grader:
+        assert grader.submit(MATH | {"meta": 3}, r"\boxed{42}").result().status == "error"
 
 
 def test_rules_of_a_user(tmp_path, monkeypatch):
