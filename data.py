@@ -447,19 +447,25 @@ def prompt_text(problem: dict, style: str = "kind") -> str:
     return INSTRUCTIONS[style] + places + body
 
 
-def render_problem(problem: dict, tokenizer, images: ImageConfig | None, style: str = "kind") -> Prompt:
-    """A problem of `load_problems` → its prompt in the model's chat template, images preprocessed.
-    style "train" for GRPO, "kind" for evaluation. Raises ValueError when a text holds one of the tokenizer's own
-    control tokens, or an image cannot be used."""
+def prompt_tokens(problem: dict, tokenizer, counts: list[int], style: str = "kind") -> list[int]:
+    """The prompt of a problem in the model's chat template, its n-th image as counts[n] tokens. Raises ValueError when
+    a text holds one of the tokenizer's own control tokens."""
     text = prompt_text(problem, style)
     if found := control_tokens(tokenizer).search(text):
         raise ValueError(f"problem {problem['id']}: its text holds the control token {found[0]}; remove it")
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": with_image_parts(text)}], tokenize=False,
                                              add_generation_prompt=True)
     tokens = np.asarray(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return np.repeat(tokens, expand_images(tokens, counts, image_token_id(tokenizer))).tolist()
+
+
+def render_problem(problem: dict, tokenizer, images: ImageConfig | None, style: str = "kind") -> Prompt:
+    """A problem of `load_problems` → its prompt in the model's chat template, images preprocessed.
+    style "train" for GRPO, "kind" for evaluation. Raises ValueError when a text holds one of the tokenizer's own
+    control tokens, or an image cannot be used."""
     pixels, grids = load_images(problem.get("images") or [], images)
     counts = [] if grids is None else [num_image_tokens(g, images.merge_size) for g in grids.tolist()]
-    return Prompt(np.repeat(tokens, expand_images(tokens, counts, image_token_id(tokenizer))).tolist(), pixels, grids)
+    return Prompt(prompt_tokens(problem, tokenizer, counts, style), pixels, grids)
 
 
 def main(argv: list[str]) -> None:

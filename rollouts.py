@@ -83,6 +83,20 @@ def generate_and_grade(sampler, grader, tokenizer, problems: list[dict], prompts
     return samples
 
 
+def stop_token_ids(tokenizer) -> list[int]:
+    """Both ends that Qwen models use: a sample that ends with <|endoftext|> would otherwise run to its limit."""
+    ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None and i != tokenizer.unk_token_id})
+
+
+def banned_token_ids(tokenizer, vocab_size: int) -> list[int]:
+    """Ids that must never be sampled: vision placeholders (the next forward would look for an image) and the padded end
+    of the vocabulary."""
+    vision = [tokenizer.convert_tokens_to_ids(t) for t in
+              ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")]
+    return [i for i in vision if i is not None and i != tokenizer.unk_token_id] + list(range(len(tokenizer), vocab_size))
+
+
 # ----------------------------------------------------------------------------------------------------------- disk
 def write_samples(file: Path, samples: list[Sample], problems: list[dict], prompt_texts: list[str]) -> None:
     """One json object a line, written aside and renamed. tokens and logprobs are base64 of int32 and float32, so that
