@@ -267,7 +267,7 @@ grade_equality.warm_up = equality.warm_up  # before the worker says that it is r
 
 
 def _settle(problem: dict, completion: str, finish_reason: str, how: dict) -> Reward | tuple[str, list[str]]:
-    """`_settle_strictly`, but a row that breaks its assumptions (meta that is no dict) is an error, not an exception."""
+    """`_settle_strictly`, but a row that breaks its assumptions (meta that is no dict) is an error too."""
     try:
         return _settle_strictly(problem, completion, finish_reason, how)
     except Exception as e:
