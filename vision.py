@@ -31,13 +31,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 
 from attention import attend
 
 MAX_PIXELS = 89_478_485  # larger files are refused before decoding: Pillow's bound of a decompression bomb
 MAX_ASPECT = 200  # the longest side by the shortest that the model takes
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}  # its value → what makes the image upright
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it starts a program
 
 
@@ -87,11 +91,12 @@ def _to_checked_rgb(image: Image.Image, name: str) -> Image.Image:
                          "crop or pad it")
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        # not ImageOps.exif_transpose: it also writes the other tags anew, and fails on odd ones that do not matter here
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
     except Exception as e:  # as in _open
         raise ValueError(f"{name}: damaged image ({e}); fetch it again") from e
     try:
-        return _to_rgb(image)
+        return _to_rgb(image if turn is None else image.transpose(turn))
     except ValueError as e:  # ours, or Pillow's for modes without a conversion (LAB)
         raise ValueError(f"{name}: {e}; save it as 8-bit RGB") from e
 

@@ -116,7 +116,8 @@ def make_mode(name: str) -> Image.Image:
     palette = rgb.quantize(16)
     made = {"RGB": rgb, "L": grey, "LA": la, "P": palette, "RGBA": rgba, "CMYK": rgb.convert("CMYK"),
             "1": grey.convert("1"), "YCbCr": rgb.convert("YCbCr"), "HSV": rgb.convert("HSV"),
-            "RGBX": rgb.convert("RGBX"), "PA": palette.convert("PA"), "RGBa": rgba.convert("RGBa"), "La": la.convert("La")}
+            "RGBX": rgb.convert("RGBX"), "PA": palette.convert("PA"),
+            "RGBa": rgba.convert("RGBa"), "La": la.convert("La")}
     if name in made:
         return made[name]
     kind, _ = name.split("+")  # with a transparent colour, as PNG and GIF have it
@@ -185,8 +186,23 @@ def test_exif_orientation(orientation, depth):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(pixels if depth == 8 else pixels.astype(np.uint16) * 257)
-    image = load_image(png(stored, exif=exif))
-    assert np.array_equal(np.asarray(image)[..., 0], TURNED[orientation](pixels))
+    for format in ("PNG", "TIFF"):
+        image = load_image(png(stored, format, exif=exif))
+        assert np.array_equal(np.asarray(image)[..., 0], TURNED[orientation](pixels)), format
+
+
+def test_odd_tags_do_not_refuse_an_image():
+    """Prevents: photographs refused for a camera's malformed metadata, which Pillow's own exif_transpose trips over."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    data = png(Image.fromarray(noise(7, 5)), exif=exif)
+    odd = bytearray(data)
+    at = data.index(b"eXIf")
+    tag = data.index((0x011A).to_bytes(2, "big"), at)
+    odd[tag + 3] = 2  # the resolution, a fraction, is now said to be text
+    length = int.from_bytes(data[at - 4:at], "big")
+    odd[at + 4 + length:at + 8 + length] = zlib.crc32(odd[at:at + 4 + length]).to_bytes(4, "big")
+    assert load_image(bytes(odd)).size == (5, 7)
 
 
 # --------------------------------------------------------------------------------------------------- 16 bits and more
@@ -246,6 +262,7 @@ HOSTILE = {
     "cut.png": (png(PHOTO)[:-900], "damaged"),
     "cut.jpg": (png(PHOTO, "JPEG")[:700], "damaged"),
     "cut.webp": (png(PHOTO, "WEBP")[:300], "not an image|damaged"),
+    "chunk.png": (png_header(8, 8) + b"\0\0\0\1\xff\xff\xff\xff" + bytes(40), "damaged"),
     "header.png": (png(PHOTO)[:20], "not an image"),
     "bomb.png": (png_header(60_000, 60_000), "scale it down"),
     "large.png": (png_header(10_000, 10_000), "scale it down"),
