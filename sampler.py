@@ -1,6 +1,6 @@
 """The sampler: prompts → completions with log-probabilities, for rollouts and evaluation. One process, no server.
 
-    sampler = Sampler(model, max_len=6144)                      # KV memory: slots=…, or kv_gb=…, or a share of what is free
+    sampler = Sampler(model, max_len=6144)  # KV memory: slots=…, or kv_gb=…, or a share of what is free
     rollouts = sampler.generate(prompts, SamplingParams(n=8, max_new_tokens=4096, stop_ids=[151645, 151643]))
 
 Read in this order: `decode_step` (choose a token from the last hidden state, run it through the decoder), `choose`
@@ -12,14 +12,14 @@ Read in this order: `decode_step` (choose a token from the last hidden state, ru
 3. A token's random number depends on (seed, sample id, position) and on nothing else: neither batch, slot, order of
    refills nor number of ranks change what is sampled, up to the rounding of matrix products of another size.
 4. Log-probabilities are those of the trainer: `model.head_logits`, fp32, after temperature, before top-k and top-p.
-5. Forced exit: where the paper (arXiv 2505.03981, section 2.1) stops at a length, appends `</think>` and generates anew,
-   the tokens are inserted in place, one a step, marked in `mask` and never trained on.
+5. Forced exit: where the paper (arXiv 2505.03981, section 2.1) stops at a length, appends `</think>` and generates
+   anew, the tokens are inserted in place, one a step, marked in `mask` and never trained on.
 
 Shapes: B live samples, S slots, L layers, C hidden size, Hq / Hkv heads, D head size, V vocabulary, P prompt tokens.
 """
 from __future__ import annotations
 
-import os
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -36,6 +36,7 @@ from tqdm import tqdm
 from attention import attend
 from decode_kernels import Graphs, decode_attend, plan_attention
 from model import Model, apply_rope, head_logits, rope_cos_sin
+from sampling import force_exit, sample_key, sample_token, uniform
 from vision import mrope_positions
 
 
@@ -77,8 +78,8 @@ class SamplingParams:
         held, answer = len(self.close_table) - 1, 1 if self.answer_budget is None else self.answer_budget
         most = self.max_new_tokens - len(self.exit_tokens) - held - answer
         if self.think_budget > most:
-            raise ValueError(f"think_budget {self.think_budget} leaves no room for {len(self.exit_tokens)} exit tokens and "
-                             f"{answer} of the answer in max_new_tokens {self.max_new_tokens}; at most {most}")
+            raise ValueError(f"think_budget {self.think_budget} leaves no room in max_new_tokens {self.max_new_tokens} "
+                             f"for {len(self.exit_tokens)} exit tokens and {answer} of the answer; at most {most}")
 
 
 @dataclass
@@ -95,105 +96,6 @@ class Rollout:
     @property
     def sampled_tokens(self) -> int:
         return int(self.mask.sum())
-
-
-# --------------------------------------------------------------------------------------- random numbers, sampling
-_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
-
-
-def sample_key(seed: int, prompt_id: int, sample_index: int) -> int:
-    """A signed 64-bit number for one sample, by splitmix64 over the three numbers."""
-    x = 0
-    for number in (seed, prompt_id, sample_index):
-        x = (x + number + _GOLDEN) % (1 << 64)
-        x = (x ^ x >> 30) * _MIX1 % (1 << 64)
-        x = (x ^ x >> 27) * _MIX2 % (1 << 64)
-        x ^= x >> 31
-    return _signed(x)
-
-
-def uniform(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """(B,) int64 keys and positions → (B,) fp32 in (0, 1), the same on every device: splitmix64 at `position`."""
-    def shifted(x, bits):  # logical shift right: torch's own carries the sign along
-        return (x >> bits) & ((1 << 64 - bits) - 1)
-    x = key + (position + 1) * _signed(_GOLDEN)
-    x = (x ^ shifted(x, 30)) * _signed(_MIX1)
-    x = (x ^ shifted(x, 27)) * _signed(_MIX2)
-    x = x ^ shifted(x, 31)
-    return shifted(x, 41).float() * 2.0**-23 + 2.0**-24  # 23 bits, so that neither 0 nor 1 comes out
-
-
-def sample_token(logits: torch.Tensor, u: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (B, V) fp32, u (B,) in (0, 1) → tokens (B,) by inverse CDF, and logsumexp(logits) (B,).
-
-    Token i is taken when u · total lies in [cdf[i-1], cdf[i]): one random number a row, and an id of probability 0,
-    whose interval is empty, is never taken. Overwrites nothing of the caller's.
-    """
-    top = logits.amax(-1, keepdim=True)
-    p = (logits - top).exp_()  # (B, V), unnormalised
-    lse = (top + p.sum(-1, keepdim=True).log()).squeeze(1)
-    if top_k or top_p < 1:
-        p = truncate(p, top_k, top_p)
-    cdf = p.cumsum(-1)
-    total = cdf[:, -1:]
-    at = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))  # rounding must not reach the end
-    token = torch.searchsorted(cdf, at, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
-    if p.is_cuda:  # a parallel scan is monotone up to rounding only, which could let an impossible id through
-        token = torch.where(p.gather(1, token[:, None]).squeeze(1) > 0, token, p.argmax(-1))
-    return token, lse
-
-
-def truncate(p: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Zero all but the top_k largest of each row of p (B, V), then all beyond the smallest set that holds a share top_p
-    of what is left; the most probable token always stays."""
-    if top_k and top_k < p.shape[1]:
-        p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0)
-    if top_p < 1:
-        ordered, index = p.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of all more probable tokens
-        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
-        p = torch.zeros_like(p).scatter_(1, index, ordered)
-    return p
-
-
-# -------------------------------------------------------------------------------------------------- forced exit
-def think_exit(tokenizer, vocab_size: int, text: str = "</think>\n", close: str = "</think>") -> dict:
-    """What SamplingParams needs for a forced exit: {"exit_tokens": ids of `text`, "close_table": finder of `close`}.
-    The newline stands where training data have it; in Qwen's vocabulary it belongs to the last token of the close."""
-    pieces = [tokenizer.decode([i]) for i in range(min(len(tokenizer), vocab_size))]
-    pieces += [""] * (vocab_size - len(pieces))
-    return {"exit_tokens": tokenizer.encode(text, add_special_tokens=False), "close_table": close_table(pieces, close)}
-
-
-def close_table(pieces: list[str], close: str) -> torch.Tensor:
-    """(len(close) + 1, V) uint8: how many characters of `close` stand at the end of the text after each token, given how
-    many stood there before. The last state is for good: closed.
-
-    `</think>` is several tokens, and which ones depends on its neighbours (" </" and ">\\n" are tokens of their own),
-    so it is followed as text. For close "</t>", pieces ["</", "t", ">\\n", "a"]: from state 0 "</" leads to 2,
-    from 2 "t" to 3, from 3 ">\\n" to 4 (closed); "a" leads back to 0 from everywhere but 4.
-    """
-    def advance(state: int, piece: str) -> int:
-        text = close[:state] + piece
-        if close in text:
-            return len(close)
-        return next(k for k in range(len(close) - 1, -1, -1) if text.endswith(close[:k]))
-
-    table = torch.zeros(len(close) + 1, len(pieces), dtype=torch.uint8)
-    letters = set(close)
-    for i, piece in enumerate(pieces):
-        if not piece:  # says nothing: the state stays
-            table[:, i] = torch.arange(len(close) + 1)
-        elif piece[-1] in letters or piece[0] in letters:  # no other piece can lead anywhere but to 0
-            table[:, i] = torch.tensor([advance(s, piece) for s in range(len(close) + 1)])
-        elif close in piece:
-            table[:, i] = len(close)
-    table[-1] = len(close)
-    return table
 
 
 # ------------------------------------------------------------------------------------------------ the decode step
@@ -222,6 +124,7 @@ class Slots:
         self.tokens = torch.zeros(slots, capacity + 1, dtype=torch.int64, device=device)  # the last column is scratch:
         self.logprobs = torch.zeros(slots, capacity + 1, device=device)  # finished rows write there
         self.rows = torch.arange(slots, device=device)
+        self.reach = [0] * slots  # how much of each row's KV may not be zero
         self.clear()
 
     def clear(self) -> None:
@@ -233,8 +136,17 @@ class Slots:
                                hidden=self.hidden[:rows], tokens=self.tokens[:rows], logprobs=self.logprobs[:rows],
                                rows=self.rows[:rows])
 
+    def set_kv(self, slot: int, kv: torch.Tensor, reach: int) -> None:
+        """Start a row with kv (2, L, P, Hkv, D); its sample will write up to `reach`. No trace of the last sample may
+        stay, above all no NaN."""
+        length = kv.shape[2]
+        self.kv[:, :, slot, :length] = kv
+        self.kv[:, :, slot, length:self.reach[slot]] = 0
+        self.reach[slot] = reach
+
     def move(self, source: int, target: int, length: int, count: int) -> None:
-        self.kv[:, :, target, :length] = self.kv[:, :, source, :length]
+        """A live sample with `length` cached and `count` sampled tokens into a free slot."""
+        self.set_kv(target, self.kv[:, :, source, :length], self.reach[source])
         self.tokens[target, :count] = self.tokens[source, :count]
         self.logprobs[target, :count] = self.logprobs[source, :count]
         self.hidden[target] = self.hidden[source]
@@ -265,26 +177,6 @@ def choose(s: SimpleNamespace, head: torch.Tensor, p: SimpleNamespace) -> torch.
         ended |= stopped if forced is None else stopped & ~forced
     s.done |= ended
     return token
-
-
-def force_exit(s: SimpleNamespace, token: torch.Tensor, p: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace sampled tokens (B,) by the exit's where thinking is over its budget → (tokens, which are forced (B,) bool).
-
-    Thinking is everything until the close has been written, whether prompt or completion opened it. The exit waits
-    while the model is closing by itself: each token must bring the close further, so it waits len(close) - 1 tokens
-    at most. After the exit `answer_budget` tokens are left.
-    """
-    starts = (s.count >= p.think_budget) & (s.close < p.closed) & (s.hold == 0) & (s.exit_at < 0)
-    s.exit_at.copy_(torch.where(starts, s.count, s.exit_at))
-    if p.answer_budget is not None:
-        s.limit.copy_(torch.where(starts, s.count + len(p.exit) + p.answer_budget, s.limit))
-    place = s.count - s.exit_at
-    forced = (s.exit_at >= 0) & (place < len(p.exit))
-    token = torch.where(forced, p.exit[place.clamp(0, len(p.exit) - 1)], token)
-    close = p.close_table[s.close, token].long()
-    s.hold.copy_((close > s.close) & (close < p.closed))
-    s.close.copy_(close)
-    return token, forced
 
 
 def block(w: SimpleNamespace, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Callable, c
@@ -402,33 +294,25 @@ class Sampler:
             torch.cuda.empty_cache()
 
     # memory -------------------------------------------------------------------------------------------------------
-    def _slot_bytes(self) -> int:
-        c = self.config
-        token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.weights.embed.dtype.itemsize
-        return (token + 12) * self.capacity  # 12: the sampled token and its log-probability
-
-    def _fitting(self) -> int:
-        """Slots that memory holds: --kv_gb of it, or 80% of what is free now."""
-        if self.kv_gb is not None:
-            return int(self.kv_gb * 1e9 // self._slot_bytes())
-        cuda = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if cuda else \
-            os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(0.8 * free // self._slot_bytes())
-
     def _allocate(self) -> None:
         """The slots, as many as were asked for or as memory allows. Raises ValueError that says how many would fit."""
         if self.slots is not None:
             self.slots.clear()
             return
-        fitting = self._fitting()
-        if fitting < max(1, self.wanted_slots or 0):
-            raise ValueError(f"{self.wanted_slots or 1} slot(s) of {self.capacity} tokens need "
-                             f"{self._slot_bytes() / 1e9:.3g} GB of KV cache each; {fitting} would fit. Pass fewer slots, "
-                             "a smaller max_len or more kv_gb")
-        self.usable = self.wanted_slots or min(fitting, 256 if self.device.type == "cuda" else 64)
-        self.slots = Slots(max(self.usable, self.min_rows), self.capacity, self.config, self.weights.embed.dtype,
-                           self.device)
+        c, dtype, cuda = self.config, self.weights.embed.dtype, self.device.type == "cuda"
+        token_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
+        budget = math.inf  # on a CPU pages that are never touched cost nothing
+        if self.kv_gb is not None:
+            budget = self.kv_gb * 1e9
+        elif cuda:
+            budget = 0.8 * torch.cuda.mem_get_info(self.device)[0]
+        fitting = min(budget // (token_bytes * self.capacity), 256 if cuda else 64)
+        if (self.wanted_slots or 1) * token_bytes * self.capacity > budget:
+            raise ValueError(f"{self.wanted_slots or 1} slot(s) of {self.capacity} tokens, {token_bytes} bytes of KV cache "
+                             f"each: {fitting:.0f} would fit in {budget / 1e9:.3g} GB. Pass fewer slots, a smaller "
+                             "max_len or more kv_gb")
+        self.usable = self.wanted_slots or int(fitting)
+        self.slots = Slots(max(self.usable, self.min_rows), self.capacity, c, dtype, self.device)
         self.graphs = None
 
     def _constants(self, params: SamplingParams) -> SimpleNamespace:
@@ -445,8 +329,9 @@ class Sampler:
 
     # one call -----------------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[PromptLike], params: SamplingParams, *, sample_ids: Sequence[int] | None = None,
-                 on_finish: Callable[[Rollout], None] | None = None, progress: bool = False) -> list[Rollout]:
+    def generate(self, prompts: Sequence[PromptLike], params: SamplingParams, *,
+                 sample_ids: Sequence[int] | None = None, on_finish: Callable[[Rollout], None] | None = None,
+                 progress: bool = False) -> list[Rollout]:
         """params.n completions of each prompt, ordered by (prompt, sample).
 
         sample_ids: a number a prompt that, with the seed and the sample's index, decides its random numbers; by default
@@ -491,22 +376,22 @@ class Sampler:
             if not len(prompt.tokens):
                 raise ValueError(f"prompt {i} is empty; it needs one token at least")
             if len(prompt.tokens) + params.max_new_tokens > self.capacity:
-                raise ValueError(f"prompt {i}: {len(prompt.tokens)} tokens + max_new_tokens {params.max_new_tokens} are more "
-                                 f"than the sampler's max_len {self.capacity}")
+                raise ValueError(f"prompt {i}: {len(prompt.tokens)} tokens + max_new_tokens {params.max_new_tokens} "
+                                 f"are more than the sampler's max_len {self.capacity}")
             if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab:
                 raise ValueError(f"prompt {i} holds token ids outside 0 … {vocab - 1}; wrong tokenizer?")
             if prompt.pixel_values is not None and not images:
-                raise ValueError(f"prompt {i} has images, but the model was built without its vision tower (with_vision=True)")
+                raise ValueError(f"prompt {i} has images, but the model was built without its vision tower; build it "
+                                 "with with_vision=True")
 
     def _record_graphs(self, run: "Run") -> None:
         if self.device.type != "cuda":
             return
-        p = run.constants
-        made_for = [x.tolist() if isinstance(x, torch.Tensor) else x for x in vars(p).values()]
-        if self.graphs is None or self.graphs_for != made_for:
-            step = lambda rows: decode_step(self.weights, self.slots.first(rows), p, self.config)  # noqa: E731
-            self.graphs, self.graphs_for = Graphs(step, len(self.slots.rows)), made_for
-            self.graphs_hold = p  # whose tensors the graphs read
+        values = [x.tolist() if isinstance(x, torch.Tensor) else x for x in vars(run.constants).values()]
+        if self.graphs is None or self.graphs_for[0] != values:
+            self.graphs_for = values, run.constants  # whose tensors the graphs read
+            self.graphs = Graphs(lambda rows: decode_step(self.weights, self.slots.first(rows), run.constants,
+                                                          self.config), len(self.slots.rows))
 
     def _prefill(self, run: "Run") -> None:
         """Stage the next prompts: as many as fit a packed pass of `prefill_tokens`, one at least."""
@@ -521,8 +406,8 @@ class Sampler:
         tokens = torch.cat([torch.as_tensor(p.tokens) for p in prompts])  # (T,)
         positions, deltas = zip(*(self._positions(p) for p in prompts))
         cu = torch.tensor([0, *(len(p.tokens) for p in prompts)]).cumsum(0).int()
-        pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
-        images = (torch.cat(pixels), torch.cat([p.grid_thw for p in prompts if p.pixel_values is not None])) if pixels else ()
+        pictured = [p for p in prompts if p.pixel_values is not None]
+        images = [torch.cat([getattr(p, name) for p in pictured]) for name in ("pixel_values", "grid_thw") if pictured]
         w, longest, on_device = self.weights, int(cu.diff().max()), cu.to(self.device)
         x = self.model.embed(tokens.to(self.device), *images).to(w.embed.dtype)  # (T, C)
         cos, sin = rope_cos_sin(torch.cat(positions, dim=1).to(self.device), c)
@@ -541,7 +426,8 @@ class Sampler:
     def _positions(self, prompt: PromptLike) -> tuple[torch.Tensor, int]:
         if prompt.grid_thw is None:
             return torch.arange(len(prompt.tokens)).expand(3, -1), 0
-        return mrope_positions(torch.as_tensor(prompt.tokens), prompt.grid_thw, image_token_id=self.config.image_token_id,
+        return mrope_positions(torch.as_tensor(prompt.tokens), prompt.grid_thw,
+                               image_token_id=self.config.image_token_id,
                                merge_size=self.config.vision.spatial_merge_size)
 
     def _admit(self, run: "Run") -> None:
@@ -554,8 +440,7 @@ class Sampler:
             staged = run.staged[0]
             length = staged.kv.shape[2]
             slot, free = free[0], free[1:]
-            s.kv[:, :, slot, :length] = staged.kv
-            s.kv[:, :, slot, length:length + p.max_new_tokens] = 0  # no trace, above all no NaN, of the last sample
+            s.set_kv(slot, staged.kv, length + p.max_new_tokens)
             s.hidden[slot] = staged.hidden
             key = sample_key(p.seed, run.ids[staged.prompt], staged.started)
             rows.append((slot, dict(length=length, delta=staged.delta, count=0, limit=p.max_new_tokens, close=0, hold=0,
@@ -633,8 +518,8 @@ class Run:
                           reason if exit_at < 0 else "forced+" + reason, live.prompt_tokens)
         self.finished.append(rollout)
         self.decode_tokens += len(tokens)
-        self.bar.set_postfix_str(f"{self.decode_tokens / (time.perf_counter() - self.start):.0f} tok/s, {len(self.live)} slots busy",
-                                 refresh=False)
+        speed = self.decode_tokens / (time.perf_counter() - self.start)
+        self.bar.set_postfix_str(f"{speed:.0f} tok/s, {len(self.live)} slots busy", refresh=False)
         self.bar.update()
         if self.on_finish is not None:
             self.on_finish(rollout)
