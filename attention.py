@@ -1,4 +1,4 @@
-"""Attention over a packed stream: one function, three backends, no mask tensor.
+"""Attention over a packed stream: one function, three backends, no mask tensor; and rotary embedding.
 
 Documents lie end to end in one stream of T tokens; `cu_seqlens` holds their boundaries, attention never crosses them:
 
@@ -12,9 +12,20 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (x[j], x[j + D/2]) by its angle, in fp32. x: (T, H, D); cos, sin: (T, D/2). Keeps x's dtype.
+
+    This is Hugging Face's "rotate half" pairing, not the interleaved one: pairs are D/2 apart.
+    """
+    a, b = x.float().chunk(2, dim=-1)  # (T, H, D/2) each
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_len: int, *,
@@ -35,15 +46,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.
 
 @torch.compiler.disable  # the loop depends on the values of cu_seqlens: a graph per pack would be compiled otherwise
 def _attend_sdpa(q, k, v, cu_seqlens, causal):
-    bounds = cu_seqlens.tolist()
+    # neighbours of equal length share a call; split, not slices: the gradient of n slices is n full-length tensors
+    runs = [(length, len(list(same))) for length, same in groupby(cu_seqlens.diff().tolist()) if length]
     out = []
-    for a, b in zip(bounds[:-1], bounds[1:]):
-        if a == b:
-            continue
-        # (1, H, len, D): SDPA wants heads before time
-        qd, kd, vd = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    for (length, count), *qkv in zip(runs, *(x.split([n * m for n, m in runs]) for x in (q, k, v))):
+        qd, kd, vd = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)  # (count, H, length, D)
         o = F.scaled_dot_product_attention(qd, kd, vd, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-        out.append(o.squeeze(0).transpose(0, 1))  # (len, Hq, D)
+        out.append(o.transpose(1, 2).flatten(0, 1))  # (count · length, Hq, D)
     return torch.cat(out) if out else torch.zeros_like(q)
 
 

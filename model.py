@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from vision import VisionConfig, VisionTower
 
-from attention import attend
+from attention import apply_rope, attend
+from vision import VisionConfig, VisionTower
 
 SUPPORTED = "qwen2_5_vl (Qwen2.5-VL 3B, 7B, 32B, 72B) and qwen2 (text-only Qwen2, Qwen2.5, QwQ-32B)"
 CHECKPOINTING = ("none", "attn", "matmul", "full")  # what is kept for the backward pass, see `Block.forward`
@@ -126,16 +126,6 @@ def rope_cos_sin(position_ids: torch.Tensor, config: ModelConfig) -> tuple[torch
     angles = torch.cat([position_ids[axis, :, None].float() * f  # (T, section)
                         for axis, f in enumerate(inv_freq.split(sections))], dim=1)
     return angles.cos(), angles.sin()  # (T, D/2)
-
-
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[j], x[j + D/2]) by its angle, in fp32. x: (T, H, D); cos, sin: (T, D/2). Keeps x's dtype.
-
-    This is Hugging Face's "rotate half" pairing, not the interleaved one: pairs are D/2 apart.
-    """
-    a, b = x.float().chunk(2, dim=-1)  # (T, H, D/2) each
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- layers
@@ -263,14 +253,24 @@ class Model(nn.Module):
         """tokens (T,) → (T, C); each image placeholder takes the next merged vision token of `pixel_values`."""
         x = self.model.embed_tokens(tokens)  # (T, C)
         if pixel_values is None:
-            return x
+            return x + self._no_image() if self.visual is not None and torch.is_grad_enabled() else x
         if self.visual is None:
             raise ValueError("images given, but the model was built without its vision tower (with_vision=True)")
         places = (tokens == self.config.image_token_id).nonzero().squeeze(1)
         image = self.visual(pixel_values.to(x.device), grid_thw)  # (number of merged vision tokens, C)
         if len(places) != len(image):
-            raise ValueError(f"{len(places)} image placeholders in the tokens, {len(image)} vision tokens in the images")
+            raise ValueError(f"{len(places)} image placeholders in the tokens, {len(image)} tokens from the images")
         return x.index_copy(0, places, image.to(x.dtype))
+
+    def _no_image(self) -> torch.Tensor | float:
+        """Zero, through the tower when it is trained: under FSDP every rank must have a gradient for the same
+        parameters, also a rank whose micro-batch has no image."""
+        weight = self.visual.patch_embed.proj.weight
+        if not weight.requires_grad:
+            return 0.0
+        blank = torch.zeros(self.visual.config.spatial_merge_size**2, weight.flatten(1).shape[1], device=weight.device)
+        side = self.visual.config.spatial_merge_size
+        return self.visual(blank, torch.tensor([[1, side, side]])).sum() * 0.0
 
     def forward(self, tokens: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, *,
                 targets: torch.Tensor | None = None, temperature: float = 1.0, entropy: bool = False,

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from attention import attend
+from attention import apply_rope, attend
 
 MAX_PIXELS = 89_478_485  # larger files are refused before decoding: Pillow's bound of a decompression bomb
 MAX_ASPECT = 200  # the longest side by the shortest that the model takes
@@ -378,13 +378,6 @@ def rope_2d(positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch
     return angles.cos(), angles.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[j], x[j + D/2]) by its angle, in fp32. x (P, heads, D); cos, sin (P, D/2). Keeps x's dtype."""
-    a, b = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
 class PatchEmbed(nn.Module):
     """The published weight is a Conv3d's whose stride is its kernel: one matrix on flattened patches."""
 
@@ -409,7 +402,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # (P, heads, D) each
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         return self.proj(attend(q, k, v, cu_seqlens, max_len, causal=False).flatten(1))
 
 

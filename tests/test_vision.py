@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from attention import apply_rope
 from vision import (
     ImageConfig,
     VisionConfig,
@@ -22,7 +23,6 @@ from vision import (
     num_image_tokens,
     preprocess_image,
     rope_2d,
-    rotate,
     smart_resize,
     window_layout,
 )
@@ -546,8 +546,8 @@ def test_rotation_is_computed_in_fp32():
     cos, sin = rope_2d(positions, 16)
     assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (2, 8)
     x = torch.randn(2, 3, 16).bfloat16()
-    turned = rotate(x, cos, sin)
-    assert turned.dtype == torch.bfloat16 and torch.equal(turned, rotate(x.float(), cos, sin).bfloat16())
+    turned = apply_rope(x, cos, sin)
+    assert turned.dtype == torch.bfloat16 and torch.equal(turned, apply_rope(x.float(), cos, sin).bfloat16())
 
 
 @torch.no_grad()
