@@ -123,6 +123,16 @@ def check_weights(model: nn.Module, files: WeightFiles) -> None:
             raise ValueError(f"{files.dir}: {name} has shape {shape}, config.json asks for {tuple(p.shape)}")
 
 
+def check_model_dir(model_dir: str | Path) -> None:
+    """Raise ValueError unless this directory holds a supported model whose weights are all there, untorn and in shape
+    (headers are read, no weights): what would otherwise show after minutes of preparing data."""
+    with torch.device("meta"):
+        model = Model(ModelConfig.from_dir(model_dir))
+    files = WeightFiles(model_dir)
+    files.check()
+    check_weights(model, files)
+
+
 def _numel(shape) -> int:
     return int(torch.Size(shape).numel())
 
@@ -252,7 +262,8 @@ def save_state(root: str | Path, step: int, model: nn.Module, optimizer: torch.o
     """
     root, final, tmp = Path(root), Path(root) / f"step_{step}", Path(root) / f"step_{step}.tmp"
     if world.is_main:
-        shutil.rmtree(tmp, ignore_errors=True)
+        for left_behind in root.glob("step_*.tmp"):  # by a kill during an earlier save
+            shutil.rmtree(left_behind, ignore_errors=True)
         tmp.mkdir(parents=True)
     barrier()
     dcp.save(_state_tensors(model, optimizer), checkpoint_id=tmp)
@@ -262,7 +273,9 @@ def save_state(root: str | Path, step: int, model: nn.Module, optimizer: torch.o
         (tmp / MARKER).write_text(json.dumps({"step": step, "files": sums, "extra": extra}))
         shutil.rmtree(final, ignore_errors=True)
         tmp.rename(final)
-        for old in _state_dirs(root)[keep_last:]:
+        # what is newer than this step was torn, or this run would have gone on from there
+        newer = [p for p in _state_dirs(root) if _step_of(p) > step]
+        for old in newer + _state_dirs(root)[len(newer) + keep_last:]:
             shutil.rmtree(old, ignore_errors=True)
     barrier()
     return final
@@ -280,7 +293,11 @@ def _fingerprint(file: Path) -> list[int]:
 def _state_dirs(root: Path) -> list[Path]:
     """Checkpoint directories under root, newest first."""
     found = [p for p in Path(root).glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return sorted(found, key=lambda p: -int(p.name[5:]))
+    return sorted(found, key=lambda p: -_step_of(p))
+
+
+def _step_of(state_dir: Path) -> int:
+    return int(state_dir.name.removeprefix("step_"))
 
 
 def newest_state(root: str | Path, world: World) -> Path | None:

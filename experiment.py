@@ -73,22 +73,29 @@ class Run:
         self.config = dataclasses.asdict(config)
         self.may_change = config.MAY_CHANGE
         self.bar = None
+        self.complete = False  # on rank 0: this very run has ended before
         if is_main:
             self._claim()
 
     def _claim(self) -> None:
         file = self.out / "config.json"
         if not file.is_file():
-            if self.out.is_dir() and any(not p.name.endswith(".tmp") for p in self.out.iterdir()):
+            if self.out.exists() and not self.out.is_dir():
+                raise ValueError(f"--out {self.out}: a file; name a directory")
+            if self.out.is_dir() and any(not p.name.endswith((".tmp", "cache")) for p in self.out.iterdir()):
                 raise ValueError(f"--out {self.out}: not empty and not a run of this script; name another directory")
             self.out.mkdir(parents=True, exist_ok=True)
             return _write_json(file, self.config)
         old = json.loads(file.read_text())
+        status = self.out / "status"
+        self.complete = (old == self.config and status.is_file() and status.read_text() == "finished\n"
+                         and (self.out / "final" / "config.json").is_file())
         changed = [k for k in {**old, **self.config} if k not in self.may_change and old.get(k) != self.config.get(k)]
         if changed:
             k = changed[0]
-            raise ValueError(f"--out {self.out} holds another run: its {k} is {old.get(k)!r}, now {self.config.get(k)!r}"
-                             f" ({len(changed)} settings differ). Name another --out, or remove that directory")
+            raise ValueError(f"--out {self.out} holds another run: its {k} is {old.get(k)!r}, now "
+                             f"{self.config.get(k)!r} ({len(changed)} settings differ). Name another --out, or remove "
+                             f"that directory")
         _write_json(file, self.config)
 
     def start(self, header: dict, resume_step: int) -> None:
@@ -116,6 +123,18 @@ class Run:
         """Print on rank 0, above the progress bar when there is one."""
         if self.is_main:
             self.bar.write(text) if self.bar is not None else print(text, flush=True)
+
+    def has_validation(self, step: int) -> bool:
+        """Whether this step's validation loss is written; False on other ranks than 0."""
+        return self.is_main and any(json.loads(line)["step"] == step
+                                    for line in _whole_lines(self.out / "validation.jsonl"))
+
+    def log_skipped(self, kind: str, faults: list[str]) -> None:
+        """Write every bad row that is trained without to bad_rows_KIND.txt, and print the first of them."""
+        if self.is_main and faults:
+            file = self.out / f"bad_rows_{kind}.txt"
+            file.write_text("\n".join(faults) + "\n")
+            self.say("\n".join(f"skipped {f}" for f in faults[:20]) + (f"\nall of them: {file}" * (len(faults) > 20)))
 
     def log_validation(self, step: int, loss: float) -> None:
         """Append a validation loss to validation.jsonl and print it."""
@@ -228,10 +247,15 @@ class StopRequest:
 
 def quiet_garbage_collection() -> None:
     """Hold the garbage collector out of training steps: on many ranks its pauses add up, each waits for the slowest.
-    Call once after set-up, and `gc.collect()` between steps now and then."""
+    Call once after set-up, and `collect_garbage` on all ranks now and then, between steps."""
     gc.collect()
     gc.freeze()
     gc.disable()
+
+
+def collect_garbage() -> None:
+    """Free reference cycles now, on all ranks at the same place."""
+    gc.collect()
 
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16

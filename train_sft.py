@@ -24,14 +24,22 @@ from typing import Callable, ClassVar, Iterator, Literal
 
 import numpy as np
 import torch
-from data import Batch, TokenizedDataset, attention_cost, balance, collate, pack_plan, tokenize_files
-from vision import ImageConfig
 
 import attention
-from checkpoint import build_model, export_hf, load_state, newest_state, resolve_model_dir, save_state
+from checkpoint import (
+    build_model,
+    check_model_dir,
+    export_hf,
+    load_state,
+    newest_state,
+    resolve_model_dir,
+    save_state,
+)
+from data import Batch, TokenizedDataset, attention_cost, balance, collate, pack_plan, tokenize_files
 from experiment import (
     Run,
     StopRequest,
+    collect_garbage,
     hash_files,
     header,
     memory_gib,
@@ -43,7 +51,8 @@ from experiment import (
 )
 from model import Model, train_flops
 from optim import adamw, guarded_step, lr_at
-from parallel import World, all_max, all_sum, init, main_first, shutdown
+from parallel import World, all_any, all_max, all_sum, init, main_first, shutdown
+from vision import ImageConfig
 
 
 @dataclass
@@ -90,7 +99,7 @@ class Config:
     def __post_init__(self):
         if self.pack_len < self.max_len:
             raise ValueError(f"--pack_len {self.pack_len} is below --max_len {self.max_len}: documents must fit")
-        for name in ("max_len", "batch_tokens", "lr", "max_bad_steps", "val_every", "keep_last"):
+        for name in ("epochs", "max_len", "batch_tokens", "lr", "max_bad_steps", "val_every", "keep_last", "replicas"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive")
 
@@ -159,8 +168,9 @@ def validation_loss(model: Model, dataset: TokenizedDataset, config: Config, wor
 
 
 # ---------------------------------------------------------------------------------------------------- the machinery
-def ahead(make: Callable[[int], list[Batch]], steps: range) -> Iterator[tuple[int, list[Batch], float]]:
-    """(step, its batches, seconds waited for them): the next step's batches are made while this one computes."""
+def ahead(make: Callable[[int], list[Batch]], steps: range, world: World) -> Iterator[tuple[int, list[Batch], float]]:
+    """(step, its batches, seconds waited for them): the next step's batches are made while this one computes. For a
+    GPU they lie in pinned memory, from where copying does not wait for the kernels before it."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(make, steps.start) if steps else None
         for step in steps:
@@ -168,7 +178,12 @@ def ahead(make: Callable[[int], list[Batch]], steps: range) -> Iterator[tuple[in
             batches = future.result()
             waited = time.perf_counter() - start
             future = pool.submit(make, step + 1) if step + 1 < steps.stop else None
-            yield step, batches, waited
+            yield step, [pinned(b) for b in batches] if world.device.type == "cuda" else batches, waited
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in page-locked memory; its cu_seqlens too, of which the model also reads the values."""
+    return Batch(*(None if t is None else t.contiguous().pin_memory() for t in vars(batch).values()))
 
 
 def load_data(config: Config, model_dir: Path, run: Run, world: World
@@ -182,9 +197,34 @@ def load_data(config: Config, model_dir: Path, run: Run, world: World
         with main_first(world):
             dataset, stats = tokenize_files(files, model_dir, max_len=config.max_len, overlong=config.overlong,
                                             cache_dir=Path(config.out) / "cache", skip_bad_rows=config.skip_bad_rows)
-        run.say(f"{kind} data: {stats}")
+        run.say(f"{kind} data: {describe_data(stats, config)}")
+        run.log_skipped(kind, stats["faults"])
         sets.append(dataset)
     return sets[0], sets[1]
+
+
+def describe_data(stats: dict, config: Config) -> str:
+    """What became of the rows, as a sentence."""
+    out = (f"{stats['rows']} rows, {stats['documents']} documents of {stats['tokens']} tokens, "
+           f"{stats['supervised']} of them learned")
+    for name, text in (("truncated", f"cut at {config.max_len} tokens"), ("bad_rows", "bad rows skipped"),
+                       ("dropped_overlong", f"dropped for being over {config.max_len} tokens"),
+                       ("dropped_nothing_to_learn", "dropped with nothing to learn before the cut"),
+                       ("dropped_cut_image", "dropped because the cut went through an image")):
+        out += f"; {stats[name]} {text}" if stats[name] else ""
+    return out
+
+
+def check_early(config: Config, model_dir: Path, world: World) -> None:
+    """Raise for what would otherwise fail after minutes of tokenising: files, weights, impossible settings."""
+    check_model_dir(model_dir)
+    for file in config.data + config.val_data:
+        if not Path(file).is_file():
+            raise ValueError(f"{file}: no such file")
+    if world.size % config.replicas:
+        raise ValueError(f"--replicas {config.replicas}: {world.size} ranks cannot form so many equal groups")
+    if config.adam_dtype == "bf16" and world.device.type != "cuda":
+        raise ValueError("--adam_dtype bf16 needs CUDA (torch's fused CPU kernel keeps the moments in fp32)")
 
 
 def build(config: Config, model_dir: Path, world: World, with_vision: bool) -> tuple[Model, torch.optim.Optimizer]:
@@ -213,7 +253,11 @@ def train(config: Config) -> int:
     world = init(config.device)
     with main_first(world):
         run = Run(config.out, config, is_main=world.is_main)
+    if all_any(run.complete):
+        return run.finished()
     model_dir = resolve_model_dir(config.model, world)
+    with main_first(world):
+        check_early(config, model_dir, world)
     dataset, val = load_data(config, model_dir, run, world)
     with_images = config.train_vision or dataset.has_images
     images = ImageConfig.from_dir(model_dir) if with_images else None
@@ -223,13 +267,20 @@ def train(config: Config) -> int:
     state_root = Path(config.out) / "checkpoints"
     at = resume(state_root, model, optimizer, run, world)
     run.start(header(world_size=world.size, data=hash_files(config.data + config.val_data), model=str(model_dir),
-                     attention=attention.backend(world.device, torch.bfloat16)), at["step"])
+                     attention=attention.backend(world.device, torch.bfloat16)) if world.is_main else {}, at["step"])
     run.progress(len(steps), at["step"])
 
-    stop, clock = StopRequest(), Clock(model, world)
+    def validate(step: int) -> None:  # also at the start, and where a kill came between saving and validating
+        due = val is not None and (step == len(steps) or step % config.val_every == 0)
+        if due and not all_any(run.has_validation(step)):
+            run.log_validation(step, validation_loss(model, val, config, world, images))
+
+    stop = StopRequest()
+    validate(at["step"])
     quiet_garbage_collection()
+    clock = Clock(model, world)
     for step, batches, waited in ahead(lambda s: my_batches(dataset, steps[s], world, images),
-                                       range(at["step"], len(steps))):
+                                       range(at["step"], len(steps)), world):
         documents = np.concatenate(steps[step])
         lr = lr_at(step, lr=config.lr, total_steps=len(steps), steps_per_epoch=steps_per_epoch,
                    schedule=config.schedule, epoch_factor=config.lr_factor,
@@ -246,16 +297,18 @@ def train(config: Config) -> int:
                    **clock.figures(dataset.lengths[documents], waited)}
         run.log(metrics)
         run.say(describe(metrics, len(steps)))
+        run.advance()
         last, too_bad = step + 1 == len(steps), at["bad_in_a_row"] >= config.max_bad_steps
         if last or stop_asked or too_bad or (config.save_every and (step + 1) % config.save_every == 0):
             save_state(state_root, step + 1, model, optimizer, at, world, config.keep_last)
-        if val is not None and (last or (step + 1) % config.val_every == 0):  # after saving: an error costs nothing
-            run.log_validation(step + 1, validation_loss(model, val, config, world, images))
+            collect_garbage()
         if too_bad:
             raise ValueError(f"loss or gradient was not finite in {at['bad_in_a_row']} steps in a row (now step "
                              f"{step + 1}); the weights are as before them. Lower --lr, or look at these steps' data")
         if stop_asked and not last:
             return run.stopped(step + 1)
+        validate(step + 1)  # after saving: an error costs nothing
+        clock.restart()  # saving and validating are no part of the next step's time
     export_hf(model, model_dir, run.out / "final", world)
     return run.finished()
 
@@ -273,7 +326,12 @@ class Clock:
     """Speed, memory and MFU of each step, from one call to the next."""
 
     def __init__(self, model: Model, world: World):
-        self.config, self.world, self.peak, self.begin = model.config, world, peak_flops(), time.perf_counter()
+        self.config, self.world, self.peak = model.config, world, peak_flops()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a step's time here."""
+        self.begin = time.perf_counter()
 
     def figures(self, lengths: np.ndarray, waited: float) -> dict:
         """lengths: token counts of the step's documents over all ranks; waited: seconds this rank waited for data."""

@@ -1,5 +1,10 @@
-"""Several real processes: one gradient whatever the ranks and micro-batches, gathered weights, sharded states."""
+"""Several real processes: one gradient whatever the ranks and micro-batches, gathered weights, sharded states.
+
+Processes are dear to start, so each number of ranks is started once: `on_two_ranks` and `on_four_ranks` do everything
+that needs them and write what they saw, the tests read it.
+"""
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -31,18 +36,22 @@ def batch(docs):
                            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), pixel_values=None, grid_thw=None)
 
 
-def whole_gradients(model):
+def whole(tensor):
     from torch.distributed.tensor import DTensor
-    return {n: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad) for n, p in model.named_parameters()}
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def step_on_ranks(world, model_dir, micro, naive, out):
-    """All documents over world.size ranks × `micro` micro-batches (empty ones where they run out); rank 0 writes the
-    gradient. naive: each rank divides by its own token count, the mistake that this test must notice."""
+def whole_gradients(model):
+    return {n: whole(p.grad) for n, p in model.named_parameters()}
+
+
+def one_step(world, model_dir, micro, naive=False, replicas=1):
+    """All documents over world.size ranks × `micro` micro-batches (empty ones where they run out) → gradients, loss
+    sum, norm. naive: each rank divides by its own token count, the mistake that these tests must notice."""
     from checkpoint import build_model
-    from optim import grad_norm
+    from parallel import all_sum, grad_norm
     from train_sft import accumulate_gradients, empty_batch
-    model = build_model(model_dir, world)
+    model = build_model(model_dir, world, replicas=replicas)
     docs = documents()
     pieces = [docs[i::world.size * micro] for i in range(world.size * micro)]
     mine = [batch(p) if p else empty_batch() for p in pieces[world.rank::world.size]]
@@ -50,71 +59,11 @@ def step_on_ranks(world, model_dir, micro, naive, out):
     if naive:
         supervised = max(1, sum(int((b.targets != -100).sum()) for b in mine)) * world.size
     loss = accumulate_gradients(model, mine, supervised, world)
-    from parallel import all_sum
-    result = whole_gradients(model), all_sum(loss)[0], float(grad_norm(model))
-    if world.is_main:
-        torch.save(result, out)
+    return whole_gradients(model), all_sum(loss)[0], float(grad_norm(model))
 
 
-def gradient(tmp_path, model_dir, size, micro, naive=False):
-    out = tmp_path / f"{size}_{micro}_{naive}.pt"
-    run_ranks(size, step_on_ranks, model_dir, micro, naive, out)
-    return torch.load(out)
-
-
-def distance(a, b):
-    return max(((a[n] - b[n]).norm() / b[n].norm().clamp(min=1e-8)).item() for n in b)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_vl(tmp_path_factory.mktemp("m"), tied=True)
-
-
-@pytest.fixture(scope="module")
-def single(model_dir):
-    """The gradient of plain autograd on one stream, without FSDP."""
-    model = load(model_dir)
-    b = batch(documents())
-    count = int((b.targets != -100).sum())
-    loss = -model(b.tokens, b.position_ids, b.cu_seqlens, targets=b.targets)[0].sum()
-    (loss / count).backward()
-    return whole_gradients(model), loss.item()
-
-
-@pytest.mark.parametrize("size, micro", [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (4, 4)])
-def test_one_gradient_for_any_ranks_and_micro_batches(tmp_path, model_dir, single, size, micro):
-    """(4, 4) has more micro-batches than documents: some ranks run empty ones, and one holds only document 3."""
-    grads, loss, norm = gradient(tmp_path, model_dir, size, micro)
-    assert distance(grads, single[0]) <= 1e-6
-    assert abs(loss - single[1]) <= 1e-6 * abs(single[1])
-    exact = torch.stack([g.norm() for g in single[0].values()]).norm().item()
-    assert abs(norm - exact) <= 1e-6 * exact  # the norm that clipping uses is the single process' own
-
-
-def test_a_mean_of_per_rank_means_is_noticed(tmp_path, model_dir, single):
-    """The power of the test above: the usual mistake is off by far more than its tolerance."""
-    assert distance(gradient(tmp_path, model_dir, 2, 1, naive=True)[0], single[0]) > 0.05
-
-
-def hsdp_on_ranks(world, model_dir, out):
-    from checkpoint import build_model
-    from train_sft import accumulate_gradients
-    model = build_model(model_dir, world, replicas=2)
-    docs = documents()
-    accumulate_gradients(model, [batch(docs[world.rank::4])], sum(int((y != -100).sum()) for _, y in docs), world)
-    grads = whole_gradients(model)
-    if world.is_main:
-        torch.save(grads, out)
-
-
-def test_hsdp_gives_the_same_gradient(tmp_path, model_dir, single):
-    run_ranks(4, hsdp_on_ranks, model_dir, tmp_path / "g.pt")
-    assert distance(torch.load(tmp_path / "g.pt"), single[0]) <= 1e-6
-
-
-def gather_on_ranks(world, model_dir, out):
-    """Ranks run different numbers of forwards inside `gathered`, train, and gather again."""
+def gather_twice(world, model_dir):
+    """Ranks run different numbers of forwards inside `gathered`, train, and gather again → the logits of both."""
     from checkpoint import build_model
     from optim import adamw, guarded_step
     from parallel import gathered
@@ -131,92 +80,167 @@ def gather_on_ranks(world, model_dir, out):
             read.append(logits)
         loss = accumulate_gradients(model, [b], 100, world)
         guarded_step(model, optimizer, lr=1e-2, max_norm=1.0, loss=loss)
-    if world.is_main:
-        torch.save(read, out)
+    return read
 
 
-def test_gathered_weights_allow_unequal_forwards_and_are_fresh_after_a_step(tmp_path, model_dir):
-    """Under FSDP a forward is a collective: ranks that decode different lengths would hang. The second gathering must
-    see the updated weights."""
-    run_ranks(2, gather_on_ranks, model_dir, tmp_path / "r.pt")
-    first, second = torch.load(tmp_path / "r.pt")
-    b = batch(documents())
-    assert (first - load(model_dir)(b.tokens, b.position_ids, b.cu_seqlens)).abs().max() <= 1e-5
-    assert (first - second).abs().max() > 1e-2
-
-
-def mixed_on_ranks(world, model_dir, out):
+def dtypes_in_bf16(world, model_dir):
     from checkpoint import build_model
     from parallel import gathered
     from train_sft import accumulate_gradients
     model = build_model(model_dir, world, compute_dtype=torch.bfloat16)
     accumulate_gradients(model, [batch(documents())], 100, world)
-    grads = {p.grad.dtype for p in model.parameters()}
-    masters = {p.dtype for p in model.parameters()}
     with gathered(model):
         compute = {p.dtype for p in model.parameters()}
-    if world.is_main:
-        torch.save((grads, masters, compute), out)
+    return {p.grad.dtype for p in model.parameters()}, {p.dtype for p in model.parameters()}, compute
 
 
-def test_bf16_compute_keeps_fp32_masters_and_fp32_gradients(tmp_path, model_dir):
-    """bf16 masters at lr 1e-6 would leave 98% of the weights unchanged by a step."""
-    run_ranks(2, mixed_on_ranks, model_dir, tmp_path / "d.pt")
-    grads, masters, compute = torch.load(tmp_path / "d.pt")
-    assert grads == masters == {torch.float32} and compute == {torch.bfloat16}
-
-
-def save_on_ranks(world, model_dir, root):
-    from checkpoint import build_model, save_state
-    from optim import adamw, guarded_step
-    from train_sft import accumulate_gradients
-    model = build_model(model_dir, world)
-    optimizer = adamw(model, lr=1e-2, weight_decay=0.0)
-    for step in (1, 2, 3):
-        loss = accumulate_gradients(model, [batch(documents())], 100, world)
-        guarded_step(model, optimizer, lr=1e-2, max_norm=1.0, loss=loss)
-        save_state(root, step, model, optimizer, {"step": step}, world, keep_last=2)
-
-
-def resume_on_ranks(world, model_dir, root, out):
-    from checkpoint import build_model, load_state, newest_state
+def train_from_newest(world, model_dir, root, save=False):
+    """Three steps, or what is left of them after the newest whole checkpoint → (where it began, weights at the end)."""
+    from checkpoint import build_model, load_state, newest_state, save_state
     from optim import adamw, guarded_step
     from train_sft import accumulate_gradients
     model = build_model(model_dir, world)
     optimizer = adamw(model, lr=1e-2, weight_decay=0.0)
     folder = newest_state(root, world)
     at = load_state(folder, model, optimizer)["step"] if folder else 0
-    for _ in range(at, 3):
-        loss = accumulate_gradients(model, [batch(documents())], 100, world)
+    for step in range(at, 3):
+        loss = accumulate_gradients(model, [batch(documents()[world.rank::world.size])], 100, world)
         guarded_step(model, optimizer, lr=1e-2, max_norm=1.0, loss=loss)
-    from torch.distributed.tensor import DTensor
-    whole = {n: p.detach().full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+        if save:
+            save_state(root, step + 1, model, optimizer, {"step": step + 1}, world, keep_last=2)
+    return at, {n: whole(p.detach()) for n, p in model.named_parameters()}
+
+
+def flip_one_bit(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def on_two_ranks(world, model_dir, folder):
+    from parallel import barrier
+    seen = {f"gradient_{micro}": one_step(world, model_dir, micro) for micro in (1, 2)}
+    seen["naive"] = one_step(world, model_dir, 1, naive=True)
+    seen["gathered"] = gather_twice(world, model_dir)
+    seen["dtypes"] = dtypes_in_bf16(world, model_dir)
+    seen["trained"] = train_from_newest(world, model_dir, folder / "ck", save=True)
     if world.is_main:
-        torch.save((at, whole), out)
+        shutil.copytree(folder / "ck", folder / "torn")
+        flip_one_bit(next((folder / "torn" / "step_3").glob("__1_*.distcp")))
+    barrier()
+    seen["fell_back"] = train_from_newest(world, model_dir, folder / "torn")
+    if world.is_main:
+        torch.save(seen, folder / "seen.pt")
 
 
-def test_state_at_another_number_of_ranks_and_behind_torn_checkpoints(tmp_path, model_dir):
-    """Saved by 2 ranks, read by 1; a newest checkpoint without its marker, or with a torn file, is passed over."""
-    root = tmp_path / "ck"
-    run_ranks(2, save_on_ranks, model_dir, root)
-    assert sorted(p.name for p in root.iterdir()) == ["step_2", "step_3"]  # keep_last
-    run_ranks(1, resume_on_ranks, model_dir, root, tmp_path / "whole.pt")
-    at, expected = torch.load(tmp_path / "whole.pt")
-    assert at == 3
-    shard = next((root / "step_3").glob("__1_*.distcp"))
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1  # one flipped bit
-    shard.write_bytes(data)
-    run_ranks(2, resume_on_ranks, model_dir, root, tmp_path / "fell_back.pt")
-    at, again = torch.load(tmp_path / "fell_back.pt")
-    assert at == 2 and all(torch.equal(again[n], expected[n]) for n in expected)  # step 3 done again, bit for bit
-    (root / "step_2" / "complete.json").unlink()
-    run_ranks(1, resume_on_ranks, model_dir, root, tmp_path / "from_start.pt")
-    assert torch.load(tmp_path / "from_start.pt")[0] == 0
+def on_four_ranks(world, model_dir, folder):
+    seen = {f"gradient_{micro}": one_step(world, model_dir, micro) for micro in (1, 4)}
+    seen["hsdp"] = one_step(world, model_dir, 1, replicas=2)
+    if world.is_main:
+        torch.save(seen, folder / "seen.pt")
 
 
-def test_the_marker_lists_every_file(tmp_path, model_dir):
-    run_ranks(2, save_on_ranks, model_dir, tmp_path / "ck")
-    folder = tmp_path / "ck" / "step_3"
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_vl(tmp_path_factory.mktemp("m"), tied=True)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, model_dir):
+    folder = tmp_path_factory.mktemp("two")
+    run_ranks(2, on_two_ranks, model_dir, folder)
+    return SimpleNamespace(folder=folder, **torch.load(folder / "seen.pt"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory, model_dir):
+    folder = tmp_path_factory.mktemp("four")
+    run_ranks(4, on_four_ranks, model_dir, folder)
+    return SimpleNamespace(**torch.load(folder / "seen.pt"))
+
+
+@pytest.fixture(scope="module")
+def single(model_dir):
+    """The gradient of plain autograd on one stream, without FSDP."""
+    model = load(model_dir)
+    b = batch(documents())
+    count = int((b.targets != -100).sum())
+    loss = -model(b.tokens, b.position_ids, b.cu_seqlens, targets=b.targets)[0].sum()
+    (loss / count).backward()
+    return whole_gradients(model), loss.item()
+
+
+def distance(a, b):
+    return max(((a[n] - b[n]).norm() / b[n].norm().clamp(min=1e-8)).item() for n in b)
+
+
+def assert_same_step(result, single):
+    grads, loss, norm = result
+    assert distance(grads, single[0]) <= 1e-6
+    assert abs(loss - single[1]) <= 1e-6 * abs(single[1])
+    exact = torch.stack([g.norm() for g in single[0].values()]).norm().item()
+    assert abs(norm - exact) <= 1e-6 * exact  # the norm that clipping uses is the single process' own
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_one_rank_gives_the_gradient_of_plain_autograd(world, model_dir, single, micro):
+    assert_same_step(one_step(world, model_dir, micro), single)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_two_ranks_give_the_same_gradient(two, single, micro):
+    assert_same_step(vars(two)[f"gradient_{micro}"], single)
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_four_ranks_give_the_same_gradient(four, single, micro):
+    """With 4 micro-batches each there are more than documents: some ranks run empty ones, one holds only document 3."""
+    assert_same_step(vars(four)[f"gradient_{micro}"], single)
+
+
+def test_hsdp_gives_the_same_gradient(four, single):
+    """2 × 2: sharded in pairs, replicated over the pairs; a missing reduction over replicas would show."""
+    assert_same_step(four.hsdp, single)
+
+
+def test_a_mean_of_per_rank_means_is_noticed(two, single):
+    """The power of the tests above: the usual mistake is off by far more than their tolerance."""
+    assert distance(two.naive[0], single[0]) > 0.05
+
+
+def test_gathered_weights_allow_unequal_forwards_and_are_fresh_after_a_step(two, model_dir):
+    """Under FSDP a forward is a collective: ranks that decode different lengths would hang. The second gathering must
+    see the updated weights."""
+    first, second = two.gathered
+    b = batch(documents())
+    assert (first - load(model_dir)(b.tokens, b.position_ids, b.cu_seqlens)).abs().max() <= 1e-5
+    assert (first - second).abs().max() > 1e-2
+
+
+def test_bf16_compute_keeps_fp32_masters_and_fp32_gradients(two):
+    """bf16 masters at lr 1e-6 would leave 98% of the weights unchanged by a step."""
+    grads, masters, compute = two.dtypes
+    assert grads == masters == {torch.float32} and compute == {torch.bfloat16}
+
+
+def test_a_state_of_two_ranks_is_read_by_one(two, world, model_dir):
+    """Sharded over 2, read by 1, bit for bit; only keep_last checkpoints are left."""
+    assert sorted(p.name for p in (two.folder / "ck").iterdir()) == ["step_2", "step_3"]
+    at, weights = train_from_newest(world, model_dir, two.folder / "ck")
+    assert at == 3 and all(torch.equal(weights[n], w) for n, w in two.trained[1].items())
+
+
+def test_a_torn_newest_checkpoint_is_passed_over(two, world, model_dir):
+    """One flipped bit in step 3, in the file of rank 1 alone: both ranks go on from step 2, and step 3 done again is
+    the same bit for bit. Without its marker step 2 does not count either."""
+    at, weights = two.fell_back
+    assert at == 2 and all(torch.equal(weights[n], w) for n, w in two.trained[1].items())
+    (two.folder / "torn" / "step_2" / "complete.json").unlink()
+    assert train_from_newest(world, model_dir, two.folder / "torn")[0] == 0
+
+
+def test_the_marker_lists_every_file(two):
+    """A file that it does not list could be torn unnoticed."""
+    folder = two.folder / "ck" / "step_3"
     listed = set(json.loads((folder / "complete.json").read_text())["files"])
     assert listed == {p.name for p in folder.iterdir()} - {"complete.json"}
