@@ -2,7 +2,7 @@
 
     flash-attn          CUDA, when the package is installed: flash_attn_with_kvcache
     torch varlen_attn   CUDA, torch >= 2.12: the cache is one flat stream, `seqused_k` says how much of each row counts
-    Triton              CUDA, older torch: the split-KV kernel at the end of this file
+    Triton              CUDA, older torch or fp32: the split-KV kernel below
     SDPA                CPU: a few neighbouring rows a call, cut to the longest of them
 
 Each row may only depend on its own cache. Splits are a constant number of equal parts of the row's capacity, never of
@@ -19,6 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from attention import varlen_options
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch comes without it
+    triton = None
 
 SPLITS = 4  # parts of a row that are reduced side by side: enough to fill a GPU at small batches
 CPU_ROWS = 8  # rows a SDPA call: fewer are cut to their lengths more closely, more cost less overhead
@@ -53,9 +59,10 @@ def decode_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan) -> to
     if not q.is_cuda:
         return _attend_cpu(q, k, v, plan)
     edges, starts, used, capacity = plan
-    if (flash := flash_attn_kvcache()) is not None:
+    half = q.dtype in (torch.bfloat16, torch.float16)  # the only types of FlashAttention
+    if half and (flash := flash_attn_kvcache()) is not None:
         return flash(q[:, None], k, v, cache_seqlens=used, causal=False, num_splits=SPLITS).squeeze(1)
-    if "seqused_k" in varlen_options():
+    if half and "seqused_k" in varlen_options():
         from torch.nn.attention.varlen import varlen_attn
         # the open window matters: with a causal one FlashAttention 2 neither packs the query heads of a KV head into
         # one tile (the cache is read 7 times over) nor splits the row
@@ -83,6 +90,58 @@ def flash_attn_kvcache():
     except ImportError:
         return None
     return flash_attn_with_kvcache
+
+
+# --------------------------------------------------------------------------------------------------------- Triton
+def triton_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """`decode_attend` with used (B,) int32 valid tokens a row (one at least). Head size: a power of two, 16 or more."""
+    rows, heads, size = q.shape
+    kv_heads, group = k.shape[2], heads // k.shape[2]
+    part = torch.empty(rows, heads, SPLITS, size, dtype=torch.float32, device=q.device)
+    lse = torch.empty(rows, heads, SPLITS, dtype=torch.float32, device=q.device)
+    block = 64
+    span = triton.cdiv(triton.cdiv(k.shape[1], SPLITS), block) * block  # tokens a split, whatever the row holds
+    _split_kernel[(rows, kv_heads, SPLITS)](
+        q.contiguous(), k, v, used, part, lse, size**-0.5, span, k.stride(0), k.stride(1), k.stride(2),
+        GROUP=group, PADDED=max(16, triton.next_power_of_2(group)), SIZE=size, BLOCK=block, SPLITS=SPLITS)
+    return (part * lse.softmax(-1)[..., None]).sum(2).to(q.dtype)  # an empty split has lse -inf: weight 0
+
+
+if triton is not None:
+    @triton.jit
+    def _split_kernel(q_at, k_at, v_at, used_at, part_at, lse_at, scale, span, row_stride, token_stride, head_stride,
+                      GROUP: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+                      SPLITS: tl.constexpr):
+        """All GROUP query heads of one KV head over one split of one row, with a running softmax: the cache is read
+        once. k and v have the same strides."""
+        row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+        used = tl.load(used_at + row)
+        g, d = tl.arange(0, PADDED), tl.arange(0, SIZE)
+        query = (row * tl.num_programs(1) + head) * GROUP + g  # rows of q, seen as (B · Hq, D)
+        q = tl.load(q_at + query[:, None] * SIZE + d[None, :], mask=g[:, None] < GROUP, other=0.0)
+        top = tl.full([PADDED], float("-inf"), tl.float32)
+        total = tl.zeros([PADDED], tl.float32)
+        acc = tl.zeros([PADDED, SIZE], tl.float32)
+        base = row * row_stride + head * head_stride
+        for at in range(split * span, tl.minimum(split * span + span, used), BLOCK):
+            t = at + tl.arange(0, BLOCK)
+            here = base + t.to(tl.int64) * token_stride
+            k = tl.load(k_at + here[None, :] + d[:, None], mask=t[None, :] < used, other=0.0)  # (D, BLOCK)
+            s = tl.dot(q, k, input_precision="ieee") * scale  # (PADDED, BLOCK)
+            s = tl.where(t[None, :] < used, s, float("-inf"))
+            new_top = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp(s - new_top[:, None])
+            shrink = tl.exp(top - new_top)
+            v = tl.load(v_at + here[:, None] + d[None, :], mask=t[:, None] < used, other=0.0)  # (BLOCK, D)
+            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            total = total * shrink + tl.sum(p, 1)
+            top = new_top
+        out = query * SPLITS + split
+        empty = total == 0.0
+        tl.store(part_at + out[:, None] * SIZE + d[None, :], acc / tl.where(empty, 1.0, total)[:, None],
+                 mask=g[:, None] < GROUP)
+        tl.store(lse_at + out, tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total))),
+                 mask=g < GROUP)
 
 
 # ---------------------------------------------------------------------------------------------------- CUDA graphs

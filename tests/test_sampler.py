@@ -1,5 +1,9 @@
 """The sampler against transformers' generate, the model's own full forward, and itself in other batches and orders."""
 import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -152,7 +156,7 @@ def test_bf16_weights_and_cache(model):
         assert np.abs(r.logprobs - teacher_forced(model, p, r)).mean() < 0.05
 
 
-# ------------------------------------------------------------------------------- one sample, however it is batched (4–7)
+# ------------------------------------------------------------------------------ one sample, however it is batched (4–7)
 MANY = [text_prompt(n, seed=1) for n in (3, 41, 8, 25, 1, 12, 33, 19)]
 PARAMS = SamplingParams(n=8, max_new_tokens=30, stop_ids=range(12), seed=3)
 
@@ -252,11 +256,11 @@ def test_edges(model):
 
 def test_user_errors_come_before_any_work(model):
     s = Sampler(model, max_len=64)
-    for prompts, params, message in [
-            ([text_prompt(60)], SamplingParams(max_new_tokens=10), "max_len"), ([Prompt([], None, None)], PARAMS, "empty"),
-            ([Prompt([VOCAB], None, None)], PARAMS, "tokenizer"), ([image_prompt((4, 4))], PARAMS, "vision tower")]:
+    for prompt, params, message in [
+            (text_prompt(60), SamplingParams(max_new_tokens=10), "max_len"), (Prompt([], None, None), PARAMS, "empty"),
+            (Prompt([VOCAB], None, None), PARAMS, "tokenizer"), (image_prompt((4, 4)), PARAMS, "vision tower")]:
         with pytest.raises(ValueError, match=message):
-            s.generate(prompts, params)
+            s.generate([text_prompt(3), prompt], params)
     with pytest.raises(ValueError, match="sample_ids"):
         s.generate([text_prompt(3)], PARAMS, sample_ids=[1, 2])
     for wrong in (dict(n=0), dict(temperature=-1), dict(top_p=0), dict(max_new_tokens=0), dict(think_budget=3)):
@@ -415,8 +419,8 @@ def test_uniform_is_splitmix64():
     many = uniform(torch.arange(200_000) * 7919, torch.zeros(200_000, dtype=torch.long))
     assert 0 < many.min() and many.max() < 1
     assert stats.kstest(many.numpy(), "uniform").pvalue > 1e-3
-    keys = {sample_key(*k) for k in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0), (-1, 0, 0), (0, 2**63 - 1, 0)]
-            }
+    triples = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0), (-1, 0, 0), (0, 2**63 - 1, 0)]
+    keys = {sample_key(*t) for t in triples}
     assert len(keys) == 7 and all(-2**63 <= k < 2**63 for k in keys)
 
 
@@ -515,6 +519,27 @@ def test_decode_attention_equals_packed_attention():
         queries[-1] = q[i]
         expected = attend(queries, k[i, :n], v[i, :n], torch.tensor([0, n]).int(), n, causal=True)[-1]
         assert (out[i] - expected).abs().max() < 2e-6
+
+
+TRITON_AGAINST_SDPA = """
+import torch
+from decode_kernels import decode_attend, plan_attention, triton_attend
+torch.manual_seed(0)
+for heads, kv_heads, capacity in ((8, 2, 600), (7, 1, 256)):
+    length = torch.tensor([0, 1, 62, 63, 64, 150, 255])
+    q, (k, v) = torch.randn(7, heads, 16), torch.randn(2, 7, capacity, kv_heads, 16)
+    for i, n in enumerate(length.tolist()):
+        k[i, n + 1:], v[i, n + 1:] = 1e4, 1e4  # what a row does not hold must not count
+    ours = triton_attend(q, k, v, (length + 1).int())
+    assert (ours - decode_attend(q, k, v, plan_attention(length, capacity, length.tolist()))).abs().max() < 1e-5
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_kernel_in_its_interpreter():
+    """Splits of which some are empty, a group of 7 heads padded to 16, ends on and off block edges."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", TRITON_AGAINST_SDPA], env=env, check=True)
 
 
 def test_every_batch_has_a_bucket():
