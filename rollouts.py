@@ -1,4 +1,4 @@
-"""Rollouts between sampler, grader, disk and trainer: what train_grpo.py and eval.py share.
+"""Rollouts between sampler, grader, disk and trainer: what roller.py, train_grpo.py and eval.py share.
 
     samples = generate_and_grade(...)        problems → completions with rewards, grading while decoding goes on
     write_samples(file, samples, ...)        one json line a sample: text, reward, advantage, lengths, log-probabilities
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -35,7 +35,7 @@ class Sample:
     status: str = "ok"  # ok | no_answer | truncated | timeout | error
     advantage: float = 0.0
     gap: float = 0.0  # mean |sampler - trainer log-probability|, filled in by the trainer
-    extra: dict = field(default_factory=dict)
+    trained: bool = True  # False: sampled, but left out of the update (its group's rewards are equal)
 
     @property
     def truncated(self) -> bool:
@@ -110,6 +110,7 @@ def write_samples(file: Path, samples: list[Sample], problems: list[dict], promp
                    "prompt": prompt_texts[s.problem], "text": s.text, "reward": s.reward, "answer": s.answer,
                    "status": s.status, "finish_reason": s.finish_reason, "advantage": s.advantage, "gap": s.gap,
                    "length": len(s.tokens), "images": p.get("images", []),
+                   "trained": s.trained,
                    "mean_logprob": float(s.logprobs.mean()) if len(s.logprobs) else 0.0,
                    "tokens": _pack(np.asarray(s.tokens, np.int32)), "logprobs": _pack(s.logprobs),
                    "mask": _pack(s.mask.astype(np.uint8))}
@@ -125,7 +126,8 @@ def read_samples(file: Path) -> tuple[list[Sample], list[str]]:
             r = json.loads(line)
             samples.append(Sample(r["problem"], r["sample"], _unpack(r["tokens"], np.int32).tolist(),
                                   _unpack(r["logprobs"], np.float32), _unpack(r["mask"], np.uint8).astype(bool),
-                                  r["finish_reason"], r["text"], r["reward"], r["answer"], r["status"]))
+                                  r["finish_reason"], r["text"], r["reward"], r["answer"], r["status"],
+                                  trained=r["trained"]))
             ids[r["problem"]] = r["id"]
         except (KeyError, ValueError, TypeError) as e:
             raise ValueError(f"{file}:{number}: not a saved rollout ({type(e).__name__}: {e}); sample this step again"

@@ -7,15 +7,19 @@ One step: take `prompts` problems → `group` rollouts of each, graded while oth
 group → clipped loss over all sampled tokens of the step → AdamW → the new weights sample the next step.
 
 The defaults are the paper's recipe (arXiv 2505.03981, section 2.3 and appendix B.2). Where it is silent or contradicts
-itself the field's own --help says what we took. Read in this order: `group_advantages`, `policy_loss`,
-`kl_estimate`, `token_weights` (the normaliser), `update`, `train`.
+itself the field's own --help says what we took. Read in this order: `group_advantages` (advantage), `policy_loss`
+(ratio and clip), `kl_estimate`, `token_weights` (the normaliser), `micro_batch_loss` (all of them together), `update`,
+`train`. Where the rollouts come from: roller.py.
 """
 from __future__ import annotations
 
+import gc
+import json
 import time
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Iterator, Literal
 
 import numpy as np
 import torch
@@ -23,22 +27,21 @@ import torch
 import attention
 import optim
 from checkpoint import build_model, export_hf, load_state, newest_state, resolve_model_dir, save_state
-from data import attention_cost, balance, load_problems, load_tokenizer, pack_plan, render_problem
-from experiment import (Run, StopRequest, hash_files, header, memory_gib, option, parse_config, quiet_garbage_collection,
-                        user_errors)
+from data import attention_cost, balance, image_token_count, load_problems, load_tokenizer, pack_plan, prompt_tokens
+from experiment import Run, StopRequest, hash_files, header, option, parse_config, quiet_garbage_collection, user_errors
 from model import Model
-from parallel import World, all_gather_objects, all_max, all_sum, gathered, init, main_first, shutdown
+from parallel import World, all_any, all_gather_objects, all_max, all_sum, init, main_first, shutdown
 from rewards import Grader
-from rollouts import (RolloutBatch, Sample, collate_samples, empty_rollouts, generate_and_grade, problem_key,
-                      read_samples, write_samples)
-from sampler import Sampler, SamplingParams, think_exit
+from roller import Roller, Rollouts, rollout_figures, speed
+from rollouts import RolloutBatch, Sample, banned_token_ids, collate_samples, empty_rollouts, write_samples
 from vision import ImageConfig
 
 
 @dataclass
 class Config:
     MAY_CHANGE: ClassVar[set[str]] = {"epochs", "steps", "graders", "offload_optimizer", "keep_sampler", "save_every",
-                                      "keep_last", "max_bad_steps", "eval_every", "eval_n"}  # in a resumed run
+                                      "keep_last", "max_bad_steps", "max_reward_errors", "reward_deadline",
+                                      "eval_every"}  # in a resumed run
 
     model: str = option(MISSING, "model directory or hub id to start from, usually OUT/final of train_sft.py")
     data: list[str] = option(MISSING, "jsonl file(s) of problems, see `python data.py check`")
@@ -62,8 +65,8 @@ class Config:
     clip_low: float = option(0.2, "ratio is clipped below 1 - clip_low (paper: 0.2)")
     clip_high: float = option(0.2, "ratio is clipped above 1 + clip_high (paper: 'higher' in the text, value never "
                               "given; 0.2 in its appendix. DAPO: 0.28)")
-    dual_clip: float = option(3.0, "bound of the loss at negative advantage, 0: off (paper: silent; verl, which it "
-                              "forked, has 3)")
+    dual_clip: float = option(3.0, "ppo_clip: bound of the loss at negative advantage, 0: off (paper: silent; verl, "
+                              "which it forked, has 3)")
     aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = option(
         "token_mean", "token_mean: over all tokens of the step (paper's text; its equation shows "
         "seq_mean_token_mean); constant: sum / (samples × max_new_tokens), Dr. GRPO")
@@ -81,8 +84,8 @@ class Config:
     overlong_buffer: int = option(0, "soft overlong penalty (DAPO): reward falls linearly to -1 over the last so many "
                                   "tokens before max_new_tokens, 0: off")
     zero_variance: Literal["keep", "drop", "refill"] = option(
-        "keep", "groups with equal rewards: keep in the denominator (paper: nothing else mentioned), drop, or drop and "
-        "sample further problems until --prompts groups have spread (dynamic sampling)")
+        "keep", "groups with equal rewards: keep in the denominator (paper: nothing else mentioned), drop, or refill: "
+        "drop, and sample further problems until --prompts groups have spread (dynamic sampling)")
     # optimizer
     lr: float = option(3e-6, "learning rate (paper: 3e-6)")
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "after warmup (paper: silent)")
@@ -95,11 +98,14 @@ class Config:
     slots: int = option(0, "samples decoded at once on a rank, 0: by --kv_gb")
     kv_gb: float = option(0.0, "memory for the KV cache in GB a rank, 0: a share of what is free")
     keep_sampler: bool = option(False, "keep KV memory and CUDA graphs while training: saves setting them up each step")
-    reward: str = option("", "module:function to use instead of the built-in grading")
+    reward: str = option("", "module:function(problem, completion, finish_reason) → number, instead of the built-in one")
+    reward_deadline: float = option(5.0, "seconds after which a grading process is killed; its sample gets 0")
+    max_reward_errors: float = option(1.0, "stop before training on a step of which more than this share of the rewards "
+                                      "raised, hung or were no number (each is a reward of 0 and counted); 1: never")
     graders: int = option(2, "grading processes a rank")
     dtype: Literal["auto", "bf16", "fp32"] = option("auto", "compute dtype; auto: bf16 on CUDA, fp32 on CPU")
     adam_dtype: Literal["fp32", "bf16"] = option("fp32", "AdamW moments; bf16 on CUDA only")
-    offload_optimizer: bool = option(False, "keep optimizer states in host memory while sampling")
+    offload_optimizer: bool = option(False, "keep optimizer states in host memory while sampling (GPU)")
     checkpointing: Literal["none", "attn", "matmul", "full"] = option("full", "activation checkpointing, as in SFT")
     compile: bool = option(False, "torch.compile each decoder block")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
@@ -110,11 +116,13 @@ class Config:
     eval_data: list[str] = option([], "problems to evaluate on, before the first step and every --eval_every")
     eval_every: int = option(20, "evaluate every n steps")
     eval_n: int = option(0, "samples a problem for avg@n beside greedy, 0: greedy only")
-    replay: str = option("", "train on the rollouts that another run saved (its OUT), without sampling")
-    rollout_only: bool = option(False, "sample and save rollouts, train nothing")
+    replay: str = option("", "train on the rollouts that another run saved (its OUT), without sampling; with other "
+                         "settings than that run's they are off-policy: pass --old_logprobs sampler")
+    rollout_only: bool = option(False, "sample and save rollouts, train nothing, save no model")
 
     def __post_init__(self):
-        for name in ("prompts", "group", "max_new_tokens", "temperature", "lr", "updates", "micro_tokens"):
+        for name in ("prompts", "group", "max_new_tokens", "temperature", "lr", "updates", "micro_tokens", "graders",
+                     "reward_deadline", "keep_last", "max_bad_steps", "eval_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive")
         if self.prompts % self.updates:
@@ -122,8 +130,14 @@ class Config:
         if self.tis_cap and self.old_logprobs == "sampler":
             raise ValueError("--tis_cap corrects old (trainer) against sampler log-probabilities; with --old_logprobs "
                              "sampler the ratio already does, and the correction would count twice")
-        if self.advantage == "rloo" and self.group < 2:
-            raise ValueError("--advantage rloo needs --group 2 or more")
+        if self.tis_mask and self.tis_cap <= 1:
+            raise ValueError("--tis_mask keeps weights in [1/cap, cap]: it needs a --tis_cap above 1")
+        if self.group < 2 and self.advantage != "batch_std":
+            raise ValueError("--group 1 has nothing to compare with: every advantage would be 0; sample 2 or more")
+        if self.overlong_buffer > self.max_new_tokens:
+            raise ValueError("--overlong_buffer cannot be longer than --max_new_tokens")
+        if self.rollout_only and (self.replay or self.zero_variance == "refill"):
+            raise ValueError("--rollout_only samples every group once: leave --replay and --zero_variance refill out")
 
 
 # --------------------------------------------------------------------------------------------------- the objective
@@ -153,7 +167,8 @@ def no_spread(rewards: torch.Tensor) -> torch.Tensor:
 
 def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, sequence: torch.Tensor, *,
                 kind: str, clip_low: float, clip_high: float, dual_clip: float) -> tuple[torch.Tensor, dict]:
-    """Loss of each token, to be minimised, and what was clipped. All inputs (R,); sequence: which sample a token is of.
+    """Loss of each token, to be minimised, and what was clipped. All inputs (R,); sequence: which sample each token is
+    of, counted from 0. Also returned: {"clip_low", "clip_high": whose gradient is cut, "ratio"}, each (R,).
 
     ratio = exp(logprobs - old_logprobs)
     ppo_clip: -min(ratio · A, clip(ratio, 1 - clip_low, 1 + clip_high) · A), arXiv 1707.06347; at A < 0 never above
@@ -163,17 +178,18 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
     """
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
     if kind == "gspo":
-        total = torch.zeros(int(sequence.max()) + 1 if len(sequence) else 0, device=logprobs.device)
-        mean = (total.to(log_ratio).index_add(0, sequence, log_ratio.detach())
-                / total.to(log_ratio).index_add(0, sequence, torch.ones_like(log_ratio)).clamp(min=1))[sequence]
-        log_ratio = mean + logprobs - logprobs.detach()  # value: the sample's ratio; gradient: through each token
+        zeros = torch.zeros_like(log_ratio, requires_grad=False)  # an entry a sample, of which there are at most R
+        totals = zeros.index_add(0, sequence, log_ratio.detach())
+        counts = zeros.index_add(0, sequence, torch.ones_like(zeros))
+        # value: the sample's mean; gradient: through each token
+        log_ratio = (totals / counts.clamp(min=1))[sequence] + logprobs - logprobs.detach()
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     if kind == "cispo":
         loss = -clipped.detach() * advantages * logprobs
     else:
         loss = -torch.minimum(ratio * advantages, clipped * advantages)
-        if dual_clip:
+        if dual_clip and kind == "ppo_clip":
             loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return loss, {"clip_low": ((ratio < 1 - clip_low) & (advantages < 0)).float(),
                   "clip_high": ((ratio > 1 + clip_high) & (advantages > 0)).float(), "ratio": ratio.detach()}
@@ -221,21 +237,35 @@ def soft_overlong_penalty(length: int, max_length: int, buffer: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------ the update
-def micro_batches(minibatch: list[int], samples: list[Sample], prompts: list, config: Config, model: Model, world: World
+def set_advantages(samples: list[Sample], config: Config) -> None:
+    """Give every sample that is trained on its advantage, from its reward and the overlong penalty."""
+    trained = [s for s in samples if s.trained]
+    if not trained:
+        return
+    shaped = [s.reward + soft_overlong_penalty(len(s.tokens), config.max_new_tokens, config.overlong_buffer)
+              for s in trained]
+    advantages = group_advantages(torch.tensor(shaped, dtype=torch.float64).view(-1, config.group), config.advantage)
+    for s, a in zip(trained, advantages.flatten().tolist()):
+        s.advantage = a
+
+
+def micro_batches(chosen: list[int], samples: list[Sample], prompts: list, config: Config, model: Model, world: World
                   ) -> list[RolloutBatch]:
-    """This rank's packed micro-batches of one update, with the weight of every token. Every rank gets equally many."""
-    trained = [0 if config.overlong_masking and s.truncated else s.trained_tokens for s in samples]
-    weights = np.zeros(len(samples))
-    weights[minibatch] = token_weights(np.array([trained[i] for i in minibatch]), config.aggregation,
-                                       config.max_new_tokens)
-    chosen = [i for i in minibatch if weights[i] > 0]
-    lengths = np.array([len(prompts[samples[i].problem].tokens) + len(samples[i].tokens) for i in chosen], dtype=np.int64)
+    """This rank's packed micro-batches of one update on the samples `chosen`, with the weight of every token. Every rank
+    gets equally many; none when no token is trained (then there is no update)."""
+    trained = np.array([0 if config.overlong_masking and samples[i].truncated else samples[i].trained_tokens
+                        for i in chosen], dtype=np.int64)
+    weights = dict(zip(chosen, token_weights(trained, config.aggregation, config.max_new_tokens)))
+    chosen = [i for i in chosen if weights[i] > 0]
+    if not chosen:
+        return []
+    lengths = np.array([len(prompts[samples[i].problem].tokens) + len(samples[i].tokens) for i in chosen])
+    packs = pack_plan(lengths, max(config.micro_tokens, lengths.max()), seed=0, epoch=0)
+    shares = balance([attention_cost(lengths[p]) for p in packs], world.size)
     merge = model.config.vision.spatial_merge_size if model.config.vision else 1
-    packs = pack_plan(lengths, max(config.micro_tokens, lengths.max(initial=1)), seed=0, epoch=0) if chosen else []
-    shares = balance([attention_cost(lengths[p]) for p in packs], world.size) if packs else [[]] * world.size
     mine = [collate_samples([chosen[i] for i in packs[p]], samples, weights, prompts, model.config.image_token_id, merge)
             for p in shares[world.rank]]
-    return mine + [empty_rollouts() for _ in range(max(1, *map(len, shares)) - len(mine))]
+    return mine + [empty_rollouts() for _ in range(max(map(len, shares)) - len(mine))]
 
 
 def score(model: Model, b: RolloutBatch, config: Config, entropy: bool = False):
@@ -247,66 +277,69 @@ def score(model: Model, b: RolloutBatch, config: Config, entropy: bool = False):
 
 
 @torch.no_grad()
-def score_before_updates(model: Model, reference: Model | None, minibatches: list[list[RolloutBatch]], config: Config
-                         ) -> None:
+def score_before_updates(model: Model, reference: Model | None, updates: list[list[RolloutBatch]], config: Config) -> None:
     """Fill in old_logprobs (when more than one update follows, or the sampler's stand in) and ref_logprobs."""
-    for b in (b for batches in minibatches for b in batches):
+    for b in (b for batches in updates for b in batches):
         if config.old_logprobs == "sampler":
             b.old_logprobs = b.sampler_logprobs
-        elif len(minibatches) > 1:
+        elif len(updates) > 1:
             b.old_logprobs = score(model, b, config)[0]
         if reference is not None:
             b.ref_logprobs = score(reference, b, config)[0]
 
 
+def micro_batch_loss(model: Model, b: RolloutBatch, config: Config, device: torch.device
+                     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """This micro-batch's part of the update's loss, and its figures, one (R,) tensor each. Parts add up to the loss over
+    all ranks and micro-batches: the weights' denominator is global, no rank's or micro-batch's own mean."""
+    logprobs, entropy = score(model, b, config, entropy=True)
+    sampler, advantages, weights, sequence = (t.to(device, non_blocking=True) for t in
+                                              (b.sampler_logprobs, b.advantages, b.weights, b.sequence))
+    # without old_logprobs this is the policy that sampled: its ratio is 1, and the ratio's gradient is not 0
+    old = logprobs.detach() if b.old_logprobs is None else b.old_logprobs.to(device)
+    policy, clips = policy_loss(logprobs, old, advantages, sequence, kind=config.loss, clip_low=config.clip_low,
+                                clip_high=config.clip_high, dual_clip=config.dual_clip)
+    if config.tis_cap:
+        policy = policy * importance_weights(old, sampler, config.tis_cap, config.tis_mask)
+    loss, kl = policy, torch.zeros_like(policy)
+    if b.ref_logprobs is not None:
+        kl = kl_estimate(logprobs, b.ref_logprobs, config.kl)
+        loss = loss + config.kl_coef * kl
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * entropy
+    trainer = logprobs if config.old_logprobs == "sampler" else old
+    gap = (trainer - sampler).detach()
+    figures = {"policy_loss": policy * weights, "tokens": torch.ones_like(policy), "entropy": entropy, "kl": kl, **clips,
+               "gap": gap.abs(), "gap_k3": gap.exp() - 1 - gap}
+    return (loss * weights).sum(), {k: v.detach() for k, v in figures.items()}
+
+
 def update(model: Model, optimizer: torch.optim.Optimizer, batches: list[RolloutBatch], samples: list[Sample],
            config: Config, lr: float, world: World) -> tuple[dict, bool]:
-    """One optimizer step. Returns sums over this update's tokens and ranks (`Tally`'s fields), and whether it stepped."""
+    """One optimizer step. Returns the update's figures, summed over its tokens and ranks, and whether it stepped."""
     tally = Tally()
     for b in batches:
-        logprobs, entropies = score(model, b, config, entropy=True)
-        sampler, advantages, weights, sequence = (t.to(world.device, non_blocking=True) for t in
-                                                  (b.sampler_logprobs, b.advantages, b.weights, b.sequence))
-        # one update: the policy that is updated is the one that sampled, its ratio is 1 and its gradient is not
-        old = logprobs.detach() if b.old_logprobs is None else b.old_logprobs.to(world.device)
-        loss, clips = policy_loss(logprobs, old, advantages, sequence, kind=config.loss, clip_low=config.clip_low,
-                                  clip_high=config.clip_high, dual_clip=config.dual_clip)
-        policy = loss.detach()
-        if config.tis_cap:
-            loss = loss * importance_weights(old, sampler, config.tis_cap, config.tis_mask)
-        kl = torch.zeros_like(loss)
-        if b.ref_logprobs is not None:
-            kl = kl_estimate(logprobs, b.ref_logprobs, config.kl)
-            loss = loss + config.kl_coef * kl
-        if config.entropy_coef:
-            loss = loss - config.entropy_coef * entropies
-        loss = (loss * weights).sum()  # the weights' denominator is global: no rank's or micro-batch's own mean
+        loss, figures = micro_batch_loss(model, b, config, world.device)
         (loss * world.size).backward()  # FSDP averages over ranks
-        tally.add(b, loss, policy * weights, logprobs, old, sampler, entropies, kl, clips)
+        tally.add(b, loss.detach(), figures)
     sums = tally.over_ranks(samples)
     norm, stepped = optim.guarded_step(model, optimizer, lr=lr, max_norm=config.grad_clip, loss=sums["loss"])
     return {**sums, "grad_norm": norm}, stepped
 
 
 class Tally:
-    """Sums over an update's tokens, for the metrics; one wait for the GPU at its end."""
-    NAMES = ("loss", "policy_loss", "tokens", "entropy", "kl", "clip_low", "clip_high", "ratio", "gap", "gap_k3")
+    """An update's figures, summed over its micro-batches on the device; read once, at its end."""
 
     def __init__(self):
         self.sums, self.most, self.gaps = [], [], []
 
-    @torch.no_grad()
-    def add(self, b, loss, policy, logprobs, old, sampler, entropies, kl, clips) -> None:
-        """One micro-batch: loss a scalar, the rest (R,)."""
-        difference = (logprobs if b.old_logprobs is None else old) - sampler  # trainer - sampler, before the update
-        columns = (policy, torch.ones_like(policy), entropies, kl, clips["clip_low"], clips["clip_high"], clips["ratio"],
-                   difference.abs(), difference.exp() - 1 - difference)
-        self.sums.append(torch.stack([loss, *(c.sum() for c in columns)]).double())
-        if len(difference):
-            self.most.append(torch.stack([difference.abs().max(), (clips["ratio"] - 1).abs().max()]).double())
-            totals = torch.zeros(len(b.samples), device=difference.device).index_add(
-                0, b.sequence.to(difference.device), difference.abs())
-            self.gaps.append((b.samples, totals))
+    def add(self, b: RolloutBatch, loss: torch.Tensor, figures: dict[str, torch.Tensor]) -> None:
+        self.names = ["loss", *figures]
+        self.sums.append(torch.stack([loss, *(v.sum() for v in figures.values())]).double())
+        gap = figures["gap"]
+        if len(gap):
+            self.most.append(torch.stack([gap.max(), (figures["ratio"] - 1).abs().max()]).double())
+            self.gaps.append((b.samples, gap.new_zeros(len(b.samples)).index_add(0, b.sequence.to(gap.device), gap)))
 
     def over_ranks(self, samples: list[Sample]) -> dict:
         """Sums and maxima over micro-batches and ranks; each sample gets its mean |trainer - sampler| as `gap`."""
@@ -316,186 +349,118 @@ class Tally:
         for part in all_gather_objects(mine):  # rank 0 writes every sample's gap to the rollout file
             for i, total in part.items():
                 samples[i].gap = total / samples[i].trained_tokens
-        return {**dict(zip(self.NAMES, sums)), "gap_max": most[0], "ratio_off_one_max": most[1]}
+        return {**dict(zip(self.names, sums)), "gap_max": most[0], "ratio_off_one_max": most[1]}
 
 
-# --------------------------------------------------------------------------------------------------------- rollouts
-class Roller:
-    """Problems → graded samples: this rank's share of a batch, then everybody's on every rank."""
-
-    def __init__(self, config: Config, model: Model, tokenizer, images: ImageConfig | None, grader: Grader, world: World):
-        self.config, self.model, self.tokenizer, self.images = config, model, tokenizer, images
-        self.grader, self.world = grader, world
-        self.stop_ids = stop_ids(tokenizer)
-        self.sampler = Sampler(model, slots=config.slots or None, kv_gb=config.kv_gb or None,
-                               max_len=config.max_prompt_tokens + config.max_new_tokens)
-        self.exit = think_exit(tokenizer, model.config.vocab_size) if config.think_budget else {}
-
-    def prompts(self, problems: list[dict]) -> list:
-        return [render_problem(p, self.tokenizer, self.images, style=self.config.prompt_style) for p in problems]
-
-    def params(self, n: int, temperature: float) -> SamplingParams:
-        c = self.config
-        return SamplingParams(n=n, temperature=temperature, max_new_tokens=c.max_new_tokens, stop_ids=self.stop_ids,
-                              seed=c.seed, think_budget=c.think_budget or None, **self.exit)
-
-    def sample(self, problems: list[dict], prompts: list, keys: list[int], n: int, temperature: float) -> list[Sample]:
-        """n samples of each problem, in order of (problem, sample), the same on every rank. Collective."""
-        mine = range(self.world.rank, len(problems), self.world.size)
-        with gathered(self.model):
-            samples = generate_and_grade(
-                self.sampler, self.grader, self.tokenizer, [problems[i] for i in mine], [prompts[i] for i in mine],
-                self.params(n, temperature), keys=[keys[i] for i in mine], stop_ids=self.stop_ids)
-            if not self.config.keep_sampler:
-                self.sampler.release()
-        for s in samples:
-            s.problem = mine[s.problem]
-        everyone = [s for part in all_gather_objects(samples) for s in part]
-        return sorted(everyone, key=lambda s: (s.problem, s.index))
-
-    def evaluate(self, problems: list[dict], run: Run, step: int) -> None:
-        """Greedy accuracy and avg@n over the evaluation problems, into eval.jsonl."""
-        prompts = self.prompts(problems)
-        keys = [problem_key(p, salt=-1) for p in problems]
-        greedy = self.sample(problems, prompts, keys, 1, 0.0)
-        figures = {"step": step, "n": len(problems), "greedy": float(np.mean([s.reward for s in greedy])),
-                   "truncated": float(np.mean([s.truncated for s in greedy]))}
-        if self.config.eval_n:
-            several = self.sample(problems, prompts, keys, self.config.eval_n, self.config.temperature)
-            figures[f"avg@{self.config.eval_n}"] = float(np.mean([s.reward for s in several]))
-        run.log_evaluation(figures)
-
-
-def stop_ids(tokenizer) -> list[int]:
-    """Both ends that Qwen models use: a sample that ends with <|endoftext|> would otherwise run to its limit."""
-    ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None and i != tokenizer.unk_token_id})
-
-
-def draw(problems: list[dict], position: int, seed: int) -> dict:
-    """The problem at a position of the endless stream: epoch after epoch, each in an order of its own."""
-    epoch, place = divmod(position, len(problems))
-    return problems[np.random.default_rng([seed, epoch]).permutation(len(problems))[place]]
-
-
-def sample_step(roller: Roller, problems: list[dict], cursor: int, config: Config) -> tuple[list, list, list[Sample], int]:
-    """The rollouts of one step: (problems, prompts, samples, new cursor). Each draw's seed is its place in the stream,
-    so the samples depend on nothing but (seed, place, weights). With zero_variance drop or refill, groups without
-    spread are left out; refill draws more until --prompts groups have spread (at most 8 batches)."""
-    chosen, prompts, samples = [], [], []
-    for _ in range(8 if config.zero_variance == "refill" else 1):
-        batch = [draw(problems, cursor + i, config.seed) for i in range(config.prompts)]
-        keys = [problem_key(p, salt=cursor + i) for i, p in enumerate(batch)]
-        rendered = roller.prompts(batch)
-        fresh = roller.sample(batch, rendered, keys, config.group, config.temperature)
-        cursor += len(batch)
-        for i, (problem, prompt) in enumerate(zip(batch, rendered)):
-            group = fresh[i * config.group:(i + 1) * config.group]
-            if config.zero_variance != "keep" and len({s.reward for s in group}) == 1:
-                continue
-            for s in group:
-                s.problem = len(chosen)
-            chosen, prompts, samples = chosen + [problem], prompts + [prompt], samples + group
-        if len(chosen) >= config.prompts:
-            break
-    n = min(len(chosen), config.prompts)
-    return chosen[:n], prompts[:n], samples[:n * config.group], cursor
-
-
-def replay_step(roller: Roller, problems: list[dict], step: int, config: Config) -> tuple[list, list, list[Sample], int]:
-    """As `sample_step`, from the rollouts that another run saved for this step."""
-    file = Path(config.replay) / "rollouts" / f"step_{step + 1}.jsonl"
-    if not file.is_file():
-        raise ValueError(f"--replay {config.replay}: {file} is missing; replay as many --steps as were sampled")
-    samples, ids = read_samples(file)
-    by_id = {p["id"]: p for p in problems}
-    unknown = [i for i in ids if i not in by_id]
-    if unknown:
-        raise ValueError(f"{file}: problem {unknown[0]!r} is not in --data; replay needs the data that was sampled")
-    chosen = [by_id[i] for i in ids]
-    return chosen, roller.prompts(chosen), samples, 0
-
-
-def set_advantages(samples: list[Sample], config: Config) -> torch.Tensor:
-    """Give every sample its advantage, from its reward and the overlong penalty; returns rewards (P, G)."""
-    shaped = [s.reward + soft_overlong_penalty(len(s.tokens), config.max_new_tokens, config.overlong_buffer)
-              for s in samples]
-    advantages = group_advantages(torch.tensor(shaped, dtype=torch.float64).view(-1, config.group), config.advantage)
-    for s, a in zip(samples, advantages.flatten().tolist()):
-        s.advantage = a
-    return torch.tensor([s.reward for s in samples], dtype=torch.float64).view(-1, config.group)
-
-
-# --------------------------------------------------------------------------------------------------------- training
-def train_step(model: Model, reference: Model | None, optimizer, samples: list[Sample], prompts: list, lr: float,
-               config: Config, world: World) -> tuple[dict, bool]:
-    """All updates on one batch of rollouts. Returns (figures, every update stepped)."""
-    groups = np.arange(len(samples)).reshape(-1, config.group)
-    parts = [p.flatten().tolist() for p in np.array_split(groups, config.updates)]
-    minibatches = [micro_batches(part, samples, prompts, config, model, world) for part in parts]
-    begin = time.perf_counter()
-    score_before_updates(model, reference, minibatches, config)
+def train_on(model: Model, reference: Model | None, optimizer, rollouts: Rollouts, lr: float, config: Config,
+             world: World) -> tuple[dict, bool]:
+    """All updates on the rollouts of a step. Returns (figures, every update stepped)."""
+    samples, begin = rollouts.samples, time.perf_counter()
+    groups = np.array([i for i, s in enumerate(samples) if s.trained], dtype=np.int64).reshape(-1, config.group)
+    updates = [micro_batches(part.flatten().tolist(), samples, rollouts.prompts, config, model, world)
+               for part in np.array_split(groups, config.updates)]
+    updates = [batches for batches in updates if batches]  # an empty one would still move the weights, by momentum
+    if not updates:
+        return {}, True
+    score_before_updates(model, reference, updates, config)
     scored = time.perf_counter()
-    results = [update(model, optimizer, batches, samples, config, lr, world) for batches in minibatches]
-    sums, n = {k: sum(r[0][k] for r in results) for k in (*Tally.NAMES, "grad_norm")}, len(results)
-    tokens = max(1.0, sums["tokens"])
-    figures = {"loss": sums["loss"] / n, "policy_loss": sums["policy_loss"] / n, "grad_norm": sums["grad_norm"] / n,
-               **{k: sums[k] / tokens for k in ("entropy", "kl", "clip_low", "clip_high", "gap_k3")},
-               "ratio_mean": sums["ratio"] / tokens, "gap_mean": sums["gap"] / tokens,
-               "ratio_off_one_max": max(r[0]["ratio_off_one_max"] for r in results),
-               "gap_max": max(r[0]["gap_max"] for r in results), "trained_tokens": int(sums["tokens"]),
+    results = [update(model, optimizer, batches, samples, config, lr, world) for batches in updates]
+    every = [figures for figures, _ in results]
+    tokens = sum(f["tokens"] for f in every)
+    mean = {k: sum(f[k] for f in every) / len(every) for k in ("loss", "policy_loss", "grad_norm")}
+    per_token = {k: sum(f[k] for f in every) / tokens
+                 for k in ("entropy", "kl", "clip_low", "clip_high", "ratio", "gap", "gap_k3")}
+    figures = {**mean, **per_token, "ratio_off_one_max": max(f["ratio_off_one_max"] for f in every),
+               "gap_max": max(f["gap_max"] for f in every), "trained_tokens": int(tokens),
                "logprob_s": round(scored - begin, 3), "update_s": round(time.perf_counter() - scored, 3)}
     return figures, all(stepped for _, stepped in results)
 
 
-def rollout_figures(samples: list[Sample], rewards: torch.Tensor) -> dict:
-    """What the samples of a step say by themselves."""
-    lengths = np.array([len(s.tokens) for s in samples])
-    share = lambda test: float(np.mean([test(s) for s in samples]))  # noqa: E731
-    return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item() if rewards.numel() > 1 else 0.0,
-            "solved_all": (rewards.amin(1) > 0).double().mean().item(),
-            "solved_any": (rewards.amax(1) > 0).double().mean().item(),
-            "zero_variance": no_spread(rewards).double().mean().item(), "samples": len(samples),
-            "length_mean": float(lengths.mean()), "length_max": int(lengths.max()),
-            "truncated": share(lambda s: s.truncated), "forced": share(lambda s: s.finish_reason.startswith("forced")),
-            "no_answer": share(lambda s: s.status == "no_answer"), "grader_timeouts": share(lambda s: s.status == "timeout"),
-            "grader_errors": share(lambda s: s.status == "error")}
+# ----------------------------------------------------------------------------------------------------------- the run
+@dataclass
+class Parts:
+    """What a run is made of."""
+    model_dir: Path
+    tokenizer: object
+    problems: list[dict]
+    evaluation: list[dict]
+    images: ImageConfig | None
+    model: Model
+    reference: Model | None  # None: no KL term
+    optimizer: torch.optim.Optimizer | None  # None: --rollout_only
 
 
-def set_up(config: Config, world: World, run: Run):
-    """Problems that fit, tokenizer, models, optimizer: everything that can fail before the first sample."""
+def set_up(config: Config, world: World, run: Run) -> Parts:
+    """Everything that can fail before the first sample: problems that fit, tokenizer, models, optimizer."""
     model_dir = resolve_model_dir(config.model, world)
     tokenizer = load_tokenizer(model_dir)
     problems, faults = load_problems(config.data, skip_bad_rows=config.skip_bad_rows)
     evaluation = load_problems(config.eval_data, skip_bad_rows=config.skip_bad_rows)[0] if config.eval_data else []
     with_images = any(p.get("images") for p in problems + evaluation)
     images = ImageConfig.from_dir(model_dir) if with_images else None
-    fitting = [p for p in problems
-               if len(render_problem(p, tokenizer, images, style=config.prompt_style).tokens) <= config.max_prompt_tokens]
-    run.say(f"{len(fitting)} problems ({len(faults)} bad rows skipped, {len(problems) - len(fitting)} prompts over "
-            f"{config.max_prompt_tokens} tokens left out), {len(evaluation)} for evaluation")
+
+    def fits(p: dict) -> bool:
+        counts = [image_token_count(f, images) for f in p.get("images") or []]
+        return len(prompt_tokens(p, tokenizer, counts, config.prompt_style)) <= config.max_prompt_tokens
+    fitting = [p for p in problems if fits(p)]
+    run.say(f"{len(fitting)} problems ({len({(f.file, f.line) for f in faults})} bad rows skipped, "
+            f"{len(problems) - len(fitting)} prompts over {config.max_prompt_tokens} tokens left out), "
+            f"{len(evaluation)} for evaluation")
     if not fitting:
         raise ValueError(f"no problem has a prompt of ≤ {config.max_prompt_tokens} tokens; raise --max_prompt_tokens")
+    if too_long := [p["id"] for p in evaluation if not fits(p)]:
+        raise ValueError(f"{len(too_long)} problems of --eval_data have prompts of more than {config.max_prompt_tokens} "
+                         f"tokens, the first is {too_long[0]!r}; raise --max_prompt_tokens, none is left out silently")
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and world.device.type == "cuda")
     compute = torch.bfloat16 if bf16 else torch.float32
     options = dict(with_vision=with_images, compute_dtype=compute)
     model = build_model(model_dir, world, checkpointing=config.checkpointing, compile_blocks=config.compile, **options)
-    reference = build_model(model_dir, world, master_dtype=compute, **options) if config.kl_coef else None
-    for m in (model, reference):
+    reference = optimizer = None
+    if config.kl_coef and not config.rollout_only:
+        reference = build_model(model_dir, world, master_dtype=compute, **options)
+    for m in (model, reference):  # the same probabilities 0 in sampler, trainer and reference
         if m is not None:
-            m.set_banned_ids(banned_ids(m, tokenizer))
-    optimizer = optim.adamw(model, lr=config.lr, weight_decay=config.weight_decay,
-                            state_dtype=torch.bfloat16 if config.adam_dtype == "bf16" else torch.float32)
-    return model_dir, tokenizer, fitting, evaluation, images, model, reference, optimizer
+            m.set_banned_ids(banned_token_ids(tokenizer, m.config.vocab_size))
+    if not config.rollout_only:
+        optimizer = optim.adamw(model, lr=config.lr, weight_decay=config.weight_decay,
+                                state_dtype=torch.bfloat16 if config.adam_dtype == "bf16" else torch.float32)
+    return Parts(model_dir, tokenizer, fitting, evaluation, images, model, reference, optimizer)
 
 
-def banned_ids(model: Model, tokenizer) -> list[int]:
-    """Ids that a text policy must never sample, so they get probability 0 in sampler and trainer alike: vision
-    placeholders (the next forward would look for an image) and the padded end of the vocabulary."""
-    vision = [tokenizer.convert_tokens_to_ids(t) for t in
-              ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")]
-    return [i for i in vision if i is not None and i != tokenizer.unk_token_id] + \
-        list(range(len(tokenizer), model.config.vocab_size))
+def resume(parts: Parts, config: Config, run: Run, world: World) -> dict:
+    """Fill model and optimizer from the newest whole checkpoint and return where it stood, else the beginning. Rollout
+    files of steps that will be done again are removed."""
+    at = {"step": 0, "cursor": 0, "bad_steps": 0, "bad_in_a_row": 0}
+    folder = run.out / "rollouts"
+    if config.rollout_only:  # nothing is trained: whole files are all there is to go on from
+        while (folder / f"step_{at['step'] + 1}.jsonl").is_file():
+            at = {**at, "step": at["step"] + 1, "cursor": at["cursor"] + config.prompts}
+    elif (newest := newest_state(run.out / "checkpoints", world)) is not None:
+        run.say(f"resuming from {newest}")
+        at = load_state(newest, parts.model, parts.optimizer)
+    if world.is_main:
+        for file in folder.glob("step_*.jsonl"):
+            if int(file.stem[5:]) > at["step"]:
+                file.unlink()
+    return at
+
+
+@contextmanager
+def optimizer_in_host_memory(parts: Parts, config: Config, world: World) -> Iterator[None]:
+    """With --offload_optimizer: AdamW's moments leave the GPU to the sampler for as long as the context lasts."""
+    if config.offload_optimizer and parts.optimizer:
+        optim.move_states(parts.optimizer, "cpu")
+    yield
+    if config.offload_optimizer and parts.optimizer:
+        optim.move_states(parts.optimizer, world.device)
+
+
+def evaluate_once(roller: Roller, parts: Parts, run: Run, step: int) -> None:
+    """Evaluate the weights after `step` steps into eval.jsonl, unless a run that was killed later has done so."""
+    file = run.out / "eval.jsonl"
+    rows = file.read_text().splitlines() if run.is_main and file.is_file() else []
+    if not all_any(any(json.loads(row)["step"] == step for row in rows)):
+        run.log_evaluation(roller.evaluate(parts.evaluation, step))
 
 
 def train(config: Config) -> int:
@@ -503,83 +468,92 @@ def train(config: Config) -> int:
     world = init(config.device)
     with main_first(world):
         run = Run(config.out, config, is_main=world.is_main)
-    model_dir, tokenizer, problems, evaluation, images, model, reference, optimizer = set_up(config, world, run)
-    total = config.steps if config.steps >= 0 else -(-config.epochs * len(problems) // config.prompts)
-    state_root, at = run.out / "checkpoints", {"step": 0, "cursor": 0, "bad_steps": 0, "bad_in_a_row": 0}
-    if (newest := newest_state(state_root, world)) is not None:
-        run.say(f"resuming from {newest}")
-        at = load_state(newest, model, optimizer)
-    run.start(header(world_size=world.size, data=hash_files(config.data + config.eval_data), model=str(model_dir),
+    parts = set_up(config, world, run)
+    total = config.steps if config.steps >= 0 else -(-config.epochs * len(parts.problems) // config.prompts)
+    at = resume(parts, config, run, world)
+    saved = at["step"]  # the newest checkpoint; at 0 there is nothing to save
+    run.start(header(world_size=world.size, data=hash_files(config.data + config.eval_data), model=str(parts.model_dir),
                      attention=attention.backend(world.device, torch.bfloat16)), at["step"])
     run.progress(total, at["step"])
     stop = StopRequest()
     quiet_garbage_collection()
-    with Grader(workers=config.graders, reward=config.reward) as grader:
-        roller = Roller(config, model, tokenizer, images, grader, world)
-        for step in range(at["step"], total):
-            if evaluation and step % config.eval_every == 0:
-                roller.evaluate(evaluation, run, step)
-            begin = time.perf_counter()
-            if config.offload_optimizer:
-                optim.move_states(optimizer, "cpu")
-            batch, prompts, samples, cursor = (replay_step(roller, problems, step, config) if config.replay else
-                                               sample_step(roller, problems, at["cursor"], config))
-            if config.offload_optimizer:
-                optim.move_states(optimizer, world.device)
-            sample_s = time.perf_counter() - begin
-            lr = optim.lr_at(step, lr=config.lr, total_steps=total, steps_per_epoch=total, schedule=config.schedule,
-                             warmup_steps=int(config.warmup_ratio * total))
-            figures, stepped = {}, True
-            if samples:
-                figures = rollout_figures(samples, set_advantages(samples, config))
-            if samples and not config.rollout_only:
-                more, stepped = train_step(model, reference, optimizer, samples, prompts, lr, config, world)
-                figures.update(more)
-            at = {"step": step + 1, "cursor": cursor, "bad_steps": at["bad_steps"] + (not stepped),
-                  "bad_in_a_row": 0 if stepped else at["bad_in_a_row"] + 1}
-            if world.is_main:
-                write_samples(run.out / "rollouts" / f"step_{step + 1}.jsonl", samples, batch,
-                              [tokenizer.decode(p.tokens) for p in prompts])
-            metrics = {"step": step + 1, "lr": lr, **figures,
-                       **speed(samples, prompts, time.perf_counter() - begin, sample_s, grader),
-                       "bad_steps": at["bad_steps"]}
-            run.log(metrics)
+    with Grader(workers=config.graders, deadline=config.reward_deadline, reward=config.reward) as grader:
+        roller = Roller(config, parts.model, parts.tokenizer, parts.problems, parts.images, grader, world)
+        for step in range(at["step"], total + 1):
+            if parts.evaluation and (step == total or step % config.eval_every == 0):
+                with optimizer_in_host_memory(parts, config, world):
+                    evaluate_once(roller, parts, run, step)
+            if step == total:
+                break
+            at, metrics, error = one_step(at, roller, parts, total, config, run, world)
+            last = at["step"] == total
+            stop_asked = all_any(stop.requested)
+            due = last or stop_asked or error or (config.save_every and at["step"] % config.save_every == 0)
+            if due and at["step"] > saved and not config.rollout_only:
+                save_state(run.out / "checkpoints", at["step"], parts.model, parts.optimizer, at, world, config.keep_last)
+                saved = at["step"]
+            if error:
+                raise ValueError(error)
             run.say(describe(metrics, total))
             run.advance()
-            last, too_bad = step + 1 == total, at["bad_in_a_row"] >= config.max_bad_steps
-            stop_asked = all_sum(float(stop.requested))[0] > 0
-            if last or stop_asked or too_bad or (config.save_every and (step + 1) % config.save_every == 0):
-                save_state(state_root, step + 1, model, optimizer, at, world, config.keep_last)
-            if too_bad:
-                raise ValueError(f"loss or gradient was not finite in {at['bad_in_a_row']} steps in a row (now step "
-                                 f"{step + 1}); the weights are as before them. Lower --lr, or look at OUT/rollouts")
+            gc.collect()
             if stop_asked and not last:
-                return run.stopped(step + 1)
-        if evaluation:
-            roller.evaluate(evaluation, run, total)
-    export_hf(model, model_dir, run.out / "final", world)
+                return run.stopped(at["step"])
+    if config.rollout_only:
+        run.say(f"rollouts of {total} steps are in {run.out / 'rollouts'}; train on them with --replay {run.out}")
+        return 0
+    export_hf(parts.model, parts.model_dir, run.out / "final", world)
     return run.finished()
 
 
-def speed(samples: list[Sample], prompts: list, seconds: float, sample_s: float, grader: Grader) -> dict:
-    """Tokens and seconds of a step; tokens are sampled ones, over all ranks."""
-    tokens = sum(len(s.tokens) for s in samples)
-    memory, sample_s = all_max(memory_gib(), sample_s)
-    return {"tokens": tokens, "tok_per_s": round(tokens / seconds, 1), "step_s": round(seconds, 3),
-            "sample_s": round(sample_s, 3), "sample_tok_per_s": round(tokens / max(sample_s, 1e-9), 1),
-            "prompt_tokens": sum(len(p.tokens) for p in prompts), "memory_gib": round(memory, 3)}
+def one_step(at: dict, roller: Roller, parts: Parts, total: int, config: Config, run: Run, world: World
+             ) -> tuple[dict, dict, str]:
+    """Sample, grade, update, and write down step at["step"]. Returns (where the run stands now, the step's metrics, why
+    the run must end or "")."""
+    begin, step = time.perf_counter(), at["step"]
+    roller.reset_clock()
+    with optimizer_in_host_memory(parts, config, world):
+        rollouts = roller.replay(step) if config.replay else roller.step(at["cursor"])
+    rolled = time.perf_counter()
+    samples = rollouts.samples
+    set_advantages(samples, config)
+    figures, stepped, error = rollout_figures(rollouts, config.group), True, ""
+    failed = figures["reward_timeouts"] + figures["reward_errors"]
+    lr = optim.lr_at(step, lr=config.lr, total_steps=total, steps_per_epoch=total, schedule=config.schedule,
+                     warmup_steps=int(config.warmup_ratio * total))
+    if failed > config.max_reward_errors:
+        error = (f"step {step + 1}: {failed:.0%} of the rewards raised, hung or were no number, more than "
+                 f"--max_reward_errors; nothing was trained on them. Mend the reward (the samples are in "
+                 f"{run.out / 'rollouts'}), then run the same command again")
+    elif not config.rollout_only:
+        more, stepped = train_on(parts.model, parts.reference, parts.optimizer, rollouts, lr, config, world)
+        figures.update(more)
+    if world.is_main:
+        write_samples(run.out / "rollouts" / f"step_{step + 1}.jsonl", samples, rollouts.problems,
+                      [parts.tokenizer.decode(p.tokens) for p in rollouts.prompts])
+    if error:
+        return at, {}, error
+    at = {"step": step + 1, "cursor": rollouts.cursor, "bad_steps": at["bad_steps"] + (not stepped),
+          "bad_in_a_row": 0 if stepped else at["bad_in_a_row"] + 1}
+    metrics = {"step": step + 1, "epoch": round(rollouts.cursor / len(parts.problems), 4), "lr": lr, **figures,
+               **speed(rollouts, begin, rolled, roller), "bad_steps": at["bad_steps"]}
+    run.log(metrics)
+    if at["bad_in_a_row"] >= config.max_bad_steps:
+        error = (f"loss or gradient was not finite in {at['bad_in_a_row']} steps in a row (now step {step + 1}); the "
+                 f"weights are as before them. Lower --lr, or look at {run.out / 'rollouts'}")
+    return at, metrics, error
 
 
 def describe(m: dict, total: int) -> str:
     """A step's figures on one line."""
-    if "reward_mean" not in m:
-        return f"step {m['step']}/{total} | no group had spread in its rewards: nothing to learn from"
     parts = [f"step {m['step']}/{total}", f"reward {m['reward_mean']:.3f}", f"no spread {m['zero_variance']:.0%}",
              f"length {m['length_mean']:.0f} (max {m['length_max']})", f"truncated {m['truncated']:.0%}"]
     if "loss" in m:
         parts += [f"loss {m['loss']:+.4f}", f"entropy {m['entropy']:.3f}", f"kl {m['kl']:.4f}",
-                  f"norm {m['grad_norm']:.3f}", f"gap {m['gap_mean']:.1e}", f"lr {m['lr']:.1e}"]
-    parts += [f"{m['tok_per_s']:.0f} tok/s", f"sample {m['sample_s']:.1f} s of {m['step_s']:.1f} s"]
+                  f"norm {m['grad_norm']:.3f}", f"gap {m['gap']:.1e}", f"lr {m['lr']:.1e}"]
+    parts += [f"{m['tok_per_s']:.0f} tok/s", f"rollouts {m['rollout_s']:.1f} s of {m['step_s']:.1f} s"]
+    if failed := m["reward_timeouts"] + m["reward_errors"]:
+        parts.append(f"rewards failed {failed:.1%}")
     return " | ".join(parts + ([f"bad steps {m['bad_steps']}"] if m["bad_steps"] else []))
 
 
