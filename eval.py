@@ -1,9 +1,9 @@
 """Every benchmark of the paper from flat jsonl, text and image, scored by the rule that training uses, with error bars.
 
     torchrun --nproc_per_node=8 eval.py --model DIR --data mmmu.jsonl gsm8k.jsonl --out runs/eval/base
-    python eval.py … --n 5 --temperature 0.3            avg@5, maj@5, pass@5 (the paper's second protocol)
+    python eval.py … --samples 5 --temperature 0.3      avg@5, maj@5, pass@5 (the paper's second protocol)
     python eval.py … --budgets 512,1024,2048            accuracy by thinking budget, from the samples that are stored
-    python eval.py … --blind --n 3 --temperature 0.3    images removed; OUT/solved.txt: what text alone solves every time
+    python eval.py … --blind --samples 3 --temperature 0.3     images removed; OUT/solved.txt: what text alone solves every time
     python eval.py --data … --out OUT --rescore         grade the stored samples again, without a model
     python eval.py --data … --out OUT --rescore --compare OTHER [--drop OTHER/solved.txt]
 
@@ -58,7 +58,8 @@ class Config:
     out: str = option(MISSING, "directory of this evaluation; a run that was cut goes on in it")
     model: str = option("", "model directory or hub id; not needed with --rescore")
     # what the samples depend on
-    n: int = option(1, "samples a problem (paper: 1, and 5)")
+    n: int = field(default=1, metadata={"aliases": ["--samples"], "help": "samples a problem (paper: 1, and 5); write "
+                   "--samples under torchrun, which takes --n for an option of its own on Python 3.11 and older"})
     temperature: float = option(0.0, "0: greedy (paper: 0, and 0.3 for 5 samples)")
     top_p: float = option(1.0, "nucleus sampling (paper: not stated)")
     max_new_tokens: int = option(4096, "longest completion, forced tokens and answer included (paper: 4096)")
@@ -91,7 +92,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.n > 1 and self.temperature == 0:
-            raise ValueError(f"--n {self.n} at --temperature 0 gives {self.n} equal samples; pass --temperature 0.3")
+            raise ValueError(f"--samples {self.n} at --temperature 0 gives {self.n} equal samples; pass --temperature 0.3")
         if self.prompt_style not in ("kind", *INSTRUCTIONS):
             raise ValueError(f"--prompt_style {self.prompt_style}: one of kind, {', '.join(INSTRUCTIONS)}")
         if not self.model and not self.rescore:
@@ -125,7 +126,7 @@ def choose_problems(config: Config) -> tuple[list[dict], dict]:
     if config.drop:
         if not Path(config.drop).is_file():
             raise ValueError(f"--drop {config.drop}: no such file")
-        ids = set(Path(config.drop).read_text(encoding="utf-8").split())
+        ids = {i for i in Path(config.drop).read_text(encoding="utf-8").splitlines() if i}
         kept = [p for p in problems if p["id"] not in ids]
         left_out["dropped"] = len(problems) - len(kept)
         if ids and len(kept) == len(problems):
@@ -140,10 +141,8 @@ def choose_problems(config: Config) -> tuple[list[dict], dict]:
         problems = [p for p in problems if p["id"] in chosen]
     if not problems:
         raise ValueError("no problem is left after --drop")
-    if config.blind:
-        if not any(p.get("images") for p in problems):
-            raise ValueError("--blind: no problem of --data has an image to remove")
-        problems = [without_images(p) for p in problems]
+    if config.blind and not any(p.get("images") for p in problems):
+        raise ValueError("--blind: no problem of --data has an image to remove")
     return problems, left_out
 
 
@@ -186,31 +185,33 @@ def hashlib_of_files(files: Sequence[Path]):
     return digest
 
 
-def claim(config: Config, model_dir: Path | None, world: World) -> dict:
-    """The settings that the samples in --out depend on: written when they are first made, held to afterwards. Raises
-    ValueError that names the first one which has changed. Runs on rank 0 alone; see `main_first`."""
+def claim(config: Config, model_dir: Path | None, world: World) -> None:
+    """Write OUT/config.json, what the samples depend on; where OUT holds samples already, hold to it instead. Raises
+    ValueError that names the first setting which has changed. Runs on rank 0 alone; see `main_first`."""
     out, file = Path(config.out), Path(config.out) / "config.json"
     old = json.loads(file.read_text()) if file.is_file() else None
     if config.rescore:
         if old is None:
             raise ValueError(f"--rescore: {config.out} holds no samples; run it with --model first")
-        return old
+        for k in SAMPLES_DEPEND_ON:
+            if getattr(config, k) not in (getattr(Config, k), old[k]):
+                raise ValueError(f"--rescore grades what {config.out} holds: its {k} is {old[k]!r}, not "
+                                 f"{getattr(config, k)!r}")
+        return
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and world.device.type == "cuda")
-    data = {Path(k).name: v for k, v in hash_files(config.data).items()}
     new = {k: getattr(config, k) for k in SAMPLES_DEPEND_ON} | {
-        "dtype": "bf16" if bf16 else "fp32", "model": str(config.model), "model_sha256": model_fingerprint(model_dir),
-        "data_sha256": data, "open_thought": opens_thought(model_dir)}
-    if old is None:
-        if out.is_dir() and any(out.iterdir()):
-            raise ValueError(f"--out {config.out}: not empty and not an evaluation; name another directory")
+        "dtype": "bf16" if bf16 else "fp32", "model": config.model, "model_sha256": model_fingerprint(model_dir),
+        "data_sha256": [[Path(k).name, v] for k, v in hash_files(config.data).items()],
+        "open_thought": opens_thought(model_dir)}
+    if old is None and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out {config.out}: not empty and not an evaluation; name another directory")
+    if old is None or not any(out.glob("samples.*")):
         out.mkdir(parents=True, exist_ok=True)
-        write_json(file, new)
-        return new
+        return write_json(file, new)
     for k in new:
-        if k != "model" and new[k] != old.get(k):
+        if k != "model" and new[k] != old.get(k):  # a model may move, its hash is held to
             raise ValueError(f"--out {config.out} holds samples of another evaluation: its {k} is {old.get(k)!r}, now "
                              f"{new[k]!r}. Name another --out, or remove that directory")
-    return new
 
 
 def opens_thought(model_dir: Path) -> bool:
@@ -343,6 +344,7 @@ class Engine:
                                  progress=world.is_main)
             sampler.release()
         self.seconds += time.perf_counter() - begin
+        barrier()  # all have written
         with main_first(world):
             if world.is_main:
                 collect(out, stage)
@@ -442,21 +444,19 @@ def check_budgets(budgets: list[int], settings: dict) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- grading
-def grade(rows: list[dict], problems: dict[str, dict], settings: dict, graders: int, world: World) -> list[dict]:
+def grade(rows: list[dict], problems: dict[str, dict], settings: dict, grader: Grader, world: World) -> list[dict]:
     """Rows with gold, answer, score, status, why and the lenient score added; each rank grades a share. Collective."""
     mine = range(world.rank, len(rows), world.size)
     open_thought, graded = settings["open_thought"], {}
-    with Grader(workers=graders, open_thought=open_thought) as grader:
-        futures = [grader.submit(problems[rows[i]["id"]], rows[i]["text"], rows[i]["finish"]) for i in mine]
-        for i, future in zip(mine, futures):
-            strict, row, problem = future.result(), rows[i], problems[rows[i]["id"]]
-            lenient = strict.score
-            if strict.status in ("no_answer", "truncated"):
-                lenient = rewards.reward(problem, row["text"], row["finish"], open_thought=open_thought,
-                                         lenient=True).score
-            graded[i] = {"task": problem["task"], "gold": problem["answer"], "score": strict.score, "lenient": lenient,
-                         "answer": strict.answer if strict.status == "ok" else None, "status": strict.status,
-                         "why": strict.why, "looping": is_looping(row["tokens"])}
+    futures = [grader.submit(problems[rows[i]["id"]], rows[i]["text"], rows[i]["finish"]) for i in mine]
+    for i, future in zip(mine, futures):
+        strict, row, problem = future.result(), rows[i], problems[rows[i]["id"]]
+        lenient = strict.score
+        if strict.status in ("no_answer", "truncated"):
+            lenient = rewards.reward(problem, row["text"], row["finish"], open_thought=open_thought, lenient=True).score
+        graded[i] = {"task": problem["task"], "gold": problem["answer"], "score": strict.score, "lenient": lenient,
+                     "answer": strict.answer if strict.status == "ok" else None, "status": strict.status,
+                     "why": strict.why, "looping": is_looping(row["tokens"])}
     for part in all_gather_objects(graded):
         graded.update(part)
     return [{**row, **graded[i]} for i, row in enumerate(rows)]
@@ -732,7 +732,7 @@ def report_speed(engine: Engine, world: World) -> None:
 
 def evaluate(config: Config) -> dict | None:
     """Sample what is missing, grade everything, write and print the result. Returns it on rank 0."""
-    world, out = init(config.device), Path(config.out)
+    world, out = init(config.device, timeout_minutes=24 * 60), Path(config.out)  # a rank may wait long for the last one
     problems, left_out = choose_problems(config)
     model_dir = None if config.rescore else resolve_model_dir(config.model, world)
     with main_first(world):
@@ -740,28 +740,28 @@ def evaluate(config: Config) -> dict | None:
             claim(config, model_dir, world)
             collect(out, "samples")
     settings = json.loads((out / "config.json").read_text())
+    problems = [without_images(p) for p in problems] if settings["blind"] else problems
     rows, tails = all_samples(config, settings, problems, model_dir, world)
     by_id, keys = {p["id"]: p for p in problems}, [(p["id"], i) for p in problems for i in range(settings["n"])]
-    flat = grade([rows[k] for k in keys], by_id, settings, config.graders, world)
-    graded = dict(zip(keys, flat))
-    curve = {}
-    for budget, stored in tails.items():
-        tail = grade([stored[k] for k in keys if k in stored], by_id, settings, config.graders, world)
-        point = graded | {(r["id"], r["sample"]): r for r in tail}
-        curve[str(budget)] = budget_figures(problems, by_problem(problems, point, settings["n"]), settings)
-        if world.is_main:
-            write_rows(out / f"budget_{budget}.jsonl", list({**stored, **{(r["id"], r["sample"]): r for r in tail}}.values()))
-    barrier()
+    with Grader(workers=config.graders, open_thought=settings["open_thought"]) as grader:
+        graded = dict(zip(keys, grade([rows[k] for k in keys], by_id, settings, grader, world)))
+        points = {b: grade([tail[k] for k in keys if k in tail], by_id, settings, grader, world)
+                  for b, tail in tails.items()}
     if not world.is_main:
         return None
-    grouped, rules = by_problem(problems, graded, settings["n"]), rules_sha256()
+    grouped, curve = by_problem(problems, graded, settings["n"]), {}
+    for budget, point in points.items():
+        point = {(r["id"], r["sample"]): r for r in point}
+        curve[str(budget)] = budget_figures(problems, by_problem(problems, graded | point, settings["n"]), settings)
+        write_rows(out / f"budget_{budget}.jsonl", list((tails[budget] | point).values()))
+    rules = rules_sha256()
     result = finite({
         "settings": settings, "rules": {"rule": "answer", "sha256": rules}, "data": data_sources(config.data),
         "limit": config.limit, **left_out, "prompts": prompts_used(problems, settings["prompt_style"]),
-        "statuses": dict(sorted(Counter(r["status"] for r in flat).items())),
+        "statuses": dict(sorted(Counter(r["status"] for r in graded.values()).items())),
         **figures_of(problems, grouped, settings), "budgets": curve,
         "compare": compare(problems, grouped, Path(config.compare), rules) if config.compare else None})
-    write_rows(out / "samples.jsonl", list({**graded, **{k: r for k, r in rows.items() if k not in graded}}.values()))
+    write_rows(out / "samples.jsonl", [*graded.values(), *(r for k, r in rows.items() if k not in graded)])
     write_json(out / "result.json", result)
     solved = [p["id"] for p, group in zip(problems, grouped) if all(r["score"] == 1 for r in group)]
     (out / "solved.txt").write_text("".join(f"{i}\n" for i in solved), encoding="utf-8")
