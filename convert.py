@@ -680,6 +680,17 @@ def openthoughts(row: Row, i: int, ctx: Context) -> dict:
                           "content": f"<think>\n{thought}\n</think>\n<answer>\n{solution}\n</answer>"}]}
 
 
+def openthoughts_direct(row: Row, i: int, ctx: Context) -> dict:
+    """The same rows for the ablation without thoughts: the bare question and the answer alone. The answer is the last
+    \\boxed{} of the solution where it has one, else the whole solution. The paper gives no prompt for it."""
+    from rewards import last_boxed
+    question, reply = (m["content"] for m in openthoughts(row, i, ctx)["messages"])
+    solution = reply.rpartition("<answer>\n")[2].removesuffix("\n</answer>")
+    head, _, _ = TRAINING_PROMPT.partition("{question}")
+    return {"messages": [{"role": "user", "content": question.removeprefix(head)}, {
+        "role": "assistant", "content": f"<answer>\n{last_boxed(solution) or solution}\n</answer>"}]}
+
+
 # -------------------- The registry --------------------------------------------------------------------------
 
 
@@ -705,6 +716,10 @@ SPECS: dict[str, Spec] = {
                   ("data_clean.zip",)),
     "medqa_4ops": Spec(medqa_with(4, "medqa_4ops"), r"phrases_no_exclude_test\.jsonl$", 1273,
                        "GBaker/MedQA-USMLE-4-options", ("phrases_no_exclude_test.jsonl",)),
+    "medqa_train": Spec(medqa_with(5, "medqa_train"), r"questions/US/train\.jsonl$", 10178, "bigbio/med_qa",
+                        ("data_clean.zip",)),
+    "medqa_4ops_train": Spec(medqa_with(4, "medqa_4ops_train"), r"phrases_no_exclude_train\.jsonl$", 10178,
+                             "GBaker/MedQA-USMLE-4-options", ("phrases_no_exclude_train.jsonl",)),
     "medxpertqa_text": Spec(medxpertqa, r"(?i)text/test\b", 2450, "TsinghuaC3I/MedXpertQA", ("Text/test*",),
                             "7e7c465a68eb2b866926bfa59c8c9d17a8daba65"),
     "medxpertqa_mm": Spec(medxpertqa_mm, r"(?i)mm/test\b", 2000, "TsinghuaC3I/MedXpertQA",
@@ -729,6 +744,8 @@ SPECS: dict[str, Spec] = {
     "vqarad": Spec(vqa("vqarad"), TEST, 451, "flaviagiammarino/vqa-rad", ("data/test-*",)),
     "openthoughts": Spec(openthoughts, r"(^|/)data/train\b", 113957, "open-thoughts/OpenThoughts-114k",
                          ("data/train-*",)),
+    "openthoughts_direct": Spec(openthoughts_direct, r"(^|/)data/train\b", 113957, "open-thoughts/OpenThoughts-114k",
+                                ("data/train-*",)),
     "openthoughts_metadata": Spec(openthoughts, r"(^|/)metadata/train\b", 113957,
                                   "open-thoughts/OpenThoughts-114k", ("metadata/train-*",)),
 }

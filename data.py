@@ -3,6 +3,7 @@
     python data.py check FILE... [--model DIR] [--max_len N]    name every bad row; exit code 1 when there is one
     python data.py inspect FILE --model DIR                     counts, lengths, and one sample with its loss mask
     python data.py convert NAME SRC... --out FILE               a public release → flat jsonl (convert.py)
+    python data.py from_samples OUT --out FILE                  right samples of eval.py → conversations (from_samples.py)
 
 The schemas of the files, and which rows are refused, are in schema.py; `check` and `inspect` in datacheck.py.
 
@@ -472,6 +473,9 @@ def main(argv: list[str]) -> None:
     if argv[:1] in (["convert"], ["download"]):
         import convert
         convert.main(argv)
+    elif argv[:1] == ["from_samples"]:
+        import from_samples
+        from_samples.main(argv[1:])
     else:
         import datacheck
         datacheck.main(argv)

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# The paper's ablations and the variants that came after it, one line each, each a row of RUNS/ablations.md.
+#
+#   bash recipes/ablations.sh                        all of them; machines and flags as in x_reasoner.sh
+#   ONLY="sft rl_only" bash recipes/ablations.sh     some
+#   SMOKE=1 bash recipes/ablations.sh                every line with tiny weights, on CPU in minutes
+#
+# Each GRPO row takes STEPS=100 steps (the paper trained about 1,300, to convergence), so compare rows with each other and
+# not with the paper's tables. LIMIT=500 questions a benchmark give intervals of about ±4 points; LIMIT=0 takes all.
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+STEPS=${STEPS:-100} LIMIT=${LIMIT:-500} ONLY=${ONLY:-}
+BENCHMARKS=${BENCHMARKS:-gsm8k mmlu_pro medqa mmmu_pro mathvision}
+[ "$SMOKE" = 1 ] || { GRPO_FLAGS+=(--steps "$STEPS"); EVAL_FLAGS+=(--limit "$LIMIT"); }
+
+data openthoughts
+data openthoughts_direct
+data orz57k
+data medqa_train
+files=$(benchmarks $BENCHMARKS)
+protocol=(--data $files --n 5 --temperature 0.3)
+rows=()
+
+ablate() {  # ablate NAME eval|sft|grpo FROM FLAGS…: train from base, sft or the row FROM (or only evaluate it), add a row
+    local name=$1 kind=$2 from=$RUNS/$3/final; shift 3
+    [ -z "$ONLY" ] || [[ " $ONLY " = *" $name "* ]] || return 0
+    [ "$from" != "$RUNS/base/final" ] || from=$MODEL
+    if [ "$from" = "$RUNS/sft/final" ]; then sft sft --model "$MODEL" --data "$DATA/openthoughts.jsonl"; fi
+    if [ "$kind" = eval ]; then
+        evaluate "ablation/$name" --model "$from" "${protocol[@]}" --think_budget $THINK "$@"
+    else
+        $kind "ablation/$name" --model "$from" "$@"
+        evaluate "ablation/$name" --model "$RUNS/ablation/$name/final" "${protocol[@]}" --think_budget $THINK ${STYLE:-}
+    fi
+    add_row "$name"
+}
+
+add_row() {  # add_row NAME: the table so far goes to RUNS/ablations.md
+    rows+=("$RUNS/eval/ablation/$1")
+    [ "$NODE_RANK" != 0 ] || python results/table.py "${rows[@]}" | tee "$RUNS/ablations.md"
+}
+
+text_solvable() {  # the images removed, 3 samples: what base or sft solves every time without them is left out
+    [ -z "$ONLY" ] || [[ " $ONLY " = *" text_solvable "* ]] || return 0
+    local seen m with_images=() blind=$RUNS/eval/ablation/blind
+    for seen in $files; do ! grep -q '"images"' "$seen" || with_images+=("$seen"); done
+    for m in base sft; do
+        evaluate "ablation/blind_$m" --model "$([ $m = base ] && echo "$MODEL" || echo "$RUNS/sft/final")" \
+            --data "${with_images[@]}" --blind --n 3 --temperature 0.3 --think_budget $THINK
+    done
+    sort -u "${blind}_base/solved.txt" "${blind}_sft/solved.txt" > "$RUNS/text_solvable.txt"
+    for m in base sft; do
+        local out=$RUNS/eval/ablation/${m}_text_solvable_removed
+        if [ -s "$RUNS/text_solvable.txt" ] && [ ! -d "$out" ]; then
+            show cp -r "$RUNS/eval/ablation/$m" "$out" && rm "$out/result.json"
+            evaluate "ablation/${m}_text_solvable_removed" --rescore --data "${with_images[@]}" --drop "$RUNS/text_solvable.txt"
+        fi
+        [ ! -d "$out" ] || add_row "${m}_text_solvable_removed"
+    done
+}
+
+# the paper's: which stage, thoughts or not, which domain, forced exit (tables 1 to 4)
+ablate base           eval base
+ablate sft            eval sft
+ablate sft_no_exit    eval sft  --think_budget 0
+STYLE="--prompt_style plain" ablate direct sft base --data "$DATA/openthoughts_direct.jsonl"
+ablate rl_only        grpo base --data "$DATA/orz57k.jsonl"
+ablate rl_medqa       grpo base --data "$DATA/medqa_train.jsonl"
+ablate sft_rl         grpo sft  --data "$DATA/orz57k.jsonl"
+ablate sft_rl_medqa   grpo sft  --data "$DATA/medqa_train.jsonl"
+text_solvable
+# where the paper contradicts itself or stays silent
+ablate no_kl          grpo sft  --data "$DATA/orz57k.jsonl" --kl_coef 0
+ablate clip_higher    grpo sft  --data "$DATA/orz57k.jsonl" --clip_high 0.28
+ablate sequence_mean  grpo sft  --data "$DATA/orz57k.jsonl" --aggregation seq_mean_token_mean
+ablate forced_exit_rl grpo sft  --data "$DATA/orz57k.jsonl" --think_budget $THINK
+# what came after it
+ablate dr_grpo        grpo sft  --data "$DATA/orz57k.jsonl" --advantage mean_only --aggregation constant --kl_coef 0
+ablate dapo           grpo sft  --data "$DATA/orz57k.jsonl" --clip_high 0.28 --kl_coef 0 --zero_variance refill
+ablate sft_16k        sft  base --data "$DATA/openthoughts.jsonl" --max_len 16384 --pack_len 16384
+ablate sft_16k_rl     grpo ablation/sft_16k --data "$DATA/orz57k.jsonl"

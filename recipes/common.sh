@@ -1,0 +1,97 @@
+# Sourced by the recipes: where things are, and one function for each kind of step. Every step looks first whether it is
+# done, so a recipe that was stopped is started again with the same command and goes on where it was.
+#
+#   NPROC=8        GPUs of this node                 MODEL=…   the model to start from (hub id or directory)
+#   RUNS=runs      runs and evaluations go here      DATA=data converted jsonl, RAW=data/raw the releases
+#   SFT= RL= EVAL= flags added to every train_sft.py, train_grpo.py, eval.py
+#   NNODES=2 NODE_RANK=0|1 MASTER=host:29500         more nodes: the same command on each, on a shared file system
+#   SMOKE=1        the same lines with tiny weights and a few made-up rows, on CPU in minutes
+#   VENV=none      use the python on the PATH; else .venv is made and filled on first use
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ "${VENV:-}" = none ] || . recipes/env.sh requirements.txt
+SMOKE=${SMOKE:-0} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
+if [ "$SMOKE" = 1 ]; then
+    NPROC=${NPROC:-1} RUNS=${RUNS:-runs/smoke}
+    RAW=$RUNS/raw DATA=$RUNS/data MODEL=$RUNS/base TEACHER=$RUNS/base NEJM=$RUNS/releases/nejm
+    THINK=24 STEPS=2
+    SFT_FLAGS=(--device cpu --max_len 768 --pack_len 1024 --batch_tokens 2048 --epochs 1 --checkpointing none)
+    GRPO_FLAGS=(--device cpu --steps $STEPS --prompts 2 --group 2 --max_new_tokens 32 --graders 1)
+    EVAL_FLAGS=(--device cpu --limit 2 --max_new_tokens 48 --answer_budget 12 --min_pixels 0 --max_pixels 0 --graders 1)
+    [ -f "$MODEL/config.json" ] || nice python recipes/smoke_data.py write "$RUNS"
+else
+    NPROC=${NPROC:-8} RUNS=${RUNS:-runs} RAW=${RAW:-data/raw} DATA=${DATA:-data}
+    MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}
+    THINK=3800  # forced exit here leaves room for the answer within the paper's 4,096 tokens
+    SFT_FLAGS=() GRPO_FLAGS=() EVAL_FLAGS=()
+fi
+
+show() { echo "+ $*"; "$@"; }
+
+launch() {  # launch SCRIPT FLAGS…: one process a GPU, on all nodes
+    if [ "$NNODES" != 1 ]; then
+        show torchrun --nproc_per_node="$NPROC" --nnodes="$NNODES" --node_rank="$NODE_RANK" --rdzv_backend=c10d \
+            --rdzv_endpoint="$MASTER" "$@"
+    elif [ "$NPROC" != 1 ]; then
+        show torchrun --standalone --nproc_per_node="$NPROC" "$@"
+    else
+        show python "$@"
+    fi
+}
+
+data() {  # data NAME FLAGS…: DATA/NAME.jsonl from the published release; on more nodes the first makes it
+    local name=$1 out=$DATA/$1.jsonl; shift
+    [ ! -f "$out.info.json" ] || return 0  # written last
+    if [ "$NODE_RANK" != 0 ]; then until [ -f "$out.info.json" ]; do sleep 10; done; return; fi
+    local release=$name
+    case $name in openthoughts_direct) release=openthoughts ;; medqa_train) release=medqa ;; esac  # same files
+    local raw=$RAW/$release
+    if [ "$name" = nejm ]; then
+        raw=$NEJM  # copyrighted: the user's own files
+    elif [ ! -f "$raw/download.json" ]; then  # written last
+        mkdir -p "$RAW"
+        if [ "$SMOKE" = 1 ]; then show cp -r "$RUNS/releases/$release" "$RAW"
+        else show python convert.py download "$release" --out "$raw"; fi
+    fi
+    show python convert.py convert "$name" "$raw" --out "$out" "$@"
+}
+
+trained() { [ "$(cat "$RUNS/$1/status" 2>/dev/null)" = finished ]; }
+
+sft() {  # sft NAME FLAGS…: train_sft.py into RUNS/NAME
+    local name=$1; shift
+    trained "$name" || launch train_sft.py --out "$RUNS/$name" "${SFT_FLAGS[@]}" "$@" ${SFT:-}
+}
+
+grpo() {  # grpo NAME FLAGS…: train_grpo.py into RUNS/NAME
+    local name=$1; shift
+    trained "$name" || launch train_grpo.py --out "$RUNS/$name" "${GRPO_FLAGS[@]}" "$@" ${RL:-}
+}
+
+evaluate() {  # evaluate NAME FLAGS…: eval.py into RUNS/eval/NAME
+    local name=$1; shift
+    [ -f "$RUNS/eval/$name/result.json" ] || launch eval.py --out "$RUNS/eval/$name" "${EVAL_FLAGS[@]}" "$@" ${EVAL:-}
+}
+
+both_protocols() {  # both_protocols NAME MODEL OTHER|- FILES…: greedy, and 5 samples at 0.3; compared with OTHER's
+    local name=$1 model=$2 other=$3; shift 3
+    local against=()
+    [ "$other" = - ] || against=(--compare "$RUNS/eval/${other}_greedy")
+    evaluate "${name}_greedy" --model "$model" --data "$@" --think_budget $THINK "${against[@]}"
+    [ "$other" = - ] || against=(--compare "$RUNS/eval/${other}_avg5")
+    evaluate "${name}_avg5" --model "$model" --data "$@" --think_budget $THINK --n 5 --temperature 0.3 "${against[@]}"
+}
+
+benchmarks() {  # benchmarks NAME…: make each and print its file; NEJM only where NEJM=folder names the user's files
+    local name limit
+    for name in "$@"; do
+        if [ "$name" = nejm ] && [ -z "${NEJM:-}" ]; then
+            echo "= no NEJM: set NEJM=folder with its json and images" >&2
+            continue
+        fi
+        limit=()
+        [ "$name" != omnimedvqa ] || limit=(--limit 1000)  # the paper's 1,000 are not published: ours are by hash
+        data "$name" "${limit[@]}" >&2
+        echo "$DATA/$name.jsonl"
+    done
+}
