@@ -87,10 +87,11 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             return _write_json(file, self.config)
         old = json.loads(file.read_text())
+        differ = [k for k in {**old, **self.config} if old.get(k) != self.config.get(k) and k != "out"]  # may be moved
+        changed = [k for k in differ if k not in self.may_change]
         status = self.out / "status"
-        self.complete = (old == self.config and status.is_file() and status.read_text() == "finished\n"
+        self.complete = (not differ and status.is_file() and status.read_text() == "finished\n"
                          and (self.out / "final" / "config.json").is_file())
-        changed = [k for k in {**old, **self.config} if k not in self.may_change and old.get(k) != self.config.get(k)]
         if changed:
             k = changed[0]
             raise ValueError(f"--out {self.out} holds another run: its {k} is {old.get(k)!r}, now "

@@ -116,7 +116,7 @@ MOMENTS = {  # what to wait for → then a random pause of up to so many seconds
     "set-up": (lambda out, n: True, 8.0),
     "step": (lambda out, n: lines(out / "metrics.jsonl") >= n, 0.3),
     "save": (lambda out, n: any((out / "checkpoints").glob("step_*.tmp")), 0.05),
-    "validation": (lambda out, n: lines(out / "metrics.jsonl") >= n and n % 4 == 0, 0.2),
+    "validation": (lambda out, n: lines(out / "metrics.jsonl") >= n and n % 6 == 0, 0.2),
     "export": (lambda out, n: Path(f"{out / 'final'}.tmp").is_dir(), 0.01),
 }
 
@@ -131,7 +131,7 @@ def where(out: Path) -> str:
     done = lines(out / "metrics.jsonl")
     if not done:
         return "before the first step"
-    if saved and max(saved) == done and done % 4 == 0 and lines(out / "validation.jsonl") < done // 4 + 1:
+    if saved and max(saved) == done and done % 6 == 0 and lines(out / "validation.jsonl") < done // 6 + 1:
         return "between save and validation"
     return "right after a save" if saved and max(saved) == done else "in a step"
 
@@ -146,7 +146,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         total = 3 * args.kills
-        common = [*make_inputs(folder), *SETTINGS, "--steps", str(total), "--save_every", "2", "--val_every", "4"]
+        common = [*make_inputs(folder), *SETTINGS, "--steps", str(total), "--save_every", "3", "--val_every", "6"]
         alone, killed = folder / "alone", folder / "killed"
         assert start([*common, "--out", str(alone)], log=folder / "alone.log").wait() == 0
         kinds = [k for k in ("set-up", "step", "save", "step", "save", "validation") for _ in range(args.kills)]
@@ -154,7 +154,7 @@ def main() -> None:
             kind = "export" if i == args.kills - 1 else kinds[draw.randrange(len(kinds))]
             process = start([*common, "--out", str(killed)], log=folder / "killed.log")
             target = lines(killed / "metrics.jsonl") + draw.randint(1, 5)
-            target += -target % 4 if kind == "validation" else 0
+            target += -target % 6 if kind == "validation" else 0
             condition, pause = MOMENTS[kind]
             wait_for(process, lambda c=condition, n=target: c(killed, n))
             time.sleep(draw.random() * pause)

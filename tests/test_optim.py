@@ -1,0 +1,104 @@
+"""The optimizer step: groups, schedules, the guard, against torch's and transformers' own."""
+import math
+
+import pytest
+import torch
+from test_model import load, text_stream
+
+from optim import adamw, guarded_step, lr_at
+
+
+def rates(steps, **settings):
+    return [lr_at(s, lr=1e-5, total_steps=steps, steps_per_epoch=10, **settings) for s in range(steps)]
+
+
+def test_the_papers_schedule_is_torchs_step_lr():
+    """lr × 0.8 each epoch: an off-by-one would decay a step early or late."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-5)
+    theirs = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.8)
+    expected = []
+    for _ in range(40):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert rates(40, schedule="epoch_decay") == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule, name", [("linear", "get_linear_schedule_with_warmup"), ("constant",
+                         "get_constant_schedule_with_warmup"), ("cosine", "get_cosine_schedule_with_warmup")])
+def test_schedules_have_the_shape_of_transformers(schedule, name):
+    """Ours reaches its peak at the last warmup step and its end at the last step; transformers' starts at 0, one step
+    that trains nothing, and never reaches its end. So ours over n steps is theirs one step on, after warmup over one
+    step less."""
+    import transformers
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-5)
+    arguments = (optimizer, 5) if schedule == "constant" else (optimizer, 5, 5 + 24)
+    theirs = getattr(transformers, name)(*arguments)
+    expected = [theirs.lr_lambdas[0](s) * 1e-5 for s in range(5 + 25)]
+    ours = rates(30, schedule=schedule, warmup_steps=5)
+    assert ours[:5] == pytest.approx(expected[1:6], rel=1e-9) and ours[5:] == pytest.approx(expected[5:], abs=1e-12)
+
+
+def test_warmup_then_epochs_and_a_floor():
+    assert rates(30, schedule="epoch_decay", warmup_steps=4)[:5] == pytest.approx([2.5e-6, 5e-6, 7.5e-6, 1e-5, 1e-5])
+    assert rates(30, schedule="cosine", min_ratio=0.1)[-1] == pytest.approx(1e-6)
+
+
+def trained(tiny_vl, steps=3, **settings):
+    """A tiny model after some steps of ours, and the same steps by torch's plain AdamW and clip_grad_norm_."""
+    stream = text_stream([20, 9])
+    ours, theirs = load(tiny_vl), load(tiny_vl)
+    optimizer = adamw(ours, lr=1e-3, **settings)
+    named = dict(theirs.named_parameters())
+    plain = torch.optim.AdamW([{"params": [p for n, p in named.items() if "norm" in n or "bias" in n], "weight_decay": 0},
+                               {"params": [p for n, p in named.items() if "norm" not in n and "bias" not in n]}],
+                              lr=1e-3, foreach=False, **settings)
+    norms = []
+    for _ in range(steps):
+        for model in (ours, theirs):
+            (-model(*stream, targets=stream[0])[0].sum()).backward()
+        norms.append(guarded_step(ours, optimizer, lr=1e-3, max_norm=1.0, loss=1.0)[0])
+        norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)))
+        plain.step()
+        plain.zero_grad()
+    return ours, theirs, norms
+
+
+def test_steps_equal_plain_adamw_without_decay_on_norms_and_biases(tiny_vl):
+    """Groups, clipping, bias correction and pre-made moments at once; a decay on norms would pull them to zero."""
+    # eps: some key biases have a gradient of rounding noise alone (softmax ignores a shift), which Adam would blow up
+    ours, theirs, norms = trained(tiny_vl, weight_decay=0.5, betas=(0.9, 0.95), eps=1e-4)
+    assert norms[::2] == pytest.approx(norms[1::2], rel=1e-6) and norms[0] > 1
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        assert (a - b).abs().max() <= 2e-6, name
+
+
+def test_no_clipping_when_it_is_off(tiny_vl):
+    model, stream = load(tiny_vl), text_stream([20])
+    optimizer = adamw(model, lr=1e-3, weight_decay=0.0)
+    (-model(*stream, targets=stream[0])[0].sum()).backward()
+    exact = model.model.norm.weight.grad.clone()
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(model.model.norm.weight.grad.clone()))
+    guarded_step(model, optimizer, lr=1e-3, max_norm=0, loss=1.0)
+    assert torch.equal(seen[0], exact)
+
+
+@pytest.mark.parametrize("loss, poison", [(math.nan, False), (math.inf, False), (1.0, True)])
+def test_a_non_finite_step_changes_nothing(tiny_vl, loss, poison):
+    """Neither weights nor moments; and the gradients are gone, or they would poison the next step."""
+    model, stream = load(tiny_vl), text_stream([20])
+    optimizer = adamw(model, lr=1e-3, weight_decay=0.1)
+    (-model(*stream, targets=stream[0])[0].sum()).backward()
+    if poison:
+        model.model.norm.weight.grad[3] = math.nan
+    before = [p.clone() for p in model.parameters()]
+    _, stepped = guarded_step(model, optimizer, lr=1e-3, max_norm=1.0, loss=loss)
+    assert not stepped and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert all((s["exp_avg"] == 0).all() and s["step"] == 0 for s in optimizer.state.values())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bf16_moments_are_refused_on_cpu(tiny_vl):
+    with pytest.raises(ValueError, match="need CUDA"):
+        adamw(load(tiny_vl), lr=1e-3, weight_decay=0.0, state_dtype=torch.bfloat16)

@@ -1,0 +1,400 @@
+"""train_sft.py as a user runs it: a whole run, mistakes, signals, kills, resume; and its few functions by themselves."""
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stress_resume import SETTINGS, history, kill_tree, lines, rows, start, wait_for, weights, write_jsonl
+from tiny import make_tiny_tokenizer
+from tiny_model import make_tiny_vl
+
+import train_sft
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = ["--steps", "8", "--save_every", "3", "--val_every", "4"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with model/, train.jsonl, val.jsonl."""
+    folder = tmp_path_factory.mktemp("sft")
+    make_tiny_tokenizer(make_tiny_vl(folder / "model", dtype=torch.bfloat16))
+    write_jsonl(folder / "train.jsonl", rows(40, 0))
+    write_jsonl(folder / "val.jsonl", rows(4, 1))
+    return folder
+
+
+@pytest.fixture
+def sft(inputs, monkeypatch, world, capsys):
+    """sft(*flags) runs the script in this process → (exit code, stdout, stderr). Its group and handlers stay ours."""
+    monkeypatch.setattr(train_sft, "shutdown", lambda together: None)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def run(*flags, model=inputs / "model", data=inputs / "train.jsonl"):
+        given = ["--model", str(model), "--data", str(data), *SETTINGS, *map(str, flags)]
+        try:
+            with pytest.raises(SystemExit) as end:
+                train_sft.main(given)
+        finally:
+            gc.enable()
+            gc.unfreeze()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return (end.value.code, *capsys.readouterr())
+    return run
+
+
+def training_data(out):
+    """The dataset of 40 rows in OUT/cache (the other one is for validation)."""
+    return next(d for d in map(train_sft.TokenizedDataset, (out / "cache").iterdir()) if len(d) == 40)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, world):
+    """An uninterrupted run of 8 steps on one rank: its folder."""
+    out = inputs / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft, "shutdown", lambda together: None)
+        with pytest.raises(SystemExit) as end:
+            train_sft.main(["--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl"), "--val_data",
+                            str(inputs / "val.jsonl"), *SETTINGS, *RUN, "--out", str(out)])
+    gc.enable()
+    gc.unfreeze()
+    assert end.value.code == 0
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------- a whole run
+def test_a_run_leaves_what_is_promised(whole, inputs):
+    """The contract of OUT: metrics, header, status, and a model that transformers loads and that fits better."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    log = metrics(whole)
+    assert [m["step"] for m in log] == list(range(1, 9)) and log[-1]["loss"] < log[0]["loss"] - 0.5
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "tok_per_s", "mfu", "memory_gib", "data_wait_s"} <= set(log[0])
+    head = json.loads((whole / "header.json").read_text())
+    assert {"command", "commit", "versions", "device", "data", "world_size"} <= set(head)
+    assert (whole / "status").read_text() == "finished\n" and len(list((whole / "checkpoints").iterdir())) == 2
+    losses = [json.loads(line) for line in (whole / "validation.jsonl").read_text().splitlines()]
+    assert [v["step"] for v in losses] == [0, 4, 8] and losses[-1]["val_loss"] < losses[0]["val_loss"]
+    assert (whole / "final" / "tokenizer.json").is_file()
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(whole / "final")
+
+
+def test_text_training_leaves_the_vision_tower_byte_equal(whole, inputs):
+    from safetensors.torch import load_file
+    before, after = (load_file(next(p.glob("*.safetensors"))) for p in (inputs / "model", whole / "final"))
+    assert before.keys() == after.keys()
+    for name, old in before.items():
+        assert torch.equal(old, after[name]) == name.startswith(("visual", "model.visual")), name
+        assert old.dtype == after[name].dtype == torch.bfloat16
+
+
+def test_first_loss_equals_transformers(whole, inputs, world):
+    """The loss of step 1 is the token mean that transformers gives for the same documents, one at a time."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    config = train_sft.parse_config(train_sft.Config, None, ["--model", "m", "--data", "d", "--out", "o", *SETTINGS, *RUN])
+    data = training_data(whole)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(inputs / "model", dtype=torch.float32)
+    total = count = 0
+    for i in np.concatenate(train_sft.plan_steps(data.lengths, config)[0][0]):
+        doc = data.get(i)
+        labels = torch.where(torch.from_numpy(doc.learned.copy()), torch.from_numpy(doc.tokens.astype(np.int64)), -100)
+        kept = int((labels[1:] != -100).sum())
+        with torch.no_grad():
+            out = theirs(input_ids=torch.from_numpy(doc.tokens.astype(np.int64))[None], labels=labels[None])
+        total, count = total + out.loss.item() * kept, count + kept
+    assert abs(metrics(whole)[0]["loss"] - total / count) <= 1e-5 and metrics(whole)[0]["supervised_tokens"] == count
+
+
+def test_starting_a_finished_run_again_ends_at_once(whole, inputs, sft, monkeypatch):
+    """A queue that restarts jobs must not train or export again."""
+    monkeypatch.setattr(train_sft, "load_data", None)
+    before = weights(whole)
+    code, said, _ = sft("--val_data", inputs / "val.jsonl", *RUN, "--out", whole)
+    assert code == 0 and "finished" in said and weights(whole) == before
+
+
+def test_a_finished_run_can_be_made_longer(whole, inputs, sft, tmp_path):
+    shutil.copytree(whole, tmp_path / "o")
+    code, said, _ = sft("--val_data", inputs / "val.jsonl", *RUN, "--steps", 10, "--out", tmp_path / "o")
+    assert code == 0 and "resuming" in said and len(metrics(tmp_path / "o")) == 10
+
+
+# ------------------------------------------------------------------------------------------- signals, kills, resume
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_step_saves_and_says_so(whole, inputs, sft, monkeypatch, tmp_path, number):
+    """Exit code 75, status `stopped`, state of that very step; the same command ends as if nothing had been."""
+    real, calls = train_sft.guarded_step, []
+
+    def step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:  # in the middle of step 2
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+    out = tmp_path / "o"
+    monkeypatch.setattr(train_sft, "guarded_step", step)
+    flags = ["--val_data", inputs / "val.jsonl", *RUN, "--out", out]
+    code, said, _ = sft(*flags)
+    stopped_at = len(metrics(out))
+    assert code == 75 and (out / "status").read_text() == "stopped\n" and "same command" in said
+    assert stopped_at in (2, 3) and (out / "checkpoints" / f"step_{stopped_at}").is_dir()
+    assert sft(*flags)[0] == 0 and history(out) == history(whole) and weights(out) == weights(whole)
+
+
+def test_validation_that_a_kill_prevented_is_made_up_for(whole, inputs, sft, monkeypatch, tmp_path):
+    """State is saved before validating; a kill in between must not leave a hole in the curve."""
+    out, real, calls = tmp_path / "o", train_sft.validation_loss, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train_sft, "validation_loss", dies)
+    flags = ["--val_data", inputs / "val.jsonl", *RUN, "--save_every", 2, "--out", out]
+    with pytest.raises(KeyboardInterrupt):
+        sft(*flags)
+    assert lines(out / "validation.jsonl") == 1
+    assert sft(*flags)[0] == 0 and history(out) == history(whole)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(inputs):
+    """Folders of two runs on two ranks under torchrun: `alone`, and `killed` in a step and in a save, then finished;
+    `left` is a copy of what the first kill left behind."""
+    if sys.platform != "linux":
+        pytest.skip("finds the processes to kill in /proc")
+    flags = ["--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl"), "--val_data",
+             str(inputs / "val.jsonl"), *SETTINGS, *RUN, "--out"]
+    alone, killed, left, log = (inputs / n for n in ("alone", "killed", "left", "log"))
+    assert start([*flags, str(alone)], log=log).wait() == 0, log.read_text()
+    moments = (lambda: lines(killed / "metrics.jsonl") >= 4, lambda: any((killed / "checkpoints").glob("step_6.tmp")))
+    for moment in moments:
+        process = start([*flags, str(killed)], log=log)
+        assert wait_for(process, moment), log.read_text()
+        kill_tree(process)
+        if not left.exists():
+            shutil.copytree(killed, left)
+    assert start([*flags, str(killed)], log=log).wait() == 0, log.read_text()
+    return inputs
+
+
+def test_kills_leave_no_trace(on_two_ranks):
+    """Every figure and weight bit-equal to a run left alone. (tests/stress_resume.py does it at many random moments.)"""
+    alone, killed = on_two_ranks / "alone", on_two_ranks / "killed"
+    assert history(killed) == history(alone) and weights(killed) == weights(alone)
+
+
+def test_one_rank_goes_on_where_two_were_killed(on_two_ranks, inputs, sft):
+    """Another number of ranks: the same documents in each step, losses equal up to the order of sums."""
+    left = on_two_ranks / "left"
+    code, said, _ = sft("--val_data", inputs / "val.jsonl", *RUN, "--out", left)
+    assert code == 0 and "resuming" in said
+    ours, theirs = metrics(left), metrics(on_two_ranks / "alone")
+    assert [(m["step"], m["lr"], m["tokens"], m["supervised_tokens"]) for m in ours] == \
+        [(m["step"], m["lr"], m["tokens"], m["supervised_tokens"]) for m in theirs]
+    assert np.allclose([m["loss"] for m in ours], [m["loss"] for m in theirs], rtol=1e-5)
+
+
+def test_non_finite_steps_change_nothing_are_counted_and_end_the_run(inputs, sft, monkeypatch, tmp_path):
+    """One NaN loss: skipped, counted, the next step goes on. As many in a row as allowed: the run stops and says so."""
+    real, calls = train_sft.accumulate_gradients, []
+
+    def nan_at(bad):
+        def accumulate(*args):
+            calls.append(1)
+            return real(*args) * (float("nan") if len(calls) in bad else 1.0)
+        calls.clear()
+        monkeypatch.setattr(train_sft, "accumulate_gradients", accumulate)
+    nan_at({2})
+    assert sft("--steps", 3, "--out", tmp_path / "one")[0] == 0
+    log = metrics(tmp_path / "one")
+    assert [m["bad_steps"] for m in log] == [0, 1, 1] and log[1]["loss"] is None and log[2]["loss"] < log[0]["loss"]
+    nan_at({1, 2, 3})
+    code, said, error = sft("--steps", 5, "--max_bad_steps", 2, "--out", tmp_path / "two")
+    assert code == 2 and "not finite in 2 steps in a row" in error and "bad steps 2" in said
+
+
+def test_no_tensor_waits_for_the_garbage_collector(inputs, sft, monkeypatch, tmp_path):
+    """The collector is off inside the run: a reference cycle that holds a tensor would leak memory until a save."""
+    found = []
+    real = train_sft.guarded_step
+
+    def step(*args, **kwargs):
+        out = real(*args, **kwargs)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found.extend(o for o in gc.garbage if isinstance(o, torch.Tensor))
+        gc.set_debug(0)
+        gc.garbage.clear()
+        return out
+    monkeypatch.setattr(train_sft, "guarded_step", step)
+    assert sft("--steps", 4, "--out", tmp_path / "o")[0] == 0
+    assert not found
+
+
+# -------------------------------------------------------------------------------------------------------- mistakes
+def conversation(content="answer", role="assistant", **more):
+    return json.dumps({"messages": [{"role": "user", "content": "<image>" * len(more.get("images", [])) + "q"},
+                                    {"role": role, "content": content}], **more})
+
+
+BAD_FILES = {  # what line 2 of the data holds → words of the message
+    "invalid JSON": ('{"messages": [', "not JSON"),
+    "missing field": ('{"message": []}', "messages"),
+    "wrong role": (conversation(role="bot"), "unknown role 'bot'"),
+    "empty assistant turn": (conversation(" "), "messages[1].content: empty"),
+    "image that does not exist": (conversation(images=["nowhere.png"]), "nowhere.png"),
+    "unreadable image": (conversation(images=["broken.png"]), "broken.png"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_rows_are_named_before_the_model_is_built(sft, monkeypatch, tmp_path, kind):
+    """File, line, field, mend; exit code 2; nothing built."""
+    line, words = BAD_FILES[kind]
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
+    (tmp_path / "bad.jsonl").write_text(f"{conversation()}\n{line}\n")
+    monkeypatch.setattr(train_sft, "build_model", None)
+    code, _, error = sft("--out", tmp_path / "o", data=tmp_path / "bad.jsonl")
+    assert code == 2 and f"{tmp_path / 'bad.jsonl'}:2" in error and words in error and "mend" in error
+
+
+def test_bad_rows_are_skipped_only_when_asked_and_each_is_logged(sft, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("\n".join([conversation()] * 3 + [c for c, _ in BAD_FILES.values()]) + "\n")
+    code, said, _ = sft("--out", tmp_path / "o", "--steps", 1, "--skip_bad_rows", True, data=tmp_path / "bad.jsonl")
+    logged = (tmp_path / "o" / "bad_rows_training.txt").read_text().splitlines()
+    assert code == 0 and len(logged) == 6 and "6 bad rows skipped" in said and all(line in said for line in logged)
+
+
+def test_missing_files_and_impossible_settings(sft, inputs, monkeypatch, tmp_path):
+    """Also a missing validation file is noticed before the training data is tokenised."""
+    monkeypatch.setattr(train_sft, "tokenize_files", None)
+    for flags, words in (({"data": tmp_path / "no.jsonl"}, "no.jsonl: no such file"), ({"model": tmp_path / "no"}, "no such")):
+        code, _, error = sft("--out", tmp_path / str(len(words)), **flags)
+        assert code == 2 and words in error
+    for i, (flags, words) in enumerate(((["--val_data", tmp_path / "no.jsonl"], "no such file"),
+                                        (["--replicas", 2], "--replicas 2"), (["--adam_dtype", "bf16"], "needs CUDA"),
+                                        (["--max_len", 1024], "--pack_len 512 is below"), (["--epochs", 0], "--epochs"))):
+        code, _, error = sft(*flags, "--out", tmp_path / f"o{i}")
+        assert code == 2 and words in error, flags
+
+
+def test_max_len_too_small(sft, tmp_path):
+    code, _, error = sft("--max_len", 8, "--out", tmp_path / "o")
+    assert code == 2 and "raise max_len" in error
+
+
+@pytest.mark.parametrize("kind", ["no weights", "pickle", "truncated", "other architecture", "no config", "missing tensor"])
+def test_bad_model_directories_are_named_before_tokenising(sft, inputs, monkeypatch, tmp_path, kind):
+    shutil.copytree(inputs / "model", tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    if kind in ("no weights", "pickle"):
+        file.rename(tmp_path / "m" / "pytorch_model.bin") if kind == "pickle" else file.unlink()
+    elif kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "no config":
+        (tmp_path / "m" / "config.json").unlink()
+    elif kind == "other architecture":
+        (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    else:
+        config["text_config"]["num_hidden_layers"] += 1
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    words = {"no weights": "no *.safetensors", "pickle": "a pickle", "truncated": "truncated or not a safetensors file",
+             "other architecture": "supported: qwen2_5_vl", "no config": "config.json: not found",
+             "missing tensor": "parameters are missing"}[kind]
+    monkeypatch.setattr(train_sft, "tokenize_files", None)
+    code, _, error = sft("--out", tmp_path / "o", model=tmp_path / "m")
+    assert code == 2 and words in error and str(tmp_path / "m") in error
+
+
+def test_a_directory_of_another_run_is_left_alone(whole, inputs, sft, tmp_path):
+    """Another setting, or somebody's files: nothing is overwritten."""
+    before = sorted(p.name for p in whole.iterdir())
+    code, _, error = sft(*RUN, "--val_data", inputs / "val.jsonl", "--lr", 5e-4, "--out", whole)
+    assert code == 2 and "its lr is 0.001, now 0.0005" in error and sorted(p.name for p in whole.iterdir()) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    code, _, error = sft("--out", tmp_path)
+    assert code == 2 and "not empty" in error
+
+
+def test_mistakes_reach_the_shell(inputs, tmp_path):
+    """The same as a user sees it: one line on stderr, no traceback, exit code 2; an unknown flag too."""
+    for flags, words in ((["--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
+                         (["--data", "d", "--learning_rate", "1"], "unknown argument '--learning_rate'")):
+        done = subprocess.run([sys.executable, ROOT / "train_sft.py", "--model", inputs / "model", *flags, "--out",
+                               tmp_path / "o"], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_flag_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        train_sft.parse_config(train_sft.Config, train_sft.__doc__, ["--help"])
+    said = capsys.readouterr().out
+    assert all(f"--{field.name} " in said and len(field.metadata["help"]) > 10 for field in fields(train_sft.Config))
+
+
+# ------------------------------------------------------------------------------------------------ its few functions
+def config(**changes):
+    return train_sft.Config(**{"model": "m", "data": ["d"], "out": "o", "max_len": 100, "pack_len": 300,
+                               "batch_tokens": 900, **changes})
+
+
+def test_a_plan_has_every_document_once_an_epoch_and_is_pure():
+    """What a step trains on depends on nothing but lengths, seed and budgets: that is what resume rests on."""
+    lengths = np.random.default_rng(0).integers(1, 100, 200)
+    steps, steps_per_epoch = train_sft.plan_steps(lengths, config(epochs=3))
+    assert len(steps) == 3 * steps_per_epoch
+    for epoch in range(3):
+        packs = [p for step in steps[epoch * steps_per_epoch:(epoch + 1) * steps_per_epoch] for p in step]
+        assert sorted(np.concatenate(packs)) == list(range(200)) and all(lengths[p].sum() <= 300 for p in packs)
+    again, _ = train_sft.plan_steps(lengths, config(steps=len(steps) - 1))
+    assert all(np.array_equal(np.concatenate(a), np.concatenate(b)) for a, b in zip(again, steps))
+    assert not all(np.array_equal(np.concatenate(a), np.concatenate(b)) for a, b in
+                   zip(steps, train_sft.plan_steps(lengths, config(epochs=3, seed=1))[0]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ranks_share_a_step_without_overlap(whole, size):
+    """Any number of ranks: all documents of the step exactly once, equally many micro-batches on each."""
+    data = training_data(whole)
+    step = train_sft.plan_steps(data.lengths, config(max_len=256, pack_len=512, batch_tokens=2048))[0][0]
+    worlds = [train_sft.World(r, size, r, torch.device("cpu")) for r in range(size)]
+    shares = [train_sft.my_batches(data, step, w, None) for w in worlds]
+    assert len({len(s) for s in shares}) == 1
+    seen = sorted(tuple(b.tokens[a:z].tolist()) for s in shares for b in s
+                  for a, z in zip(b.cu_seqlens[:-1], b.cu_seqlens[1:]) if z - a > 1)
+    assert seen == sorted(tuple(data.get(i).tokens.tolist()) for i in np.concatenate(step))
+
+
+def test_batches_are_made_ahead_and_in_order(world):
+    """The next step's data is being made while this one computes; an error in it reaches the main thread."""
+    made = []
+
+    def make(step):
+        made.append(step)
+        if step == 3:
+            raise ValueError("step 3")
+        return [step]
+    steps = train_sft.ahead(make, range(1, 5), world)
+    assert next(steps)[:2] == (1, [1])
+    deadline = time.monotonic() + 10
+    while made != [1, 2] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert made == [1, 2] and next(steps)[:2] == (2, [2])
+    with pytest.raises(ValueError, match="step 3"):
+        next(steps)
