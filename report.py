@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from report_data import RunDir, collect_samples, find_runs, is_number, load_run
+from report_data import RunDir, collect_samples, find_runs, is_number, legible, load_run
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 COLOURS = ("#8d99a6", "#3d85c6", "#c2571a", "#2e8b57", "#8e5ea2", "#b8860b", "#c2185b", "#00838f")  # one a run
@@ -53,6 +53,7 @@ PANELS = {  # title: metrics drawn in it, log scale
              "tokens per second": (["tok_per_s", "sample_tok_per_s"], False)}}
 POINTS = 400  # a curve of more steps is drawn as means of bins, their range shaded
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 9,
+                            "text.parse_math": False,  # a name may hold dollars
                             "axes.spines.top": False, "axes.spines.right": False})
 
 
@@ -140,10 +141,10 @@ def accuracies(run: RunDir) -> list[Accuracy]:
     settings = run.result.get("settings") or {}
     measure = [f"forced exit at {settings['think_budget']} tokens"] if settings.get("think_budget") else []
     measure += ["images removed"] if settings.get("blind") else []
-    return [Accuracy(run.name, str(suite), ", ".join([str(s.get("metric", "accuracy")), *measure]), float(s["accuracy"]),
+    return [Accuracy(run.name, legible(suite), ", ".join([str(s.get("metric", "accuracy")), *measure]), float(s["accuracy"]),
                      float(s["low"]), float(s["high"]), int(s.get("n", 0)))
             for suite, s in (run.result.get("sets") or {}).items()
-            if all(is_number(s.get(k)) for k in ("accuracy", "low", "high"))]
+            if isinstance(s, dict) and all(is_number(s.get(k)) for k in ("accuracy", "low", "high"))]
 
 
 def accuracy_figure(rows: list[Accuracy], measure: str, colours: dict[str, str]) -> str:
@@ -173,7 +174,12 @@ def accuracy_figure(rows: list[Accuracy], measure: str, colours: dict[str, str])
 def accuracy_section(runs: list[RunDir]) -> str:
     """For each measure a figure and a table; then what became of the outputs, budget curves and paired differences."""
     runs = [r for r in runs if r.kind == "eval" and r.result]
-    rows = [row for run in runs for row in accuracies(run)]
+    unique: dict[tuple, Accuracy] = {}
+    for run in runs:
+        for row in accuracies(run):
+            if unique.setdefault((row.run, row.suite, row.measure), row) is not row:
+                run.notes.append(f"{row.suite}, {row.measure}: another run named {run.name} is shown; name them apart")
+    rows = list(unique.values())
     if not rows:
         return ""
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(r.run for r in rows))}
@@ -236,6 +242,13 @@ def differences(runs: list[RunDir]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- page
+def summary(runs: list[RunDir]) -> str:
+    """Name, script and status of each run, and how much there is to note."""
+    rows = [[f"<b>{html.escape(r.name)}</b>", r.kind, html.escape(r.status),
+             f'<a href="#runs" class=warn>{len(set(r.notes))} to note</a>' if r.notes else ""] for r in runs]
+    return table(["run", "script", "status", ""], rows)
+
+
 def run_cards(runs: list[RunDir]) -> str:
     """Each run's status, notes, header and configuration."""
     def fold(title: str, values: dict) -> str:
@@ -258,13 +271,13 @@ def safe_json(value: Any) -> str:
 
 
 def build_page(runs: list[RunDir], title: str, most: int) -> str:
-    """The page's HTML. Notes that reading samples adds to the runs come on the page too, hence its order."""
-    page = collect_samples(runs, most)
+    """The page's HTML. Samples and accuracies come first: what they lack becomes notes of the runs."""
+    page, accuracy = collect_samples(runs, most), accuracy_section(runs)
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*)</script>", template, re.S)[1]
     parts = {"TITLE": html.escape(title), "TIME": time.strftime("%Y-%m-%d %H:%M"), "DATA": safe_json(page),
              "HASH": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-             "ACCURACY": accuracy_section(runs), "CURVES": curves(runs, "sft", "Stage one: supervised fine-tuning")
+             "SUMMARY": summary(runs), "ACCURACY": accuracy, "CURVES": curves(runs, "sft", "Stage one: supervised fine-tuning")
              + curves(runs, "grpo", "Stage two: GRPO"), "RUNS": run_cards(runs)}
     return re.sub(r"@@([A-Z]+)@@", lambda m: parts[m[1]], template)  # one pass: nothing inserted is looked at again
 

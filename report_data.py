@@ -51,29 +51,39 @@ def is_run(path: Path) -> bool:
 
 def find_runs(arguments: list[str]) -> list[tuple[str, Path]]:
     """(name, directory) of each run: DIR or NAME=DIR; a DIR that is no run stands for the runs up to three levels
-    below it. Raises ValueError where there is none."""
-    found: dict[Path, str] = {}
+    below it. Raises ValueError where there is none.
+
+    ["base=runs/e1", "s0=runs/seed0"], with runs sft and grpo in seed0 → base, s0/grpo, s0/sft.
+    """
+    found: dict[Path, str] = {}  # directory → name, "" where none was given
     for argument in arguments:
         name, equals, rest = argument.partition("=")
-        path = Path(rest) if equals and not Path(argument).exists() else Path(argument)
-        if not path.is_dir():
-            raise ValueError(f"{path}: no such directory; give run directories (OUT of a script), or NAME=DIR")
-        inside = [path] if is_run(path) else [p for depth in ("*", "*/*", "*/*/*") for p in sorted(path.glob(depth))
-                                              if p.is_dir() and is_run(p)]
+        if not equals or Path(argument).exists():
+            name, rest = "", argument
+        top = Path(rest)
+        if not top.is_dir():
+            raise ValueError(f"{top}: no such directory; give run directories (--out of a script), or NAME=DIR")
+        inside = [top] if is_run(top) else sorted(p for depth in ("*", "*/*", "*/*/*") for p in top.glob(depth)
+                                                  if p.is_dir() and is_run(p))
         if not inside:
-            raise ValueError(f"{path}: holds no run (no header.json, metrics.jsonl, result.json or rollouts/ in it or "
+            raise ValueError(f"{top}: holds no run (no header.json, metrics.jsonl, result.json or rollouts/ in it or "
                              "below); give the --out of train_sft.py, train_grpo.py or eval.py")
         for p in inside:
-            found.setdefault(p, name if path != Path(argument) and len(inside) == 1 else "")
-    names = {p: n or p.resolve().name for p, n in found.items()}
-    return [(n if list(names.values()).count(n) == 1 or found[p] else f"{p.resolve().parent.name}/{n}", p)
-            for p, n in names.items()]
+            found.setdefault(p, name and "/".join([name, *p.relative_to(top).parts]))
+    plain = [p.resolve().name for p in found]
+    return [(legible(given or (own if plain.count(own) == 1 else f"{p.resolve().parent.name}/{own}")), p)
+            for (p, given), own in zip(found.items(), plain)]
+
+
+def legible(name: str) -> str:
+    """A name that can be written as UTF-8: a path or a JSON string can hold halves of characters."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def read_json(file: Path, notes: list[str]) -> dict:
     """The object in a JSON file; {} and a note where it is missing or broken."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+        value = json.loads(file.read_text(encoding="utf-8", errors="replace"), parse_constant=lambda _: None)
     except FileNotFoundError:
         notes.append(f"{file.name} is missing")
         return {}
@@ -92,7 +102,7 @@ def read_jsonl(file: Path, notes: list[str], wanted: set[int] | None = None) -> 
             if wanted is not None and number not in wanted:
                 continue
             try:
-                row = json.loads(line) if line.endswith(b"\n") else None
+                row = json.loads(line, parse_constant=lambda _: None) if line.endswith(b"\n") else None
             except ValueError:
                 row = None
             if isinstance(row, dict):
@@ -104,7 +114,8 @@ def read_jsonl(file: Path, notes: list[str], wanted: set[int] | None = None) -> 
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number that JavaScript can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**53
 
 
 def load_run(name: str, path: Path) -> RunDir:
@@ -116,10 +127,6 @@ def load_run(name: str, path: Path) -> RunDir:
         run.kind, run.result = "eval", read_json(path / "result.json", run.notes)
         run.status = "finished" if run.result else "running, or cut: no result.json yet"
         return run
-    run.kind = "grpo" if "group" in run.config or "train_grpo" in command or (path / "rollouts").exists() else \
-        "sft" if "pack_len" in run.config or "train_sft" in command else "unknown"
-    if run.kind == "unknown":
-        run.notes.append("neither config.json nor header.json says which script made it")
     for file in ("metrics.jsonl", "validation.jsonl", "eval.jsonl"):
         if not (path / file).exists():
             run.notes += [f"{file} is missing: no curves"] if file == "metrics.jsonl" else []
@@ -130,6 +137,8 @@ def load_run(name: str, path: Path) -> RunDir:
                     key = "avg" if key.startswith("avg@") else key
                     if file != "eval.jsonl" or key in ("greedy", "avg"):
                         run.series.setdefault(key, {})[int(row["step"])] = value
+    grpo = "group" in run.config or "train_grpo" in command or (path / "rollouts").exists() or "reward_mean" in run.series
+    run.kind = "grpo" if grpo else "sft" if run.config or run.series else "unknown"
     run.status = describe_status(path, run.series)
     return run
 
@@ -204,12 +213,11 @@ def choose_lines(file: Path, wanted: int, group: int) -> tuple[set[int], int]:
 def collect_samples(runs: list[RunDir], most: int) -> dict:
     """The browser's data: samples, and the prompts and images that they share, named by their place."""
     page = {"runs": [r.name for r in runs], "samples": [], "prompts": [], "images": [], "notes": []}
-    sources = {r.name: sample_files(r) for r in runs}
-    having = [r for r in runs if sources[r.name]]
-    having.sort(key=lambda r: sum(f.stat().st_size for f in sources[r.name]))  # small runs leave more to large ones
+    having = [(i, run, files) for i, run in enumerate(runs) if (files := sample_files(run))]
+    having.sort(key=lambda r: sum(f.stat().st_size for f in r[2]))  # small runs leave more to large ones
     store = Store(page, text_limit=max(2000, TEXT_BUDGET // max(1, most)))
-    for place, run in enumerate(having):
-        files, quota = sources[run.name], (most - len(page["samples"])) // (len(having) - place)
+    for place, (number, run, files) in enumerate(having):
+        quota = (most - len(page["samples"])) // (len(having) - place)
         chosen = [files[i] for i in evenly(len(files), STEP_FILES if run.kind == "grpo" else len(files))]
         group = run.config.get("group") if run.kind == "grpo" else 1
         group = group if isinstance(group, int) and group > 0 else 1
@@ -219,7 +227,7 @@ def collect_samples(runs: list[RunDir], most: int) -> dict:
             lines, total = choose_lines(file, quota // len(chosen), group)
             stored += total
             for row in read_jsonl(file, run.notes, lines):
-                store.add(runs.index(run), file, row, pieces, run)
+                store.add(number, file, row, pieces, run)
         shown = len(page["samples"]) - before
         said = f"{run.name}: {shown:,} of {stored:,} samples" if shown < stored else f"{run.name}: all {stored:,} samples"
         page["notes"].append(said + f" of {len(chosen)} steps, of {len(files)} in all" * (len(chosen) < len(files)))
@@ -253,18 +261,19 @@ class Store:
         place = self.prompts.setdefault(prompt, len(self.prompts))
         if place == len(self.page["prompts"]):
             self.page["prompts"].append(self.shorten(prompt))
-        reward, text = row.get("reward", row.get("score")), str(row.get("text", ""))  # train_grpo.py's, eval.py's name
+        reward, text = row.get("reward", row.get("score")), str(row.get("text") or "")  # train_grpo.py's, eval.py's name
         finish = row.get("finish_reason", row.get("finish", ""))
-        where = f"step {file.stem[5:]}" if file.stem.startswith("step_") else str(row.get("task", file.stem))
         images = row.get("images") if isinstance(row.get("images"), list) else []
+        numbers = {k: row[k] for k in ("length", "advantage", "gap", "mean_logprob", "forced_at") if is_number(row.get(k))}
+        if isinstance(row.get("tokens"), list):
+            numbers.setdefault("length", len(row["tokens"]))
         self.page["samples"].append({
-            "run": run, "where": where, "id": str(row.get("id", "?")), "sample": row.get("sample", 0), "prompt": place,
-            "images": [self.image(str(name), directory) for name in images], **self.tokens(row, text, pieces),
-            "reward": reward if is_number(reward) else None, "gold": row.get("gold"), "answer": row.get("answer"),
-            "status": str(row.get("status", "")), "finish": str(finish),
-            "length": row.get("length", len(row["tokens"]) if isinstance(row.get("tokens"), list) else None),
-            **{k: row[k] for k in ("advantage", "gap", "mean_logprob", "forced_at", "lenient") if is_number(row.get(k))},
-            **({"why": str(row["why"])} if row.get("why") else {})})
+            "run": run, "where": f"step {file.stem[5:]}" if file.stem.startswith("step_") else str(row.get("task", file.stem)),
+            "id": str(row.get("id", "?")), "sample": str(row.get("sample", "?")), "prompt": place,
+            "images": [self.image(str(name), directory) for name in images], **self.tokens(row, text, pieces), **numbers,
+            "reward": reward if is_number(reward) else None, "gold": as_text(row.get("gold")),
+            "answer": as_text(row.get("answer")), "status": str(row.get("status", "")), "finish": str(finish),
+            "why": str(row.get("why") or ""), "trained": row.get("trained") is not False})
 
     def shorten(self, text: str) -> str:
         """A long text without its middle."""
@@ -292,11 +301,10 @@ class Store:
                 "l": [round(100 * v) if math.isfinite(v) else None for v in logprobs], "f": [1 - m for m in mask]}
 
     def image(self, name: str, run: RunDir) -> int | None:
-        """The place of an image on the page; None where it can't be shown."""
+        """The place of an image (an absolute path, or one below the run) on the page; None where it can't be shown."""
         if name not in self.images:
             self.images[name] = None
-            file = Path(name) if Path(name).exists() else run.path / name
-            encoded = encode_image(file) if self.image_bytes < IMAGE_BUDGET else None
+            encoded = encode_image(run.path / name) if self.image_bytes < IMAGE_BUDGET else None
             if encoded is not None:
                 self.images[name] = len(self.page["images"])
                 self.page["images"].append(encoded)
@@ -309,6 +317,11 @@ class Store:
         """What was left out of the page."""
         return [f"{self.cut:,} texts of more than {self.text_limit:,} characters without their middle"] * bool(self.cut) \
             + [f"{self.no_image:,} images missing, unreadable or over the page's size"] * bool(self.no_image)
+
+
+def as_text(value: Any) -> str | None:
+    """An answer or gold for showing; a gold may be a list, of which any counts."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def unpack(text: str, code: str) -> list:
