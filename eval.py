@@ -579,15 +579,16 @@ def compare(problems: list[dict], rows: list[list[dict]], other: Path, rules: st
         means = [np.array([share(r["score"] for r in group) for group in side]) for side in (a, b)]
         d = stats.paired_difference(*means, [cluster(problems[i]) for i in both])
         sets[name] = {"n": len(both), "not_in_other": len(places) - len(both), "clusters": d.clusters,
-                      "this": share(means[0]), "other": share(means[1]), "difference": d.difference, "low": d.low,
-                      "high": d.high, "p": d.p, "mde": stats.mde(d.se)}
+                      "this": share(means[0]), "other": share(means[1]), "difference": d.difference}
+        if d.se > 0:  # else the questions all differ by the same: they say nothing of how far chance could go
+            sets[name].update(low=d.low, high=d.high, p=d.p, mde=stats.mde(d.se))
         if {len(g) for g in a + b} == {1}:
             only = [int((x > y).sum()) for x, y in (means, means[::-1])]
             exact, mid = stats.mcnemar(*only)
             sets[name].update(only_this=only[0], only_other=only[1], mcnemar=exact, mcnemar_mid=mid)
     if not sets:
         raise ValueError(f"--compare {other}: it has none of these problems")
-    tasks = [name for name in sets if ":" not in name and sets[name]["p"] == sets[name]["p"]]
+    tasks = [name for name in sets if ":" not in name and "p" in sets[name]]
     for name, p in zip(tasks, stats.holm([sets[t]["p"] for t in tasks])):
         sets[name]["p_holm"] = p
     return {"other": str(other), "sets": sets}
@@ -627,14 +628,14 @@ def report(result: dict) -> str:
         parts.append(table(["set", "budget", "accuracy", "95% interval", "no exit", "forced", "cut", "tokens"], [
             [name, b, percent(s["accuracy"]), f"{percent(s['low'])} … {percent(s['high'])}",
              percent(s["accuracy_without_exit"]), percent(s["forced"]), percent(s["truncated"]),
-             f"{s['tokens_mean']:.0f}"] for b, point in result["budgets"].items() for name, s in point.items()]))
+             f"{s['tokens_mean']:.0f}"] for name in sets for b, point in result["budgets"].items() for s in [point[name]]]))
     if result["compare"]:
         parts.append(f"this minus {result['compare']['other']} (mde: the difference that this set shows 4 times in 5)\n" + table(
             ["set", "n", "this", "other", "difference", "95% interval", "p", "Holm", "McNemar", "only this/other", "mde"],
             [[name, str(s["n"]), percent(s["this"]), percent(s["other"]), f"{100 * s['difference']:+.1f}",
-              f"{percent(s['low'])} … {percent(s['high'])}", number(s["p"]), number(s.get("p_holm")),
+              f"{percent(s.get('low'))} … {percent(s.get('high'))}", number(s.get("p")), number(s.get("p_holm")),
               number(s.get("mcnemar")), f"{s['only_this']}/{s['only_other']}" if "only_this" in s else "-",
-              percent(s["mde"])] for name, s in result["compare"]["sets"].items()]))
+              percent(s.get("mde"))] for name, s in result["compare"]["sets"].items()]))
     return "\n\n".join(parts)
 
 
