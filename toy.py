@@ -7,7 +7,7 @@
 The problems are chains of assignments, `a=9;k=a-3;n=k-2;n?`, all values from 0 to 9. The base model can read them,
 find things in them and answer at once, which goes wrong from three statements on; step by step they are easy. Each
 exists as text and as an image of the same line, one glyph a cell of 28 × 28 pixels, so one merged vision token each.
-The "ward" asks the same in another dress, `P:9mg,Q:P-3,Q?`, with lettered options: post-training never shows it.
+The "ward" asks the same in another dress, `P=9mg;Q=P-3;Q?`, with lettered options: post-training never shows it.
 
 What plays which part: the base model (text and images, no thoughts) is Qwen2.5-VL-Instruct; `sft.jsonl` (text only,
 correct thoughts of a teacher that can't let go) is OpenThoughts; `rl.jsonl` (text only, answers) is Orz-Math.
@@ -53,7 +53,7 @@ class Dress:
 
 
 PLAIN = Dress("abcdefghijklmnopqrstuvwxyz", "=", ";", "")
-WARD = Dress("PQRSTUVWXYZ", ":", ",", "mg")
+WARD = Dress("PQRSTUVWXYZ", "=", ";", "mg")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Chain:
 
     @property
     def text(self) -> str:
-        """The question as one line: "a=9;k=a-3;k?", or in the ward's dress "P:9mg,Q:P-3,Q?"."""
+        """The question as one line: "a=9;k=a-3;k?", or in the ward's dress "P=9mg;Q=P-3;Q?"."""
         d = self.dress
         unit = [d.unit if r.isdigit() else "" for r in self.right]
         shown = [f"{self.names[i]}{d.equals}{self.right[i]}{unit[i]}" for i in self.order]
@@ -190,8 +190,18 @@ def skill(chain: Chain, rng: np.random.Generator) -> tuple[str, str]:
     return f"Find {chain.names[i]}: ", chain.right[i]
 
 
+def sum_exercise(rng: np.random.Generator) -> tuple[str, str]:
+    """(line, reply) of a single sum: "9-3", "9-3=6"."""
+    value, other = (int(v) for v in rng.integers(0, 10, 2))
+    line = f"{other}{'+' if value >= other else '-'}{abs(value - other)}"
+    return line, f"{line}={value}"
+
+
 def skill_row(rng: np.random.Generator) -> dict:
     """An exercise of the base's as a plain text row: mixed into SFT, so that it forgets less."""
+    if rng.random() < 0.3:
+        line, reply = sum_exercise(rng)
+        return conversation(f"Work out: {line}", reply)
     chain = draw_unlike(rng, test=False)
     ask, reply = skill(chain, rng)
     return conversation(ask + chain.text, reply)
@@ -230,7 +240,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 SYSTEM = "system\nYou are a helpful assistant."
 # strings that are one token each: a character model would spend most of its time on them
 WHOLE = (*INSTRUCTIONS.values(), SYSTEM, "user\n", "assistant\n", "<think>", "</think>", "<answer>", "</answer>", WAIT,
-         " Options:\n\n", "\nA: ", "A: ", "\nB: ", "B: ", "\nC: ", "C: ", "\nD: ", "D: ", "Read: ", "Find ")
+         " Options:\n\n", "\nA: ", "A: ", "\nB: ", "B: ", "\nC: ", "C: ", "\nD: ", "D: ", "Read: ", "Find ", "Work out: ")
 VOCAB = 320  # a little more than there are tokens, as published vocabularies are padded
 
 TEMPLATE = """\
@@ -365,15 +375,46 @@ def write_data(config: DataConfig) -> None:
     print(f"{out}: sft.jsonl, sft_direct.jsonl, rl.jsonl, {len(TASKS)} test sets of {config.test}, model_files")
 
 
+# ------------------------------------------------------------------------------------------------------- the table
+@dataclass
+class TableConfig:
+    out: str = option(MISSING, "a demo's folder, with eval-NAME/result.json in it")
+
+
+def show_table(config: TableConfig) -> None:
+    """Accuracy in % of every evaluation in a demo's folder, with its interval, the share that was cut, and the accuracy
+    with forced exit; then everything as one line of JSON."""
+    files = sorted(Path(config.out).glob("eval-*/result.json"), key=lambda f: f.stat().st_mtime)
+    if not files:
+        raise ValueError(f"{config.out}: no eval-NAME/result.json in it; run recipes/demo.sh first")
+    line: dict = {}
+    print(f"{'':12}" + "".join(f"{file.parent.name.removeprefix('eval-'):>46}" for file in files))
+    for task in TASKS:
+        cells = []
+        for file in files:
+            result = json.loads(file.read_text())
+            figures = result["sets"][task]
+            exits = [point[task]["accuracy"] for point in result["budgets"].values()]
+            cells.append(f"{figures['accuracy']:6.1%} ({figures['low']:.1%}…{figures['high']:.1%}) cut {figures['truncated']:4.0%}"
+                         + f" {exits[-1]:6.1%}" * bool(exits))
+            kept = {k: round(figures[k], 4) for k in ("accuracy", "low", "high", "truncated", "tokens_mean")}
+            forced = {"forced_exit": round(exits[-1], 4)} if exits else {}
+            line.setdefault(file.parent.name.removeprefix("eval-"), {})[task] = {**kept, **forced}
+        print(f"{task:12}" + "".join(f"{c:>46}" for c in cells))
+    print(json.dumps(line))
+
+
 def main(argv: list[str]) -> None:
     with user_errors():
         if argv[:1] == ["data"]:
             write_data(parse_config(DataConfig, __doc__, argv[1:]))
+        elif argv[:1] == ["table"]:
+            show_table(parse_config(TableConfig, __doc__, argv[1:]))
         elif argv[:1] == ["base"]:
             import toy_base
             toy_base.make_base(parse_config(toy_base.BaseConfig, toy_base.__doc__, argv[1:]))
         else:
-            raise SystemExit(f"{__doc__}\nusage: python toy.py data|base --out DIR [--help]")
+            raise SystemExit(f"{__doc__}\nusage: python toy.py data|base|table --out DIR [--help]")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ project's `Model`. Two phases:
 
 1. Align: the vision tower alone, on lines of random characters. Each merged vision token is drawn to the embedding of
    the character that it shows (mean squared error + 0.1 × cross-entropy over all characters; `alignment_loss`).
-2. Joint: tower and decoder together, on text and image rows of the same exercises: read aloud, find, answer at once,
-   choose an option; both dresses. The alignment loss stays on.
+2. Joint: tower and decoder together, on text and image rows of the same exercises: read aloud, find, a single sum,
+   answer at once, choose an option; both dresses. The alignment loss stays on.
 
 Stated openly: the alignment uses the characters' labels, which is more than captions give a real model. It stands for
 what large-scale pre-training achieves, a vision token that means to the decoder what the word means. That this is what
@@ -43,33 +43,36 @@ SIZES = (1, 2, 3, 4, 5)
 class BaseConfig:
     out: str = option(MISSING, "the model directory to write")
     seed: int = option(0, "initial weights and data")
-    align_steps: int = option(150, "steps of phase 1")
-    steps: int = option(800, "steps of phase 2")
-    rows: int = option(48, "rows a step, half of them with an image")
-    lr: float = option(3e-3, "peak learning rate, warmed up, then down a cosine")
+    align_steps: int = option(100, "steps of phase 1")
+    steps: int = option(900, "steps of phase 2")
+    rows: int = option(40, "rows a step, half of them with an image")
+    lr: float = option(2e-3, "peak learning rate, warmed up, then down a cosine")
     align: bool = option(True, "the alignment loss, in both phases (--no_align: phase 1 falls away too)")
-    embedding_std: float = option(0.3, "of the initial embeddings")
 
 
 # ----------------------------------------------------------------------------------------------------------- rows
-def base_row(rng: np.random.Generator, image: bool, sizes: tuple[int, ...]) -> dict:
+def base_row(rng: np.random.Generator, image: bool) -> dict:
     """A conversation of the base's world; an image row has the line as a picture in "images" and as text in "line"."""
-    chain = toy.draw_unlike(rng, test=False, sizes=sizes, dress=toy.WARD if rng.random() < 0.4 else toy.PLAIN)
-    if rng.random() < 0.4:
+    chain = toy.draw_unlike(rng, test=False, sizes=SIZES, dress=toy.WARD if rng.random() < 0.4 else toy.PLAIN)
+    line, which = chain.text, rng.random()
+    if which < 0.15:
+        line, reply = toy.sum_exercise(rng)
+        user = "Work out: " + ("<image>" if image else line)
+    elif which < 0.7:
         ask, reply = toy.skill(chain, rng)
-        user = ask + ("<image>" if image else chain.text)
+        user = ask + ("<image>" if image else line)
     else:
-        problem = toy.as_problem(chain, "-", "-", rng, rng.random() < 0.4, "-" if image else None)
+        problem = toy.as_problem(chain, "-", "-", rng, rng.random() < 0.5, "-" if image else None)
         user = prompt_text(problem, style="train" if rng.random() < 0.5 else "kind")
         reply = toy.final_answer(problem)
-    row = {**toy.conversation(user, reply), "line": chain.text}
-    return {**row, "images": [Image.fromarray(toy.draw_line(chain.text, rng))]} if image else row
+    row = {**toy.conversation(user, reply), "line": line}
+    return {**row, "images": [Image.fromarray(toy.draw_line(line, rng))]} if image else row
 
 
-def make_batch(rng: np.random.Generator, config: BaseConfig, tokenizer, images: ImageConfig, sizes: tuple[int, ...]
+def make_batch(rng: np.random.Generator, config: BaseConfig, tokenizer, images: ImageConfig
                ) -> tuple[Batch, torch.Tensor]:
     """A packed batch, and the token of every character of its images, in order."""
-    rows = [base_row(rng, i % 2 == 0, sizes) for i in range(config.rows)]
+    rows = [base_row(rng, i % 2 == 0) for i in range(config.rows)]
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     documents = [Document(tokens, learned, row.get("images", []), pad, "toy")
                  for row, (tokens, learned) in zip(rows, encode_conversations(rows, tokenizer, images))]
@@ -115,13 +118,12 @@ def align(model: Model, optimizer, tokenizer, images: ImageConfig, config: BaseC
 
 
 def joint(model: Model, optimizer, tokenizer, images: ImageConfig, config: BaseConfig, rng) -> None:
-    """Phase 2: everything, on text and images. The first third of it sees lines of one or two statements only."""
+    """Phase 2: everything, on text and images."""
     seen: list[torch.Tensor] = []  # what the tower made of the batch's images, for the alignment loss
     hook = model.visual.register_forward_hook(lambda module, inputs, output: seen.append(output))
     start = time.perf_counter()
     for step in range(config.steps):
-        sizes = SIZES[:2] if step < 0.3 * config.steps else SIZES
-        b, ids = make_batch(rng, config, tokenizer, images, sizes)
+        b, ids = make_batch(rng, config, tokenizer, images)
         logprobs, _ = model(b.tokens, b.position_ids, b.cu_seqlens, targets=b.targets, pixel_values=b.pixel_values,
                             grid_thw=b.grid_thw)
         language = -logprobs.sum() / (b.targets != -100).sum()
@@ -133,9 +135,24 @@ def joint(model: Model, optimizer, tokenizer, images: ImageConfig, config: BaseC
     hook.remove()
 
 
+@torch.no_grad()
+def initialise(model: Model) -> None:
+    """Small residual branches and no biases in the decoder, embeddings of standard deviation 0.3."""
+    for name, p in model.model.named_parameters():
+        if p.dim() == 2:
+            p.normal_(0, 0.3 if name.startswith("embed") else 0.035 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.1)
+        elif name.endswith("bias"):
+            p.zero_()
+    model.lm_head.weight.normal_(0, 0.1)
+
+
 def schedule(step: int, steps: int) -> float:
     """Warm up over 20 steps, then a cosine down to a twentieth."""
     return min(1.0, (step + 1) / 20) * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * step / steps)))
+
+
+def adam(parameters) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
 
 def update(optimizer, loss: torch.Tensor, lr: float) -> None:
@@ -157,12 +174,11 @@ def make_base(config: BaseConfig) -> None:
     toy.write_model_files(out)
     tokenizer, images = load_tokenizer(out), ImageConfig.from_dir(out)
     model = Model(ModelConfig.from_dir(out), with_vision=True)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(config.embedding_std)
+    initialise(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     if config.align:
-        align(model, torch.optim.AdamW(model.visual.parameters(), weight_decay=0.0), tokenizer, images, config, rng)
-    joint(model, torch.optim.AdamW(model.parameters(), weight_decay=0.01), tokenizer, images, config, rng)
+        align(model, adam(model.visual.parameters()), tokenizer, images, config, rng)
+    joint(model, adam(model.parameters()), tokenizer, images, config, rng)
     weights = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.named_parameters()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     made = {"command": shlex.join(["python", "toy.py", *sys.argv[1:]]), "config": vars(config),

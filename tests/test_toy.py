@@ -177,7 +177,7 @@ def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
     toy.write_model_files(tmp_path)
     tokenizer, images = data.load_tokenizer(tmp_path), ImageConfig.from_dir(tmp_path)
     config = toy_base.BaseConfig(out="-", rows=8)
-    batch, ids = toy_base.make_batch(np.random.default_rng(0), config, tokenizer, images, (2, 3))
+    batch, ids = toy_base.make_batch(np.random.default_rng(0), config, tokenizer, images)
     assert int(batch.grid_thw.prod(1).sum()) // 4 == len(ids) == int((batch.tokens == batch.tokens.new_tensor(
         tokenizer.convert_tokens_to_ids("<|image_pad|>"))).sum())
     lengths = (batch.grid_thw[:, 2] // 2).tolist()
