@@ -33,9 +33,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from attention import attend
+from attention import apply_rope, attend
 from decode_kernels import Graphs, decode_attend, plan_attention
-from model import Model, apply_rope, head_logits, rope_cos_sin
+from model import Model, head_logits, rope_cos_sin
 from sampling import force_exit, sample_key, sample_token, uniform
 from vision import mrope_positions
 
@@ -243,7 +243,8 @@ class Sampler:
         self.model, self.config, self.capacity = model, model.config, max_len
         self.wanted_slots, self.kv_gb, self.dtype, self.min_rows = slots, kv_gb, dtype, min_rows
         self.sync_every, self.prefill_tokens = sync_every, prefill_tokens
-        self.tensors: dict[str, torch.Tensor] = {}
+        self.copies: dict[str, torch.Tensor] = {}  # persistent, so that graphs may read them
+        self.addresses: dict[str, int] = {}
         self.weights = self.slots = self.graphs = self.graphs_for = None
         self.stats: dict[str, float] = {}  # of the last call: seconds and tokens of prefill and decode
 
@@ -267,29 +268,30 @@ class Sampler:
             layers.append(SimpleNamespace(**{k: self._take(f"{i}.{k}", v, dtype) for k, v in parts.items()}))
         embed = self._take("embed", (weight,), dtype)
         tied = self.model.lm_head is None
-        if "cos" not in self.tensors:  # angles of every position that a new token can have
+        if "cos" not in self.copies:  # angles of every position that a new token can have
             angles = rope_cos_sin(torch.arange(self.capacity, device=self.device).expand(3, -1), c)
-            self.tensors.update(zip(("cos", "sin"), angles))
+            self.copies.update(zip(("cos", "sin"), angles))
         self.weights = SimpleNamespace(
             layers=layers, embed=embed, head=embed if tied else self._take("head", (self.model.lm_head.weight,), dtype),
-            norm=self._take("norm", (m.norm.weight,), dtype), cos=self.tensors["cos"], sin=self.tensors["sin"])
+            norm=self._take("norm", (m.norm.weight,), dtype), cos=self.copies["cos"], sin=self.copies["sin"])
 
     def _take(self, name: str, parts: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
-        parts, old = [p.detach() for p in parts], self.tensors.get(name)
+        """One weight, or several stacked by rows: the parameter itself where that is safe, else our own copy."""
+        parts, own = [p.detach() for p in parts], self.copies.get(name)
         if len(parts) == 1 and parts[0].dtype == dtype and not isinstance(self.model, FSDPModule):
             new = parts[0]
-        elif old is not None and old.dtype == dtype and old.device == self.device:
-            new = torch.cat(parts, out=old) if len(parts) > 1 else old.copy_(parts[0])
+        elif own is not None and own.dtype == dtype and own.device == self.device:
+            new = torch.cat(parts, out=own)
         else:
-            new = torch.cat([p.to(dtype) for p in parts])
-        if old is not None and old.data_ptr() != new.data_ptr():
+            new = self.copies[name] = torch.cat([p.to(dtype) for p in parts])
+        if self.addresses.get(name) != new.data_ptr():
             self.graphs = None  # they hold the old address
-        self.tensors[name] = new
+        self.addresses[name] = new.data_ptr()
         return new
 
     def release(self) -> None:
         """Give back all memory: KV cache, weights, graphs. The next `generate` takes it again."""
-        self.tensors, self.weights, self.slots, self.graphs = {}, None, None, None
+        self.copies, self.weights, self.slots, self.graphs = {}, None, None, None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -339,7 +341,7 @@ class Sampler:
         Uses the model's weights as they are now. Raises ValueError for what cannot work, before anything is computed.
         On Ctrl-C and when memory runs out, the exception's `rollouts` holds what has been finished.
         """
-        ids = list(range(len(prompts))) if sample_ids is None else list(sample_ids)
+        ids = list(range(len(prompts))) if sample_ids is None else [int(i) for i in sample_ids]
         self._check(prompts, params, ids)
         if not prompts:
             return []
@@ -359,8 +361,8 @@ class Sampler:
                 run.decode_seconds += time.perf_counter() - begin
         except (KeyboardInterrupt, torch.OutOfMemoryError) as e:
             if isinstance(e, torch.OutOfMemoryError):
-                e.add_note(f"sampling with {self.usable} slots of {self.capacity} tokens; about "
-                           f"{self.usable // 2} would fit: pass slots, kv_gb or a smaller max_len")
+                e.add_note(f"sampling with {self.usable} slots of {self.capacity} tokens, "
+                           f"{self.slots.kv.nbytes / 1e9:.3g} GB of KV cache; slots={self.usable // 2} frees half of it")
             e.rollouts = run.finished
             raise
         finally:

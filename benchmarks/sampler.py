@@ -7,9 +7,9 @@
 Two loads, 8 samples a prompt. even: prompts of one length, completions all run to the limit: engine against engine.
 ragged: prompts of 16 to 200 tokens, and a share of the vocabulary stops, so that lengths are geometric with a quarter of
 the limit as their mean, cut at the limit (about the spread of GRPO's rollouts). `generate` gets its batches of 64 rows,
-left-padded, with SDPA; the sampler 64 slots. Both draw at temperature 1 and keep what they draw; ours returns
-log-probabilities too. Runs alternate and the ratio is that of each pair: other load on the machine hits both alike.
-Prints a table and one JSON line.
+left-padded, with SDPA; the sampler 64 slots. Both draw at temperature 1; ours returns log-probabilities too.
+One thread, and seconds are the process's CPU seconds: the wall time of an idle machine, even on a busy one. Runs
+alternate, and the ratio is that of each pair. Prints a table and one JSON line.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
@@ -89,8 +89,8 @@ def compare(size: str, load: str, count: int, new: int, pairs: int) -> dict:
     for pair in range(pairs):
         row = []
         for run, engine in ((run_ours, sampler), (run_hf, theirs)):
-            begin = time.perf_counter()
-            row.append(run(engine, prompts, new, stop, pair) / (time.perf_counter() - begin))
+            begin = time.process_time()
+            row.append(run(engine, prompts, new, stop, pair) / (time.process_time() - begin))
         speeds.append(row)
         print(f"{size} {load} pair {pair}: ours {row[0]:.0f} tok/s, generate {row[1]:.0f} tok/s", file=sys.stderr)
     ratios = [a / b for a, b in speeds]
@@ -140,7 +140,7 @@ def main() -> None:
     if args.device == "cuda":
         rows = [decode_on_gpu(s, b, c) for s in args.sizes for c in (1024, 4096) for b in (64, 128, 256)]
     else:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        torch.set_num_threads(1)
         rows = [compare(s, load, args.prompts, args.new, args.pairs) for s in args.sizes for load in args.loads]
     columns = list(rows[0])
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

@@ -296,7 +296,7 @@ def test_finished_rollouts_survive_an_interrupt(model, together):
     assert_same(s.generate(MANY, PARAMS), together)
 
 
-def test_running_out_of_memory_says_how_many_slots_would_fit(model, monkeypatch):
+def test_running_out_of_memory_keeps_what_is_finished_and_says_what_helps(model, monkeypatch):
     s = Sampler(model, max_len=80, slots=6)
 
     def fails(*args, **kwargs):
@@ -304,7 +304,7 @@ def test_running_out_of_memory_says_how_many_slots_would_fit(model, monkeypatch)
     monkeypatch.setattr(sampler_module, "decode_step", fails)
     with pytest.raises(torch.OutOfMemoryError) as error:
         s.generate(MANY, PARAMS)
-    assert error.value.rollouts == [] and "would fit" in error.value.__notes__[0]
+    assert error.value.rollouts == [] and "slots=3" in error.value.__notes__[0]
 
 
 def test_rollouts_are_handed_out_while_others_still_run(model):
