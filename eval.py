@@ -228,6 +228,7 @@ def write_json(file: Path, value: dict) -> None:
 
 
 Rows = dict[tuple[str, int], dict]  # (problem id, sample) → row
+SAMPLED = ("id", "sample", "seed", "prompt", "finish", "text", "forced_at", "prompt_tokens", "tokens")  # before grading
 
 
 def read_rows(file: Path, torn_end: bool = False) -> Rows:
@@ -241,7 +242,7 @@ def read_rows(file: Path, torn_end: bool = False) -> Rows:
             continue
         try:
             row = json.loads(line)
-            rows.setdefault((row["id"], row["sample"]), row)
+            rows.setdefault((row["id"], row["sample"]), {**{k: row[k] for k in SAMPLED}, **row})
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{file}:{number}: not a stored sample ({e}); remove the line to sample it again") from e
     return rows
@@ -459,7 +460,7 @@ def grade(rows: list[dict], problems: dict[str, dict], settings: dict, grader: G
                      "why": strict.why, "looping": is_looping(row["tokens"])}
     for part in all_gather_objects(graded):
         graded.update(part)
-    return [{**row, **graded[i]} for i, row in enumerate(rows)]
+    return [{**{k: row[k] for k in SAMPLED}, **graded[i]} for i, row in enumerate(rows)]
 
 
 def is_looping(tokens: list[int], window: int = 512, gram: int = 8) -> bool:
