@@ -2,6 +2,11 @@
 
     torchrun --nproc_per_node=8 train_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data ot.jsonl --out runs/sft
     python train_sft.py --model DIR --data a.jsonl b.jsonl --out runs/try --steps 20      # one process, GPU or CPU
+    python train_sft.py --model DIR --data ot.jsonl --out runs/sft --plan --plan_ranks 8  # batches and memory, no run
+
+A run that was killed goes on when the same command is given again. SIGTERM and SIGUSR1 end the step, save and exit with
+code 75 (torchrun makes that 1; OUT/status says `stopped`). torchrun itself waits 30 s before it kills: give it
+`--signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 600`.
 
 The defaults are the paper's recipe (arXiv 2505.03981, section 2.3 and appendix B.1): AdamW, lr 1e-5 × 0.8 an epoch,
 no weight decay, 4 epochs, sequences cut at 4,096 tokens, about 128 of them a step, vision tower untouched. Where we
@@ -49,7 +54,8 @@ from experiment import (
     quiet_garbage_collection,
     user_errors,
 )
-from model import Model, train_flops
+from memory import Setting, plan_step, table
+from model import Model, ModelConfig, train_flops
 from optim import adamw, guarded_step, lr_at
 from parallel import World, all_any, all_max, all_sum, init, main_first, shutdown
 from vision import ImageConfig
@@ -57,7 +63,8 @@ from vision import ImageConfig
 
 @dataclass
 class Config:
-    MAY_CHANGE: ClassVar[set[str]] = {"epochs", "steps", "val_every", "save_every", "keep_last", "max_bad_steps"}
+    MAY_CHANGE: ClassVar[set[str]] = {"epochs", "steps", "val_every", "save_every", "keep_last", "max_bad_steps",
+                                      "plan", "plan_ranks"}
 
     model: str = option(MISSING, "model directory or hub id to start from")
     data: list[str] = option(MISSING, "jsonl file(s) of conversations, see `python data.py check`")
@@ -95,6 +102,8 @@ class Config:
     save_every: int = option(200, "save resumable state every n steps, 0: only when stopped")
     keep_last: int = option(2, "checkpoints to keep")
     max_bad_steps: int = option(5, "stop after this many non-finite steps in a row")
+    plan: bool = option(False, "print the batches and the memory of a rank, start nothing (the token cache is made)")
+    plan_ranks: int = option(0, "with --plan: for so many GPUs, 0: for this machine as it is")
 
     def __post_init__(self):
         if self.pack_len < self.max_len:
@@ -186,20 +195,14 @@ def pinned(batch: Batch) -> Batch:
     return Batch(*(None if t is None else t.contiguous().pin_memory() for t in vars(batch).values()))
 
 
-def load_data(config: Config, model_dir: Path, run: Run, world: World
-              ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Tokenise (or find in the cache) training and validation files; print what was cut, dropped or skipped."""
+def load_data(config: Config, model_dir: Path, world: World) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Tokenise (or find in OUT/cache) the training and the validation files."""
     sets = []
-    for kind, files in (("training", config.data), ("validation", config.val_data)):
-        if not files:
-            sets.append(None)
-            continue
+    for files in (config.data, config.val_data):
         with main_first(world):
-            dataset, stats = tokenize_files(files, model_dir, max_len=config.max_len, overlong=config.overlong,
-                                            cache_dir=Path(config.out) / "cache", skip_bad_rows=config.skip_bad_rows)
-        run.say(f"{kind} data: {describe_data(stats, config)}")
-        run.log_skipped(kind, stats["faults"])
-        sets.append(dataset)
+            sets.append(tokenize_files(files, model_dir, max_len=config.max_len, overlong=config.overlong,
+                                       cache_dir=Path(config.out) / "cache", skip_bad_rows=config.skip_bad_rows)[0]
+                        if files else None)
     return sets[0], sets[1]
 
 
@@ -227,30 +230,62 @@ def check_early(config: Config, model_dir: Path, world: World) -> None:
         raise ValueError("--adam_dtype bf16 needs CUDA (torch's fused CPU kernel keeps the moments in fp32)")
 
 
+def compute_dtype(config: Config, on_gpu: bool) -> torch.dtype:
+    """What --dtype means on this machine."""
+    return torch.bfloat16 if config.dtype == "bf16" or (config.dtype == "auto" and on_gpu) else torch.float32
+
+
 def build(config: Config, model_dir: Path, world: World, with_vision: bool) -> tuple[Model, torch.optim.Optimizer]:
     """The sharded model and its optimizer."""
-    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and world.device.type == "cuda")
     model = build_model(model_dir, world, with_vision=with_vision, train_vision=config.train_vision,
-                        compute_dtype=torch.bfloat16 if bf16 else torch.float32, checkpointing=config.checkpointing,
-                        compile_blocks=config.compile, reshard_after_forward=config.reshard, replicas=config.replicas)
+                        compute_dtype=compute_dtype(config, world.device.type == "cuda"),
+                        checkpointing=config.checkpointing, compile_blocks=config.compile,
+                        reshard_after_forward=config.reshard, replicas=config.replicas)
     optimizer = adamw(model, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2),
                       state_dtype=torch.bfloat16 if config.adam_dtype == "bf16" else torch.float32)
     return model, optimizer
 
 
-def batch_arithmetic(config: Config, dataset: TokenizedDataset, steps: list, steps_per_epoch: int, world: World) -> str:
-    """The plan of the run as equations, printed before the first step."""
-    first = steps[:steps_per_epoch]
-    packs, tokens = sum(map(len, first)), sum(int(dataset.lengths[pack].sum()) for step in first for pack in step)
-    return (f"{len(dataset)} documents, {dataset.lengths.sum()} tokens ({dataset.supervised.sum()} supervised); "
-            f"{packs} packs of ≤ {config.pack_len}, {tokens / max(1, packs * config.pack_len):.1%} full, no padding\n"
-            f"{max(1, config.batch_tokens // config.pack_len)} packs a step, {steps_per_epoch} steps an epoch, "
-            f"{len(steps)} steps in all on {world.size} rank(s)")
+def batch_arithmetic(config: Config, dataset: TokenizedDataset, steps: list, steps_per_epoch: int, ranks: int) -> str:
+    """The batches of the run as equations, printed before the first step."""
+    packs = [pack for step in steps[:steps_per_epoch] for pack in step]
+    tokens, room = sum(int(dataset.lengths[pack].sum()) for pack in packs), len(packs) * config.pack_len
+    a_step = max(1, config.batch_tokens // config.pack_len)
+    return (f"a step: {a_step} packs × {config.pack_len} tokens = {a_step * config.pack_len}, on {ranks} rank(s), "
+            f"{-(-a_step // ranks)} of them each at most; packs are {tokens / max(1, room):.1%} full, none is padded\n"
+            f"{len(steps)} steps of {steps_per_epoch} an epoch ({len(steps) / steps_per_epoch:.2f} epochs) over "
+            f"{len(dataset)} documents, {dataset.lengths.sum()} tokens")
+
+
+def plan_memory(config: Config, model_config: ModelConfig, ranks: int, on_gpu: bool, with_vision: bool) -> dict[str, int]:
+    """Bytes that a rank will need, by item (memory.py)."""
+    return plan_step(model_config, Setting(
+        ranks, config.replicas, config.pack_len, compute_bytes=compute_dtype(config, on_gpu).itemsize,
+        adam_bytes=2 if config.adam_dtype == "bf16" else 4, checkpointing=config.checkpointing, reshard=config.reshard,
+        train_vision=config.train_vision, with_vision=with_vision, fused=on_gpu,
+        logit_rows=4096 if on_gpu else max(16, 2**23 // model_config.vocab_size)))
+
+
+def show_plan(config: Config, world: World) -> int:
+    """Print batch arithmetic and memory for --plan. Needs the data and the model's config and tokenizer, no weights."""
+    model_dir = resolve_model_dir(config.model, world)
+    dataset, _ = load_data(config, model_dir, world)
+    if world.is_main:
+        steps, steps_per_epoch = plan_steps(dataset.lengths, config)
+        ranks, on_gpu = config.plan_ranks or world.size, config.plan_ranks > 0 or world.device.type == "cuda"
+        print(describe_data(dataset.stats, config))
+        print(batch_arithmetic(config, dataset, steps, steps_per_epoch, ranks))
+        print(f"memory of each of {ranks} {'GPU' if on_gpu else 'CPU rank'}(s):")
+        print(table(plan_memory(config, ModelConfig.from_dir(model_dir), ranks, on_gpu,
+                                config.train_vision or dataset.has_images)))
+    return 0
 
 
 def train(config: Config) -> int:
     """Run to the end, or to a signal. Returns the exit code."""
     world = init(config.device)
+    if config.plan:
+        return show_plan(config, world)
     with main_first(world):
         run = Run(config.out, config, is_main=world.is_main)
     if all_any(run.complete):
@@ -258,17 +293,23 @@ def train(config: Config) -> int:
     model_dir = resolve_model_dir(config.model, world)
     with main_first(world):
         check_early(config, model_dir, world)
-    dataset, val = load_data(config, model_dir, run, world)
+    dataset, val = load_data(config, model_dir, world)
+    for kind, data in (("training", dataset), ("validation", val)):
+        if data is not None:
+            run.say(f"{kind} data: {describe_data(data.stats, config)}")
+            run.log_skipped(kind, data.stats["faults"])
     with_images = config.train_vision or dataset.has_images
     images = ImageConfig.from_dir(model_dir) if with_images else None
     steps, steps_per_epoch = plan_steps(dataset.lengths, config)
-    run.say(batch_arithmetic(config, dataset, steps, steps_per_epoch, world))
+    run.say(batch_arithmetic(config, dataset, steps, steps_per_epoch, world.size))
     model, optimizer = build(config, model_dir, world, with_images)
     state_root = Path(config.out) / "checkpoints"
     at = resume(state_root, model, optimizer, run, world)
     run.start(header(world_size=world.size, data=hash_files(config.data + config.val_data), model=str(model_dir),
                      attention=attention.backend(world.device, torch.bfloat16)) if world.is_main else {}, at["step"])
     run.progress(len(steps), at["step"])
+    on_gpu = world.device.type == "cuda"
+    planned = plan_memory(config, model.config, world.size, on_gpu, with_images)["peak"] / 2**30 if on_gpu else None
 
     def validate(step: int) -> None:  # also at the start, and where a kill came between saving and validating
         due = val is not None and (step == len(steps) or step % config.val_every == 0)
@@ -294,7 +335,7 @@ def train(config: Config) -> int:
               "bad_in_a_row": 0 if stepped else at["bad_in_a_row"] + 1}
         metrics = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), "loss": loss_sum / supervised,
                    "lr": lr, "grad_norm": norm, "supervised_tokens": supervised, "bad_steps": at["bad_steps"],
-                   **clock.figures(dataset.lengths[documents], waited)}
+                   **clock.figures(dataset.lengths[documents], waited), "memory_plan_gib": planned}
         run.log(metrics)
         run.say(describe(metrics, len(steps)))
         run.advance()
@@ -346,8 +387,9 @@ class Clock:
 
 def describe(m: dict, total: int) -> str:
     """A step's figures on one line."""
+    plan = f" (plan {m['memory_plan_gib']:.2f})" if m["memory_plan_gib"] else ""
     parts = [f"step {m['step']}/{total}", f"loss {m['loss']:.4f}", f"lr {m['lr']:.2e}", f"norm {m['grad_norm']:.3f}",
-             f"{m['tok_per_s']:.0f} tok/s", f"mem {m['memory_gib']:.2f} GiB", f"data {m['data_wait_s']:.3f} s"]
+             f"{m['tok_per_s']:.0f} tok/s", f"mem {m['memory_gib']:.2f} GiB{plan}", f"data {m['data_wait_s']:.3f} s"]
     if m["mfu"]:
         parts.append(f"MFU {m['mfu']:.1%} (PaLM {m['mfu_palm']:.1%})")
     if m["bad_steps"]:

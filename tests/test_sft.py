@@ -133,6 +133,19 @@ def test_a_finished_run_can_be_made_longer(whole, inputs, sft, tmp_path):
     assert code == 0 and "resuming" in said and len(metrics(tmp_path / "o")) == 10
 
 
+def test_a_plan_starts_nothing_and_does_not_stand_in_the_way(sft, monkeypatch, tmp_path):
+    """--plan needs no weights, leaves the token cache alone, and the run may follow in the same directory."""
+    out = tmp_path / "o"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sft, "build_model", None)
+        code, said, _ = sft("--plan", "--plan_ranks", 4, "--steps", 2, "--out", out)
+        assert code == 0 and "each of 4 GPU(s)" in said and "peak" in said and "2 steps of" in said
+        code, here, _ = sft("--plan", "--steps", 2, "--out", out)
+        assert code == 0 and "each of 1 CPU rank(s)" in here
+    assert [p.name for p in out.iterdir()] == ["cache"]
+    assert sft("--steps", 2, "--out", out)[0] == 0
+
+
 # ------------------------------------------------------------------------------------------- signals, kills, resume
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_step_saves_and_says_so(whole, inputs, sft, monkeypatch, tmp_path, number):
