@@ -3,21 +3,22 @@
     torchrun --nproc_per_node=8 eval.py --model DIR --data mmmu.jsonl gsm8k.jsonl --out runs/eval/base
     python eval.py … --samples 5 --temperature 0.3      avg@5, maj@5, pass@5 (the paper's second protocol)
     python eval.py … --budgets 512,1024,2048            accuracy by thinking budget, from the samples that are stored
-    python eval.py … --blind --samples 3 --temperature 0.3     images removed; OUT/solved.txt: what text alone solves every time
+    python eval.py … --blind --samples 3 --temperature 0.3     without images; OUT/solved.txt: solved every time
     python eval.py --data … --out OUT --rescore         grade the stored samples again, without a model
-    python eval.py --data … --out OUT --rescore --compare OTHER [--drop OTHER/solved.txt]
+    python eval.py --data … --out OUT --rescore --compare OTHER [--drop BLIND/solved.txt]
 
 OUT/samples.jsonl   one row a sample: prompt, output, extracted answer, gold, score, tokens, finish, seed
-OUT/result.json     every figure; the last line on stdout is its summary      OUT/config.json   what the samples depend on
-OUT/header.json     command, versions, commit, machine, whole prompts         OUT/budget_N.jsonl  tails of the budget curve
+OUT/result.json     every figure; the last line on stdout is its summary
+OUT/config.json     what the samples depend on         OUT/header.json     command, versions, commit, whole prompts
+OUT/solved.txt      ids of which all samples are right OUT/budget_N.jsonl  answers after a forced exit at N
 
-In order: problems are checked and rendered before a model is loaded → each rank samples its share, rows are appended as
-they end, a run that was cut goes on → all are graded → sets, slices, curve and comparison. A sample depends on (seed,
-problem, sample) and not on ranks or batches, up to rounding in matrix products of another size.
+In order: problems are checked and rendered before a model is loaded → each rank samples its share, and rows are
+appended as they end, so that a run that was cut goes on → all are graded → sets, slices, curve and comparison. A sample
+depends on (seed, problem, sample) and not on ranks or batches, up to rounding in matrix products of another size.
 
-From the paper (arXiv 2505.03981, section 3 and appendix C): prompts, greedy and 5 samples at 0.3, forced exit, removal of
-text-solvable questions. From its model card: 262,144 pixels an image. Ours, where it is silent: the extraction rule
-(`rewards.py`: strict, cut text is never an answer, nothing is guessed), plurality with ties by their mean, all intervals.
+From the paper (arXiv 2505.03981, section 3 and appendix C): prompts, greedy and 5 samples at 0.3, forced exit, removal
+of text-solvable questions. From its model card: 262,144 pixels an image. Ours, where it is silent: the extraction rule
+(`rewards.py`: strict, cut text is never an answer, nothing is guessed), plurality with ties by their mean, intervals.
 """
 from __future__ import annotations
 
@@ -37,9 +38,17 @@ import equality
 import notation
 import rewards
 import stats
-from checkpoint import WeightFiles, build_model, resolve_model_dir
-from data import INSTRUCTIONS, Prompt, image_token_count, load_images, load_problems, load_tokenizer, prompt_text, \
-    prompt_tokens
+from checkpoint import build_model, check_model_dir, resolve_model_dir
+from data import (
+    INSTRUCTIONS,
+    Prompt,
+    image_token_count,
+    load_images,
+    load_problems,
+    load_tokenizer,
+    prompt_text,
+    prompt_tokens,
+)
 from experiment import hash_files, header, option, parse_config, user_errors
 from model import Model, ModelConfig
 from parallel import World, all_gather_objects, barrier, gathered, init, main_first, shutdown
@@ -69,8 +78,8 @@ class Config:
     seed: int = option(0, "with problem and sample it decides every sampled token")
     prompt_style: str = option("kind", f"kind: the paper's prompt for each kind of problem; or one for all: "
                                f"{', '.join(INSTRUCTIONS)}")
-    min_pixels: int = option(262_144, "images are scaled up to this (model card: 262144); 0: the model directory's limit")
-    max_pixels: int = option(262_144, "images are scaled down to this (model card: 262144); 0: the directory's limit")
+    min_pixels: int = option(262_144, "scale images up to this (model card: 262144); 0: the model directory's limit")
+    max_pixels: int = option(262_144, "scale images down to this (model card: 262144); 0: the directory's limit")
     blind: bool = option(False, "remove all images: what can be solved from the text alone (paper: table 6)")
     dtype: Literal["auto", "bf16", "fp32"] = option("auto", "auto: bf16 on CUDA, fp32 on CPU")
     # which problems, and what to do with the samples
@@ -78,8 +87,8 @@ class Config:
     drop: str = option("", "file of ids, one a line, to leave out, such as OUT/solved.txt of a blind run")
     skip_bad_rows: bool = option(False, "evaluate without the rows that fail the check")
     rescore: bool = option(False, "grade the stored samples again; nothing is sampled, no model is needed")
-    budgets: str = option("", "thinking budgets such as 512,1024,2048: what forced exit there would have given; only the "
-                          "answers are generated")
+    budgets: str = option("", "thinking budgets such as 512,1024,2048: what forced exit there would have given; only "
+                          "the answers are generated")
     compare: str = option("", "another evaluation's directory: paired differences, this minus the other")
     # machinery
     slots: int = option(0, "samples decoded at once on a rank, 0: by --kv_gb")
@@ -92,7 +101,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.n > 1 and self.temperature == 0:
-            raise ValueError(f"--samples {self.n} at --temperature 0 gives {self.n} equal samples; pass --temperature 0.3")
+            raise ValueError(f"--samples {self.n} at --temperature 0 gives {self.n} equal ones; pass --temperature 0.3")
         if self.prompt_style not in ("kind", *INSTRUCTIONS):
             raise ValueError(f"--prompt_style {self.prompt_style}: one of kind, {', '.join(INSTRUCTIONS)}")
         if not self.model and not self.rescore:
@@ -232,27 +241,35 @@ SAMPLED = ("id", "sample", "seed", "prompt", "finish", "text", "forced_at", "pro
 
 
 def read_rows(file: Path, torn_end: bool = False) -> Rows:
-    """The rows of a samples file. torn_end: what follows the last line break was cut by a crash and is dropped.
-    Raises ValueError with file and line for anything else that is not a row."""
-    rows = {}
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    lines = text.split("\n")
-    for number, line in enumerate(lines[:-1] if torn_end else lines, 1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            rows.setdefault((row["id"], row["sample"]), {**{k: row[k] for k in SAMPLED}, **row})
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{file}:{number}: not a stored sample ({e}); remove the line to sample it again") from e
+    """The rows of a samples file, tokens as int32 arrays. torn_end: what follows the last line break was cut by a crash
+    and is dropped. Raises ValueError with file and line for anything else that is not a row."""
+    rows: Rows = {}
+    if not file.is_file():
+        return rows
+    with open(file, encoding="utf-8", errors="replace", newline="\n") as f:
+        for number, line in enumerate(f, 1):
+            if torn_end and not line.endswith("\n"):
+                break
+            try:
+                row = json.loads(line)
+                row = {k: row[k] for k in SAMPLED} | row
+                row["tokens"] = np.array(row["tokens"], np.int32)
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f"{file}:{number}: not a stored sample ({type(e).__name__}: {e}); remove the line to "
+                                 f"sample it again") from e
+            rows.setdefault((row["id"], row["sample"]), row)
     return rows
 
 
 def write_rows(file: Path, rows: Sequence[dict]) -> None:
     tmp = file.with_suffix(".tmp")
-    with open(tmp, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    with open(tmp, "w", encoding="utf-8", newline="\n") as f:
+        f.writelines(as_line(r) for r in rows)
     tmp.rename(file)
+
+
+def as_line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist) + "\n"
 
 
 def collect(out: Path, stage: str) -> None:
@@ -273,8 +290,8 @@ def check_questions(rows: Rows, problems: list[dict], style: str, file: Path) ->
     for p in problems:
         row = rows.get((p["id"], 0))
         if row is not None and row["prompt"] != prompt_text(p, style):
-            raise ValueError(f"{file}: the question or the options of {p['id']} have changed since it was sampled; name "
-                             f"another --out, or remove its rows there")
+            raise ValueError(f"{file}: the question or the options of {p['id']} have changed since it was sampled; "
+                             f"name another --out, or remove its rows there")
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
@@ -327,19 +344,20 @@ class Engine:
     def run(self, stage: str, jobs: list[Job], params: SamplingParams) -> None:
         """Sample this rank's jobs and append each row as it ends; then rank 0 joins the ranks' files. Collective."""
         out, world = Path(self.config.out), self.world
+        part = out / f"{stage}.part{world.rank}.jsonl"
         model, begin = self.load(), time.perf_counter()
         longest = max((len(j.tokens) for j in jobs), default=1)
         sampler = Sampler(model, max_len=longest + params.max_new_tokens, slots=self.config.slots or None,
                           kv_gb=self.config.kv_gb or None,
                           min_rows=16 if world.device.type == "cpu" else 1)  # a row's bits don't depend on the batch
-        with gathered(model), open(out / f"{stage}.part{world.rank}.jsonl", "a", encoding="utf-8") as file:
+        with gathered(model), open(part, "a", encoding="utf-8", newline="\n") as file:
             for chunk in chunks(jobs, self.model_config.image_token_id):
                 prompts = [Prompt(j.tokens, *load_images(j.problem.get("images") or [], self.images)) for j in chunk]
 
                 def write(rollout: Rollout, chunk=chunk) -> None:
                     row = self.row(chunk[rollout.prompt_index], rollout)
                     self.tokens += rollout.sampled_tokens
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(as_line(row))
                     file.flush()
                 sampler.generate(prompts, params, sample_ids=[j.key for j in chunk], on_finish=write,
                                  progress=world.is_main)
@@ -422,12 +440,12 @@ def run_budget(engine: Engine, rows: Rows, problems: list[dict], budget: int, wo
     for p in problems:
         for sample in range(engine.settings["n"]):
             row = rows[p["id"], sample]
-            at = exit_place(row["tokens"], row["forced_at"], row["finish"] == "length", table, budget)
+            at = exit_place(row["tokens"].tolist(), row["forced_at"], row["finish"] == "length", table, budget)
             if at is None or at == row["forced_at"] or (p["id"], sample) in have:
                 continue
             wanted += 1
             if wanted % world.size == world.rank:
-                head = [*row["tokens"][:at], *engine.exit["exit_tokens"]]
+                head = [*row["tokens"][:at].tolist(), *engine.exit["exit_tokens"]]
                 key = problem_key(p, salt=budget * 1_000_003 + sample + 1)
                 jobs.append(Job(p, [*engine.prompt(p), *head], key, sample, head, at))
     if wanted:
@@ -440,8 +458,8 @@ def run_budget(engine: Engine, rows: Rows, problems: list[dict], budget: int, wo
 def check_budgets(budgets: list[int], settings: dict) -> None:
     limit = settings["think_budget"] or settings["max_new_tokens"]
     if budgets and budgets[-1] > limit:
-        raise ValueError(f"--budgets {budgets[-1]}: the stored thoughts end at {limit} tokens; budgets up to there can be "
-                         f"drawn from them")
+        raise ValueError(f"--budgets {budgets[-1]}: the stored thoughts end at {limit} tokens; budgets up to there "
+                         f"can be drawn from them")
 
 
 # -------------------------------------------------------------------------------------------------------- grading
@@ -463,10 +481,10 @@ def grade(rows: list[dict], problems: dict[str, dict], settings: dict, grader: G
     return [{**{k: row[k] for k in SAMPLED}, **graded[i]} for i, row in enumerate(rows)]
 
 
-def is_looping(tokens: list[int], window: int = 512, gram: int = 8) -> bool:
+def is_looping(tokens: Sequence[int], window: int = 512, gram: int = 8) -> bool:
     """Does the end of a completion repeat itself: are fewer than half of the 8-grams of its last 512 tokens different?
     Completions below 64 tokens never count."""
-    tail = tokens[-window:]
+    tail = list(tokens[-window:])
     grams = [tuple(tail[i:i + gram]) for i in range(len(tail) - gram + 1)]
     return len(tail) >= 64 and len(set(grams)) < len(grams) / 2
 
@@ -501,7 +519,8 @@ def set_figures(problems: list[dict], rows: list[list[dict]], settings: dict) ->
         "lenient": lenient.mean, "lenient_low": lenient.low, "lenient_high": lenient.high,
         "unparsed": share(r["status"] == "no_answer" for r in flat),
         "truncated": share(r["finish"].endswith("length") for r in flat), "forced": share(forced),
-        "looping": share(r["looping"] for r in flat), "grader_failed": share(r["status"] in ("timeout", "error") for r in flat),
+        "looping": share(r["looping"] for r in flat),
+        "grader_failed": share(r["status"] in ("timeout", "error") for r in flat),
         "accuracy_natural": share(r["score"] for r, f in zip(flat, forced) if not f) if not all(forced) else None,
         "accuracy_forced": share(r["score"] for r, f in zip(flat, forced) if f) if any(forced) else None,
         "accuracy_without_exit": share(r["score"] * (not f) for r, f in zip(flat, forced)),
@@ -569,8 +588,8 @@ def compare(problems: list[dict], rows: list[list[dict]], other: Path, rules: st
         stored.setdefault(name, []).append(row)
     changed = [p["id"] for p in problems if p["id"] in stored and stored[p["id"]][0]["gold"] != p["answer"]]
     if changed:
-        raise ValueError(f"--compare {other}: the gold of {changed[0]} differs there ({len(changed)} differ); grade both "
-                         f"with the same data, --rescore")
+        raise ValueError(f"--compare {other}: the gold of {changed[0]} differs there ({len(changed)} differ); grade "
+                         f"both with the same data, --rescore")
     sets = {}
     for name, places in sets_of(problems).items():
         both = [i for i in places if problems[i]["id"] in stored]
@@ -617,8 +636,8 @@ def report(result: dict) -> str:
                                         "accuracy_forced")),
               f"{s['tokens_mean']:.0f}", f"{s['tokens_p95']:.0f}", f"{s['words_mean']:.0f}"]
              for name, s in sets.items()]
-    parts = [table(["set", "n", metric, "95% interval", "lenient", *votes, "unparsed", "cut", "forced", "looping", "natural",
-                    "if forced", "tokens", "p95", "words"], lines)]
+    parts = [table(["set", "n", metric, "95% interval", "lenient", *votes, "unparsed", "cut", "forced", "looping",
+                    "natural", "if forced", "tokens", "p95", "words"], lines)]
     if len(sets) > 1:
         parts.append(f"all tasks: {percent(result['micro'])} over questions, {percent(result['macro'])} over tasks")
     for name, s in sets.items():
@@ -629,10 +648,12 @@ def report(result: dict) -> str:
         parts.append(table(["set", "budget", "accuracy", "95% interval", "no exit", "forced", "cut", "tokens"], [
             [name, b, percent(s["accuracy"]), f"{percent(s['low'])} … {percent(s['high'])}",
              percent(s["accuracy_without_exit"]), percent(s["forced"]), percent(s["truncated"]),
-             f"{s['tokens_mean']:.0f}"] for name in sets for b, point in result["budgets"].items() for s in [point[name]]]))
+             f"{s['tokens_mean']:.0f}"]
+            for name in sets for b, point in result["budgets"].items() for s in [point[name]]]))
     if result["compare"]:
-        parts.append(f"this minus {result['compare']['other']} (mde: the difference that this set shows 4 times in 5)\n" + table(
-            ["set", "n", "this", "other", "difference", "95% interval", "p", "Holm", "McNemar", "only this/other", "mde"],
+        parts.append(f"this minus {result['compare']['other']} (mde: the difference that the set shows 4 times in 5)")
+        parts.append(table(["set", "n", "this", "other", "difference", "95% interval", "p", "Holm", "McNemar",
+                            "only this/other", "mde"],
             [[name, str(s["n"]), percent(s["this"]), percent(s["other"]), f"{100 * s['difference']:+.1f}",
               f"{percent(s.get('low'))} … {percent(s.get('high'))}", number(s.get("p")), number(s.get("p_holm")),
               number(s.get("mcnemar")), f"{s['only_this']}/{s['only_other']}" if "only_this" in s else "-",
@@ -657,7 +678,8 @@ def headline(result: dict) -> dict:
     line = {"micro": result["micro"], "macro": result["macro"],
             "sets": {name: {k: s[k] for k in keys if k in s} for name, s in result["sets"].items()}}
     if result["budgets"]:
-        line["budgets"] = {b: {name: s["accuracy"] for name, s in point.items()} for b, point in result["budgets"].items()}
+        line["budgets"] = {b: {name: s["accuracy"] for name, s in point.items()}
+                           for b, point in result["budgets"].items()}
     return line | ({"compare": result["compare"]["sets"]} if result["compare"] else {})
 
 
@@ -686,7 +708,8 @@ def write_header(config: Config, settings: dict, engine: Engine, problems: list[
             examples[p["kind"]] = re.sub(r"(?:<\|image_pad\|>){2,}", "<|image_pad|>…", text)
     write_json(Path(config.out) / "header.json", {
         **header(world_size=world.size), "model": str(engine.dir), "settings": settings, "prompts": examples,
-        "exit_text": engine.tokenizer.decode(engine.exit["exit_tokens"]), "stop_ids": engine.stop_ids})
+        "exit_text": engine.tokenizer.decode(engine.exit["exit_tokens"]), "stop_ids": engine.stop_ids,
+        "rules": {"rule": "answer", "sha256": rules_sha256()}})
     print(f"model {engine.dir}, {settings['dtype']} on {world.size} x {world.device.type}; {len(problems)} problems; "
           f"settings: " + ", ".join(f"{k} {settings[k]}" for k in SAMPLES_DEPEND_ON), flush=True)
     for kind, text in examples.items():
@@ -712,8 +735,8 @@ def all_samples(config: Config, settings: dict, problems: list[dict], model_dir:
         budgets = budgets or [int(b) for b in old["budgets"]]
     else:
         check_budgets(budgets, settings)
+        check_model_dir(model_dir)
         engine = Engine(config, settings, model_dir, problems, world)
-        WeightFiles(model_dir).check()
         if world.is_main:
             write_header(config, settings, engine, problems, world)
         sample_missing(engine, rows, problems, world)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import scipy.stats
 from PIL import Image
+from ranks import run_ranks
 
 import data
 import eval as ev
 import rewards
 import sampling
-from ranks import run_ranks
 
 ROOT = Path(ev.__file__).parent
 REAL = ROOT.parent / "shared" / "data" / "images_mmmu_pro"
@@ -77,12 +77,12 @@ def problems(tmp_path_factory):
 
 
 def config(model_dir, problems, out, **changes) -> ev.Config:
-    return ev.Config(**{**dict(data=[str(problems)], out=str(out), model=str(model_dir), max_new_tokens=40, answer_budget=6,
-                               min_pixels=0, max_pixels=6272, slots=8, device="cpu", graders=1), **changes})
+    return ev.Config(**{**dict(data=[str(problems)], out=str(out), model=str(model_dir), max_new_tokens=40,
+                               answer_budget=6, min_pixels=0, max_pixels=6272, slots=8, device="cpu", graders=1), **changes})
 
 
 def stored(out: Path, name: str = "samples.jsonl") -> dict:
-    return {(r["id"], r["sample"]): r for r in map(json.loads, (out / name).read_text().splitlines())}
+    return {(r["id"], r["sample"]): r for r in map(json.loads, (out / name).read_text().strip().split("\n"))}
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -111,7 +111,7 @@ def test_two_ranks_and_a_resumed_crash_give_the_same_files(model_dir, problems, 
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_bytes((five / "config.json").read_bytes())
-    lines = (five / "samples.jsonl").read_text().splitlines(keepends=True)
+    lines = (five / "samples.jsonl").read_text().strip().split("\n")
     raw = [{k: json.loads(line)[k] for k in ev.SAMPLED} for line in lines]
     write(out / "samples.part0.jsonl", raw[:7])  # problems 0 whole and 1 in part, as a killed run of two ranks left them
     write(out / "samples.part1.jsonl", raw[20:23])
@@ -182,7 +182,8 @@ def test_budget_curve_equals_runs_with_these_budgets(model_dir, problems, tmp_pa
         want, point = stored(direct), stored(out) | stored(out, f"budget_{budget}.jsonl")
         keys = ("tokens", "finish", "forced_at", "text", "prompt_tokens", "score")
         assert {k: [r[x] for x in keys] for k, r in point.items()} == {k: [r[x] for x in keys] for k, r in want.items()}
-        figures, whole = result["budgets"][str(budget)]["quiz"], json.loads((direct / "result.json").read_text())["sets"]["quiz"]
+        figures = result["budgets"][str(budget)]["quiz"]
+        whole = json.loads((direct / "result.json").read_text())["sets"]["quiz"]
         assert figures == {k: whole[k] for k in figures}
         assert whole["forced"] == 1 and whole["accuracy_natural"] is None
     monkeypatch.setattr(ev, "build_model", lambda *a, **k: pytest.fail("nothing is left to sample: no model is needed"))
@@ -339,7 +340,8 @@ def test_rescore_takes_mended_golds_and_refuses_other_settings(tmp_path, inline,
     """Prevents a mended gold from needing new samples, and flags that a rescore would silently ignore."""
     problems = [choice(0), choice(1)]
     file = write(tmp_path / "p.jsonl", problems)
-    out = make_run(tmp_path / "run", {"q/0": [say("A")], "q/1": [say("B")]}, problems)
+    odd = ("<think>\u2028 \x85 \x0b</think><answer>B</answer>", "stop")  # str.splitlines would cut here
+    out = make_run(tmp_path / "run", {"q/0": [say("A")], "q/1": [odd]}, problems)
     assert rescore(out, file)["micro"] == 0.5
     write(file, [choice(0, answer="A"), choice(1)])
     assert rescore(out, file)["micro"] == 1.0
@@ -349,7 +351,7 @@ def test_rescore_takes_mended_golds_and_refuses_other_settings(tmp_path, inline,
         rescore(out, write(file, [choice(0), choice(1), choice(2)]))
     with open(out / "samples.jsonl", "a") as f:
         f.write("{}\n")
-    with pytest.raises(ValueError, match=r"samples.jsonl:3: not a stored sample"):
+    with pytest.raises(ValueError, match=r"samples.jsonl:3: not a stored sample .*'id'"):
         rescore(out, file)
 
 
@@ -373,7 +375,7 @@ MISTAKES = [
     ([choice(0)], {"model": "./nowhere"}, "--model ./nowhere: no such directory"),
     ([choice(0)], {"model": ""}, "--model is missing"),
     ([choice(0)], {"think_budget": 39}, "think_budget 39 leaves no room"),
-    ([choice(0)], {"n": 3}, "3 at --temperature 0 gives 3 equal samples"),
+    ([choice(0)], {"n": 3}, "3 at --temperature 0 gives 3 equal ones"),
     ([choice(0)], {"budgets": "1k"}, "--budgets 1k: give tokens as whole numbers"),
     ([choice(0)], {"prompt_style": "nice"}, "--prompt_style nice: one of kind, train"),
     ([choice(0)], {"compare": "nowhere"}, "--compare nowhere: holds no result.json"),
