@@ -28,12 +28,11 @@ from typing import Callable, Protocol, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from attention import apply_rope, attend
+from attention import attend
 from decode_kernels import Graphs, decode_attend, plan_attention
 from model import Model, head_logits, rope_cos_sin
 from sampling import force_exit, sample_key, sample_token, uniform
@@ -179,33 +178,29 @@ def choose(s: SimpleNamespace, head: torch.Tensor, p: SimpleNamespace) -> torch.
     return token
 
 
-def block(w: SimpleNamespace, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Callable, c
-          ) -> torch.Tensor:
-    """`model.Block` on fused weights: x (R, C) → (R, C). attention(q (R, Hq, D), k, v (R, Hkv, D)) → (R, Hq, D)."""
-    heads = c.num_attention_heads + c.num_key_value_heads
-    h = F.rms_norm(x, w.norm1.shape, w.norm1, c.rms_norm_eps)
-    qkv = F.linear(h, w.qkv, w.qkv_bias).unflatten(-1, (-1, c.head_dim))  # (R, Hq + 2 Hkv, D)
-    q, k = apply_rope(qkv[:, :heads], cos, sin).split([c.num_attention_heads, c.num_key_value_heads], dim=1)
-    x = x + F.linear(attention(q, k, qkv[:, heads:]).flatten(1), w.o)
-    gate, up = F.linear(F.rms_norm(x, w.norm2.shape, w.norm2, c.rms_norm_eps), w.gate_up).chunk(2, dim=-1)
-    return x + F.linear(F.silu(gate) * up, w.down)
+def through(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Callable
+            ) -> torch.Tensor:
+    """`model.Block` with another attention: x (R, C) → (R, C); attention(q (R, Hq, D), k, v (R, Hkv, D)) → (R, Hq, D).
+    Calls the block's parts and not the block, on whose call FSDP would gather."""
+    q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
+    x = x + layer.self_attn.o_proj(attention(q, k, v).flatten(1))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
-def decode_step(w: SimpleNamespace, s: SimpleNamespace, p: SimpleNamespace, c, bounds: list[int] | None = None) -> None:
+def decode_step(model: Model, angles: tuple[torch.Tensor, torch.Tensor], s: SimpleNamespace, p: SimpleNamespace,
+                bounds: list[int] | None = None) -> None:
     """One token for every row of `s`, in place; no value is read by the host, so a CUDA graph can hold all of it.
-    w: `Sampler.weights`; p: constants of the call; c: ModelConfig; bounds: see `plan_attention`."""
-    token = choose(s, w.head, p)
-    x = F.embedding(token, w.embed)  # (B, C)
-    position = s.length + s.delta  # one for all three axes: the new token is text
-    cos, sin = w.cos[position], w.sin[position]
+    angles: cos and sin by position, (max_len, D/2) each; p: constants of the call; bounds: see `plan_attention`."""
+    x = model.model.embed_tokens(choose(s, model.head_weight(), p))  # (B, C)
+    cos, sin = (a[s.length + s.delta] for a in angles)  # one position for all three axes: the new token is text
     plan = plan_attention(s.length, s.kv.shape[3], bounds)
-    for layer, (keys, values) in zip(w.layers, zip(*s.kv)):  # (B, capacity, Hkv, D) each
+    for layer, keys, values in zip(model.model.layers, *s.kv):  # (B, capacity, Hkv, D) each
         def attention(q, k, v, keys=keys, values=values):
             keys.index_put_((s.rows, s.length), k)
             values.index_put_((s.rows, s.length), v)
             return decode_attend(q, keys, values, plan)
-        x = block(layer, x, cos, sin, attention, c)
-    s.hidden.copy_(F.rms_norm(x, w.norm.shape, w.norm, c.rms_norm_eps))
+        x = through(layer, x, cos, sin, attention)
+    s.hidden.copy_(model.model.norm(x))
     s.length += 1 - s.done
 
 
@@ -243,55 +238,38 @@ class Sampler:
         self.model, self.config, self.capacity = model, model.config, max_len
         self.wanted_slots, self.kv_gb, self.dtype, self.min_rows = slots, kv_gb, dtype, min_rows
         self.sync_every, self.prefill_tokens = sync_every, prefill_tokens
-        self.copies: dict[str, torch.Tensor] = {}  # persistent, so that graphs may read them
-        self.addresses: dict[str, int] = {}
-        self.weights = self.slots = self.graphs = self.graphs_for = None
+        self.decoder: Model | None = None  # whose weights decode: `model` itself, or a copy of its language model
+        self.angles = self.slots = self.graphs = self.graphs_for = self.addresses = None
         self.stats: dict[str, float] = {}  # of the last call: seconds and tokens of prefill and decode
 
     # weights ------------------------------------------------------------------------------------------------------
     @torch.inference_mode()
     def update_weights(self) -> None:
-        """Take the model's weights as they are now; `generate` does it by itself. q, k, v and gate, up are fused into
-        persistent copies; the others are aliased, unless FSDP owns the model, whose gathered tensors do not last."""
-        m, c = self.model.model, self.config
-        weight = m.embed_tokens.weight
+        """Take the model's weights as they are now; `generate` does it by itself. They are used where they are, but for
+        two cases that get a copy: another dtype, and CUDA graphs of a sharded model, whose gathered tensors do not last.
+        """
+        weight = self.model.model.embed_tokens.weight
         if isinstance(weight, DTensor):
             raise ValueError("the model is sharded: sample inside `with parallel.gathered(model):`")
         self.device, dtype = weight.device, self.dtype or weight.dtype
-        layers = []
-        for i, b in enumerate(m.layers):
-            a, mlp = b.self_attn, b.mlp
-            parts = {"qkv": (a.q_proj.weight, a.k_proj.weight, a.v_proj.weight), "o": (a.o_proj.weight,),
-                     "qkv_bias": (a.q_proj.bias, a.k_proj.bias, a.v_proj.bias), "down": (mlp.down_proj.weight,),
-                     "gate_up": (mlp.gate_proj.weight, mlp.up_proj.weight), "norm1": (b.input_layernorm.weight,),
-                     "norm2": (b.post_attention_layernorm.weight,)}
-            layers.append(SimpleNamespace(**{k: self._take(f"{i}.{k}", v, dtype) for k, v in parts.items()}))
-        embed = self._take("embed", (weight,), dtype)
-        tied = self.model.lm_head is None
-        if "cos" not in self.copies:  # angles of every position that a new token can have
-            angles = rope_cos_sin(torch.arange(self.capacity, device=self.device).expand(3, -1), c)
-            self.copies.update(zip(("cos", "sin"), angles))
-        self.weights = SimpleNamespace(
-            layers=layers, embed=embed, head=embed if tied else self._take("head", (self.model.lm_head.weight,), dtype),
-            norm=self._take("norm", (m.norm.weight,), dtype), cos=self.copies["cos"], sin=self.copies["sin"])
-
-    def _take(self, name: str, parts: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
-        """One weight, or several stacked by rows: the parameter itself where that is safe, else our own copy."""
-        parts, own = [p.detach() for p in parts], self.copies.get(name)
-        if len(parts) == 1 and parts[0].dtype == dtype and not isinstance(self.model, FSDPModule):
-            new = parts[0]
-        elif own is not None and own.dtype == dtype and own.device == self.device:
-            new = torch.cat(parts, out=own)
+        if dtype == weight.dtype and not (self.device.type == "cuda" and isinstance(self.model, FSDPModule)):
+            self.decoder = self.model
         else:
-            new = self.copies[name] = torch.cat([p.to(dtype) for p in parts])
-        if self.addresses.get(name) != new.data_ptr():
-            self.graphs = None  # they hold the old address
-        self.addresses[name] = new.data_ptr()
-        return new
+            if self.decoder in (None, self.model):
+                with torch.device("meta"):
+                    self.decoder = Model(self.config)
+                self.decoder.to(dtype).to_empty(device=self.device)
+            for name, p in self.decoder.named_parameters():
+                p.copy_(self.model.get_parameter(name))
+        addresses = [p.data_ptr() for p in self.decoder.parameters()]
+        if addresses != self.addresses:
+            self.addresses, self.graphs = addresses, None  # they read the old ones
+        if self.angles is None:  # of every position that a new token can have
+            self.angles = rope_cos_sin(torch.arange(self.capacity, device=self.device).expand(3, -1), self.config)
 
     def release(self) -> None:
-        """Give back all memory: KV cache, weights, graphs. The next `generate` takes it again."""
-        self.copies, self.weights, self.slots, self.graphs = {}, None, None, None
+        """Give back all memory: KV cache, copied weights, graphs. The next `generate` takes it again."""
+        self.decoder = self.slots = self.graphs = self.graphs_for = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -301,7 +279,7 @@ class Sampler:
         if self.slots is not None:
             self.slots.clear()
             return
-        c, dtype, cuda = self.config, self.weights.embed.dtype, self.device.type == "cuda"
+        c, dtype, cuda = self.config, self.dtype or self.model.model.embed_tokens.weight.dtype, self.device.type == "cuda"
         token_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
         budget = math.inf  # on a CPU pages that are never touched cost nothing
         if self.kv_gb is not None:
@@ -392,8 +370,8 @@ class Sampler:
         values = [x.tolist() if isinstance(x, torch.Tensor) else x for x in vars(run.constants).values()]
         if self.graphs is None or self.graphs_for[0] != values:
             self.graphs_for = values, run.constants  # whose tensors the graphs read
-            self.graphs = Graphs(lambda rows: decode_step(self.weights, self.slots.first(rows), run.constants,
-                                                          self.config), len(self.slots.rows))
+            self.graphs = Graphs(lambda rows: decode_step(self.decoder, self.angles, self.slots.first(rows),
+                                                          run.constants), len(self.slots.rows))
 
     def _prefill(self, run: "Run") -> None:
         """Stage the next prompts: as many as fit a packed pass of `prefill_tokens`, one at least."""
@@ -410,16 +388,16 @@ class Sampler:
         cu = torch.tensor([0, *(len(p.tokens) for p in prompts)]).cumsum(0).int()
         pictured = [p for p in prompts if p.pixel_values is not None]
         images = [torch.cat([getattr(p, name) for p in pictured]) for name in ("pixel_values", "grid_thw") if pictured]
-        w, longest, on_device = self.weights, int(cu.diff().max()), cu.to(self.device)
-        x = self.model.embed(tokens.to(self.device), *images).to(w.embed.dtype)  # (T, C)
+        m, longest, on_device = self.decoder.model, int(cu.diff().max()), cu.to(self.device)
+        x = self.model.embed(tokens.to(self.device), *images).to(self.slots.kv.dtype)  # (T, C)
         cos, sin = rope_cos_sin(torch.cat(positions, dim=1).to(self.device), c)
-        kv = x.new_empty(2, len(w.layers), len(tokens), c.num_key_value_heads, c.head_dim)
-        for i, layer in enumerate(w.layers):
+        kv = x.new_empty(2, len(m.layers), len(tokens), c.num_key_value_heads, c.head_dim)
+        for i, layer in enumerate(m.layers):
             def attention(q, k, v, i=i):
                 kv[0, i], kv[1, i] = k, v
                 return attend(q, k, v, on_device, longest, causal=True)
-            x = block(layer, x, cos, sin, attention, c)
-        last = F.rms_norm(x[on_device[1:].long() - 1], w.norm.shape, w.norm, c.rms_norm_eps)  # (prompts, C)
+            x = through(layer, x, cos, sin, attention)
+        last = m.norm(x[on_device[1:].long() - 1])  # (prompts, C)
         run.staged.extend(Staged(i, kv[:, :, a:b], h, d)
                           for i, a, b, h, d in zip(chosen, cu[:-1].tolist(), cu[1:].tolist(), last, deltas))
         run.prefill_seconds += time.perf_counter() - begin
@@ -469,7 +447,7 @@ class Sampler:
         else:
             rows = max(rows, self.min_rows)
             bounds = [x.length for x in run.live] + [0] * (rows - len(run.live))
-            decode_step(self.weights, self.slots.first(rows), run.constants, self.config, bounds)
+            decode_step(self.decoder, self.angles, self.slots.first(rows), run.constants, bounds)
         for x in run.live:
             x.length += 1
 

@@ -484,10 +484,12 @@ def test_temperature_to_zero_is_greedy(model):
 
 
 # --------------------------------------------------------------------------------------------------- weights (15)
-def test_new_weights_are_used_at_once(tiny_vl):
-    """Any tensor kept from before the update, fused or aliased, would show against a fresh sampler."""
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_new_weights_are_used_at_once(tiny_vl, dtype):
+    """Any tensor kept from before the update, aliased or copied (into another dtype), would show against a fresh
+    sampler."""
     model = load(tiny_vl)
-    s, params = Sampler(model, max_len=64, slots=4), SamplingParams(temperature=0, max_new_tokens=20)
+    s, params = Sampler(model, max_len=64, slots=4, dtype=dtype), SamplingParams(temperature=0, max_new_tokens=20)
     before = s.generate([text_prompt(9)], params)
     for name in (name for name, _ in model.named_parameters()):
         if "layers.2" in name or "layers" not in name:
@@ -496,7 +498,7 @@ def test_new_weights_are_used_at_once(tiny_vl):
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7)) * 0.2)
             after = s.generate([text_prompt(9)], params)
             assert np.abs(after[0].logprobs - before[0].logprobs).max() > 0, name
-            assert_same(after, Sampler(model, max_len=64, slots=4).generate([text_prompt(9)], params), 0)
+            assert_same(after, Sampler(model, max_len=64, slots=4, dtype=dtype).generate([text_prompt(9)], params), 0)
             before = after
     s.release()
     assert s.slots is None
