@@ -94,7 +94,7 @@ class Config:
     grad_clip: float = option(1.0, "clip the global gradient norm (paper: 1)")
     seed: int = option(0, "order of the problems and, with (step, problem, sample), every sampled token")
     # machinery
-    micro_tokens: int = option(16384, "tokens of one packed micro-batch; a longer sample has one of its own")
+    micro_tokens: int = option(16384, "tokens of one packed micro-batch, or those of the longest sample, if more")
     slots: int = option(0, "samples decoded at once on a rank, 0: by --kv_gb")
     kv_gb: float = option(0.0, "memory for the KV cache in GB a rank, 0: a share of what is free")
     keep_sampler: bool = option(False, "keep KV memory and CUDA graphs while training: saves setting them up each step")
