@@ -57,8 +57,8 @@ class SamplingParams:
     stop_ids: Sequence[int] = ()  # the stop token is part of the completion
     seed: int = 0
     think_budget: int | None = None  # sampled tokens before thinking is ended by force; None: never
-    exit_tokens: Sequence[int] = ()  # what is then inserted; see `think_exit`
-    close_table: torch.Tensor | None = field(default=None, repr=False)  # finds the model's own close; see `think_exit`
+    exit_tokens: Sequence[int] = ()  # what is then inserted; see `sampling.think_exit`
+    close_table: torch.Tensor | None = field(default=None, repr=False, compare=False)  # finds the model's own close
     answer_budget: int | None = None  # tokens reserved for the answer after a forced exit; None: what is left
     banned_ids: Sequence[int] | None = None  # never sampled; None: the model's own `banned_ids`
 
@@ -72,7 +72,7 @@ class SamplingParams:
             return
         if self.think_budget < 0 or not len(self.exit_tokens) or self.close_table is None:
             raise ValueError("think_budget must be ≥ 0 and needs exit_tokens and close_table: "
-                             "SamplingParams(think_budget=…, **think_exit(tokenizer, vocab_size))")
+                             "SamplingParams(think_budget=…, **sampling.think_exit(tokenizer, vocab_size))")
         # an exit can be held up while the model is closing by itself, a token a character of the close at most
         held, answer = len(self.close_table) - 1, 1 if self.answer_budget is None else self.answer_budget
         most = self.max_new_tokens - len(self.exit_tokens) - held - answer
@@ -369,7 +369,7 @@ class Sampler:
             return
         values = [x.tolist() if isinstance(x, torch.Tensor) else x for x in vars(run.constants).values()]
         if self.graphs is None or self.graphs_for[0] != values:
-            self.graphs_for = values, run.constants  # whose tensors the graphs read
+            self.graphs, self.graphs_for = None, (values, run.constants)  # whose tensors the graphs read
             self.graphs = Graphs(lambda rows: decode_step(self.decoder, self.angles, self.slots.first(rows),
                                                           run.constants), len(self.slots.rows))
 
