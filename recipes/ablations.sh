@@ -41,20 +41,23 @@ add_row() {  # add_row NAME: the table so far goes to RUNS/ablations.md
 
 text_solvable() {  # the images removed, 3 samples: what base or sft solves every time without them is left out
     [ -z "$ONLY" ] || [[ " $ONLY " = *" text_solvable "* ]] || return 0
-    local seen m with_images=() blind=$RUNS/eval/ablation/blind
-    for seen in $files; do ! grep -q '"images"' "$seen" || with_images+=("$seen"); done
-    for m in base sft; do
-        evaluate "ablation/blind_$m" --model "$([ $m = base ] && echo "$MODEL" || echo "$RUNS/sft/final")" \
-            --data "${with_images[@]}" --blind --n 3 --temperature 0.3 --think_budget $THINK
+    local file name with_images=() solved=$RUNS/text_solvable.txt
+    local -A model=([base]=$MODEL [sft]=$RUNS/sft/final)
+    for file in $files; do ! grep -q '"images"' "$file" || with_images+=("$file"); done
+    for name in base sft; do
+        evaluate "ablation/blind_$name" --model "${model[$name]}" --data "${with_images[@]}" --blind --n 3 \
+            --temperature 0.3 --think_budget $THINK
     done
-    sort -u "${blind}_base/solved.txt" "${blind}_sft/solved.txt" > "$RUNS/text_solvable.txt"
-    for m in base sft; do
-        local out=$RUNS/eval/ablation/${m}_text_solvable_removed
-        if [ -s "$RUNS/text_solvable.txt" ] && [ ! -d "$out" ]; then
-            show cp -r "$RUNS/eval/ablation/$m" "$out" && rm "$out/result.json"
-            evaluate "ablation/${m}_text_solvable_removed" --rescore --data "${with_images[@]}" --drop "$RUNS/text_solvable.txt"
+    sort -u "$RUNS"/eval/ablation/blind_{base,sft}/solved.txt > "$solved"
+    [ "$SMOKE" != 1 ] || grep -o '"id": "[^"]*' "${with_images[0]}" | head -n 1 | cut -d'"' -f4 >> "$solved"
+    [ -s "$solved" ] || return 0
+    for name in base sft; do  # the stored samples, less those; a --limit brings in as many others
+        local left=ablation/${name}_text_solvable_removed
+        if [ ! -f "$RUNS/eval/$left/result.json" ] && [ "$NODE_RANK" = 0 ]; then
+            show cp -rT "$RUNS/eval/ablation/$name" "$RUNS/eval/$left" && rm "$RUNS/eval/$left/result.json"
         fi
-        [ ! -d "$out" ] || add_row "${m}_text_solvable_removed"
+        evaluate "$left" --model "${model[$name]}" "${protocol[@]}" --think_budget $THINK --drop "$solved"
+        add_row "${left#ablation/}"
     done
 }
 

@@ -47,7 +47,9 @@ def paper_of(model: str, protocol: str) -> dict[str, dict]:
     return {r["set"]: {**r, "n": sizes[r["set"]], "half": half(r["accuracy"], sizes[r["set"]])} for r in rows}
 
 
-def verdict(gap: float, width: float) -> str:
+def verdict(gap: float, width: float, n: int) -> str:
+    if n < 30:
+        return "too few questions"
     return "beyond noise" if abs(gap) > width else "within noise"
 
 
@@ -63,7 +65,7 @@ def compared(model: str, result: dict) -> list[list[str]]:
         n = str(ours["n"]) if ours["n"] == paper["n"] else f"{ours['n']} of {paper['n']}"
         lines.append([model, name, n, f"{100 * ours['accuracy']:.1f}", f"{width:.1f}",
                       f"{'' if paper.get('sure', True) else '~'}{paper['accuracy']:.1f}", f"{paper['half']:.1f}", f"{gap:+.1f}",
-                      f"{gap - both:+.1f} … {gap + both:+.1f}", verdict(gap, both), paper["source"]])
+                      f"{gap - both:+.1f} … {gap + both:+.1f}", verdict(gap, both, ours["n"]), paper["source"]])
     return lines
 
 
@@ -87,7 +89,7 @@ def gains(model: str, result: dict, base: dict) -> list[list[str]]:
                                math.hypot(after[name]["half"], before[name]["half"]))
         lines.append([model, name, f"{gain:+.1f}", f"{low:+.1f} … {high:+.1f}", f"{theirs:+.1f}",
                       f"{theirs - their_width:+.1f} … {theirs + their_width:+.1f}",
-                      verdict(gain - theirs, math.hypot(width, their_width))])
+                      verdict(gain - theirs, math.hypot(width, their_width), a["n"])])
     return lines
 
 
