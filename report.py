@@ -22,6 +22,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,12 +59,14 @@ matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "report", "f
 
 
 # --------------------------------------------------------------------------------------------------------- figures
-def svg(figure: Figure, alt: str, css: str = "") -> str:
-    """An <img> that holds a figure as SVG."""
+def svg(figure: Figure, alt: str, css: str) -> str:
+    """An <img> that holds a figure as SVG; in a narrow window it shrinks to 3/4 of its size and then scrolls."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="{css}" alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+    width = 72 * figure.get_figwidth() * 4 / 3  # of CSS pixels
+    size = f' style="width: {width:.0f}px; max-width: max(100%, {0.75 * width:.0f}px)"' * (css == "accuracy")
+    return f'<img class="{css}"{size} alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
 
 
 def thin(points: dict[int, float]) -> tuple[list[float], list[float], list[float], list[float]]:
@@ -97,7 +100,7 @@ def panel(title: str, keys: list[str], log: bool, runs: list[RunDir], colours: d
     if len(drawn) > 1:  # colours are runs (legend above the panels), line styles are metrics
         axes.legend([Line2D([], [], ls=STYLES[i % 3], color="#333", lw=1.2) for i in range(len(drawn))],
                     drawn, fontsize=7.5, frameon=False, loc="best")
-    axes.set_title(title, fontsize=9.5, loc="left")
+    axes.set_title(short(title, 48), fontsize=9.5, loc="left")
     axes.set_xlabel(xlabel, fontsize=8)
     axes.grid(alpha=0.25, lw=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -115,7 +118,7 @@ def curves(runs: list[RunDir], kind: str, title: str) -> str:
     if not chosen:
         return ""
     colours = {r.name: COLOURS[(i + 1) % len(COLOURS)] for i, r in enumerate(chosen)}
-    legend = "".join(key(r.name, colours[r.name]) for r in chosen)
+    legend = "".join(key(name, colour) for name, colour in colours.items())
     panels = "".join(panel(t, keys, log, chosen, colours) for t, (keys, log) in PANELS[kind].items())
     note = "" if all(len(s) <= POINTS for r in chosen for s in r.series.values()) else \
         f"<p class=note>More than {POINTS} steps: lines are means of even bins, their range is shaded.</p>"
@@ -135,13 +138,16 @@ class Accuracy:
     n: int
 
 
-def accuracies(run: RunDir) -> list[Accuracy]:
-    """What eval.py's result.json says of each set of questions. Runs with other settings are other measures: a figure
-    compares models, not protocols."""
+def protocol(run: RunDir) -> str:
+    """What sets an evaluation apart besides its metric: a figure compares models, not protocols."""
     settings = run.result.get("settings") or {}
-    measure = [f"forced exit at {settings['think_budget']} tokens"] if settings.get("think_budget") else []
-    measure += ["images removed"] if settings.get("blind") else []
-    return [Accuracy(run.name, legible(suite), ", ".join([str(s.get("metric", "accuracy")), *measure]), float(s["accuracy"]),
+    return f", forced exit at {settings.get('think_budget')} tokens" * bool(settings.get("think_budget")) \
+        + ", images removed" * bool(settings.get("blind"))
+
+
+def accuracies(run: RunDir) -> list[Accuracy]:
+    """What eval.py's result.json says of each set of questions."""
+    return [Accuracy(run.name, legible(suite), s.get("metric", "accuracy") + protocol(run), float(s["accuracy"]),
                      float(s["low"]), float(s["high"]), int(s.get("n", 0)))
             for suite, s in (run.result.get("sets") or {}).items()
             if isinstance(s, dict) and all(is_number(s.get(k)) for k in ("accuracy", "low", "high"))]
@@ -150,25 +156,31 @@ def accuracies(run: RunDir) -> list[Accuracy]:
 def accuracy_figure(rows: list[Accuracy], measure: str, colours: dict[str, str]) -> str:
     """Bars in groups of suites, a bar a run, whiskers its 95% interval: the form of the paper's figures."""
     suites, runs = (list(dict.fromkeys(getattr(r, a) for r in rows)) for a in ("suite", "run"))
-    width = 0.82 / len(runs)
-    figure = Figure(figsize=(max(5.0, 1.4 + len(suites) * (0.35 + 0.42 * len(runs))), 3.4), layout="constrained")
+    width, inches = 0.82 / len(runs), max(0.9, 0.3 + 0.36 * len(runs))  # of a bar, in suites; of a suite
+    figure = Figure(figsize=(max(5.0, 1.4 + len(suites) * inches), 3.4), layout="constrained")
     axes = figure.subplots()
     for i, run in enumerate(runs):
         mine = [r for r in rows if r.run == run]
         x = [suites.index(r.suite) + (i - (len(runs) - 1) / 2) * width for r in mine]
-        axes.bar(x, [100 * r.mean for r in mine], width * 0.94, color=colours[run], label=run)
+        axes.bar(x, [100 * r.mean for r in mine], width * 0.94, color=colours[run], label=short(run))
         axes.errorbar(x, [100 * r.mean for r in mine], fmt="none", ecolor="#222", elinewidth=1, capsize=2.5,
                       yerr=[[100 * (r.mean - r.low) for r in mine], [100 * (r.high - r.mean) for r in mine]])
         for at, r in zip(x, mine):
-            axes.text(at, 100 * r.high + 1.2, f"{100 * r.mean:.1f}", ha="center", va="bottom", fontsize=7.5)
-    axes.set_xticks(range(len(suites)), [s.replace("_", " ") for s in suites])
+            axes.text(at, 100 * r.high + 1.2, f"{100 * r.mean:.1f}", ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(suites)), [textwrap.fill(short(s.replace("_", " ")), int(13 * inches)) for s in suites])
     axes.set_ylabel("accuracy, %")
+    axes.set_xlim(-0.6, len(suites) - 0.4)
     axes.set_ylim(0, min(112, max(100 * r.high for r in rows) + 10))
     axes.grid(axis="y", alpha=0.25, lw=0.6)
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper left", ncols=min(5, len(runs)), frameon=False)
     said = "; ".join(f"{r.suite} {r.run} {100 * r.mean:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in rows)
     return f'<div class=wide>{svg(figure, f"{measure}: {said}", "accuracy")}</div>'
+
+
+def short(name: str, most: int = 32) -> str:
+    """A name that leaves room for the figure."""
+    return name if len(name) <= most else f"{name[:most - 1]}…"
 
 
 def accuracy_section(runs: list[RunDir]) -> str:
@@ -187,11 +199,12 @@ def accuracy_section(runs: list[RunDir]) -> str:
     for measure in dict.fromkeys(r.measure for r in rows):
         mine = [r for r in rows if r.measure == measure]
         suites, names = (list(dict.fromkeys(getattr(r, a) for r in mine)) for a in ("suite", "run"))
-        cells = {(r.suite, r.run): f"<b>{100 * r.mean:.1f}</b> <small>[{100 * r.low:.1f}, {100 * r.high:.1f}] "
-                                   f"n={r.n:,}</small>" for r in mine}
+        cells = {(r.suite, r.run): f"<b>{100 * r.mean:.1f}</b> <small>[{100 * r.low:.1f}, {100 * r.high:.1f}]</small>"
+                 for r in mine}
+        sizes = {s: " or ".join(f"{n:,}" for n in sorted({r.n for r in mine if r.suite == s})) for s in suites}
+        lines = [[f"<b>{html.escape(s)}</b>", sizes[s], *(cells.get((s, n), "–") for n in names)] for s in suites]
         parts.append(f"<h3>{html.escape(measure)}</h3>{accuracy_figure(mine, measure, colours)}"
-                     + table(["", *names], [[f"<b>{html.escape(s)}</b>", *(cells.get((s, n), "–") for n in names)]
-                                            for s in suites]))
+                     + table(["", "questions", *names], lines))
     return ("<h2>Accuracy</h2><p class=note>Percent of questions with 95% intervals; the samples of a question are "
             f"averaged first.</p>{''.join(parts)}{outputs_table(runs)}{budget_curves(runs, colours)}{differences(runs)}")
 
@@ -226,27 +239,28 @@ def budget_curves(runs: list[RunDir], colours: dict[str, str]) -> str:
                 "forced exit": {b: s["accuracy"] for b, s in points.items()},
                 "none": {b: s["accuracy_without_exit"] for b, s in points.items()}}))
         panels.append(panel(suite, ["forced exit", "none"], False, drawn, colours, "thinking budget, tokens"))
-    legend = "".join(key(r.name, colours[r.name]) for r in having)
+    legend = "".join(key(name, colours[name]) for name in dict.fromkeys(r.name for r in having))
     return f"<h3>Accuracy by thinking budget</h3><p>{legend}</p><div class=panels>{''.join(panels)}</div>" * bool(panels)
 
 
 def differences(runs: list[RunDir]) -> str:
     """The paired comparisons that eval.py --compare made."""
-    rows = [[html.escape(f"{run.name} − {Path(str(c.get('other'))).name}"), html.escape(suite), f"{s['n']:,}",
+    rows = [[html.escape(f"{run.name}{protocol(run)} − {Path(str(c.get('other'))).name}"), html.escape(suite), f"{s['n']:,}",
              f"<b>{100 * s['difference']:+.1f}</b> <small>[{100 * s['low']:+.1f}, {100 * s['high']:+.1f}]</small>",
              f"{s['p']:.2g}", f"{100 * s['mde']:.1f}"]
             for run in runs if (c := run.result.get("compare")) for suite, s in c["sets"].items()
             if all(is_number(s.get(k)) for k in ("n", "difference", "low", "high", "p", "mde"))]
-    head = ["", "set", "questions", "points", "p", "smallest difference that the set shows 4 times in 5"]
-    return f"<h3>Paired differences on the same questions</h3>{table(head, rows)}" * bool(rows)
+    return ("<h3>Paired differences on the same questions</h3><p class=note>In points, with 95% intervals; detectable: the "
+            "smallest true difference that the set shows 4 times in 5.</p>"
+            + table(["", "set", "questions", "difference", "p", "detectable"], rows)) * bool(rows)
 
 
 # ------------------------------------------------------------------------------------------------------------- page
 def summary(runs: list[RunDir]) -> str:
     """Name, script and status of each run, and how much there is to note."""
-    rows = [[f"<b>{html.escape(r.name)}</b>", r.kind, html.escape(r.status),
+    rows = [[f"<b>{html.escape(r.name)}</b>", r.kind, html.escape(r.status), f"<small>{html.escape(str(r.path))}</small>",
              f'<a href="#runs" class=warn>{len(set(r.notes))} to note</a>' if r.notes else ""] for r in runs]
-    return table(["run", "script", "status", ""], rows)
+    return table(["run", "script", "status", "directory", ""], rows)
 
 
 def run_cards(runs: list[RunDir]) -> str:

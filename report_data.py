@@ -22,7 +22,7 @@ from typing import Any, Iterator
 
 from PIL import Image
 
-STEP_FILES = 24  # of a GRPO run's rollout files, so many are opened
+STEP_FILES = 24  # of a GRPO run's rollout files, so many are opened; more where more than 64 samples of each are wanted
 TEXT_BUDGET = 12_000_000  # characters of responses on the page
 IMAGE_BUDGET = 16_000_000  # bytes of images on the page
 IMAGE_SIDE = 640  # larger images are shrunk to it
@@ -212,13 +212,15 @@ def choose_lines(file: Path, wanted: int, group: int) -> tuple[set[int], int]:
 
 def collect_samples(runs: list[RunDir], most: int) -> dict:
     """The browser's data: samples, and the prompts and images that they share, named by their place."""
-    page = {"runs": [r.name for r in runs], "samples": [], "prompts": [], "images": [], "notes": []}
+    names = [r.name for r in runs]
+    shown = [n if names.count(n) == 1 else f"{n} ({legible(str(r.path))})" for n, r in zip(names, runs)]
+    page = {"runs": shown, "samples": [], "prompts": [], "images": [], "notes": []}
     having = [(i, run, files) for i, run in enumerate(runs) if (files := sample_files(run))]
     having.sort(key=lambda r: sum(f.stat().st_size for f in r[2]))  # small runs leave more to large ones
     store = Store(page, text_limit=max(2000, TEXT_BUDGET // max(1, most)))
     for place, (number, run, files) in enumerate(having):
         quota = (most - len(page["samples"])) // (len(having) - place)
-        chosen = [files[i] for i in evenly(len(files), STEP_FILES if run.kind == "grpo" else len(files))]
+        chosen = [files[i] for i in evenly(len(files), max(STEP_FILES, quota // 64) if run.kind == "grpo" else len(files))]
         group = run.config.get("group") if run.kind == "grpo" else 1
         group = group if isinstance(group, int) and group > 0 else 1
         pieces = find_pieces(run) if run.kind == "grpo" else None  # evaluations store no log-probabilities
@@ -228,9 +230,10 @@ def collect_samples(runs: list[RunDir], most: int) -> dict:
             stored += total
             for row in read_jsonl(file, run.notes, lines):
                 store.add(number, file, row, pieces, run)
-        shown = len(page["samples"]) - before
-        said = f"{run.name}: {shown:,} of {stored:,} samples" if shown < stored else f"{run.name}: all {stored:,} samples"
-        page["notes"].append(said + f" of {len(chosen)} steps, of {len(files)} in all" * (len(chosen) < len(files)))
+        taken = len(page["samples"]) - before
+        share = f"{taken:,} of {stored:,}" if taken < stored else f"all {stored:,}"
+        steps = f" of {len(chosen)} steps, of {len(files)} in all" if len(chosen) < len(files) else ""
+        page["notes"].append(f"{shown[number]}: {share} samples{steps}")
     page["samples"].sort(key=lambda s: s["run"])
     page["notes"] += store.notes()
     return page
@@ -284,8 +287,8 @@ class Store:
         return f"{text[:head]}\n[… {len(text) - head - tail:,} characters left out …]\n{text[-tail:]}"
 
     def tokens(self, row: dict, text: str, pieces: Pieces | None) -> dict:
-        """text, and where it can be split into its tokens: n (UTF-16 length of each), l (log-probability × 100), f (1:
-        forced). Only if the tokens spell the text: else the tokenizer is not the run's, and colours would lie."""
+        """text, and where it can be split into its tokens: n (UTF-16 length of each), l (log-probability × 10), f (places
+        of forced ones). Only if the tokens spell the text: else the tokenizer is not the run's, and colours would lie."""
         if pieces is None or len(text) > self.text_limit:
             return {"text": self.shorten(text)}
         try:
@@ -298,7 +301,8 @@ class Store:
         if not spelt.startswith(text.rstrip("\ufffd")) or not len(ids) == len(logprobs) == len(mask):
             return {"text": text}
         return {"text": spelt, "n": [len(p.encode("utf-16-le", "surrogatepass")) // 2 for p in parts],
-                "l": [round(100 * v) if math.isfinite(v) else None for v in logprobs], "f": [1 - m for m in mask]}
+                "l": [round(10 * v) if math.isfinite(v) else None for v in logprobs],
+                "f": [i for i, m in enumerate(mask) if not m]}
 
     def image(self, name: str, run: RunDir) -> int | None:
         """The place of an image (an absolute path, or one below the run) on the page; None where it can't be shown."""

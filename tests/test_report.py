@@ -18,7 +18,7 @@ import report_data
 from report_data import Pieces, choose_lines, evenly, find_runs, load_run
 from rollouts import Sample, write_samples
 
-ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)><!--'\"&amp; @@TITLE@@ $\\frac$ é 🂡"
+ATTACK = "</script></script ><script>alert(1)</script><img src=x onerror=alert(2)><!--'\"&amp; @@TITLE@@ $\\frac$ é 🂡"
 
 
 def samples_of(n: int, text: str = "so 6·7 = 42", ids=(1, 2, 3), **more) -> list[Sample]:
@@ -95,7 +95,7 @@ def attacked(tmp_path):
     row = {"id": ATTACK, "sample": 0, "task": ATTACK, "prompt": ATTACK, "text": ATTACK, "finish": ATTACK, "gold": [ATTACK],
            "answer": ATTACK, "status": ATTACK, "why": ATTACK, "images": [ATTACK], "score": 0.0}
     evaluation = eval_run(tmp_path / "e", rows=[row], suites=[ATTACK, "\ud800"])
-    return page_of(grpo, f"{ATTACK.replace('=', '')}={evaluation}", title=ATTACK)
+    return page_of(f"{ATTACK.replace('=', '')}={evaluation}", grpo, title=ATTACK)
 
 
 def test_no_text_of_a_run_becomes_html(tmp_path):
@@ -105,6 +105,7 @@ def test_no_text_of_a_run_becomes_html(tmp_path):
     assert [t for t, _ in seen.tags].count("script") == 2
     assert not [a for t, attrs in seen.tags for a in attrs if a.startswith("on")]
     assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for t, attrs in seen.tags if t == "img")
+    assert not set("<>&") & set(seen.scripts[0]), "HTML ends a script at </script, whatever follows"
     assert ATTACK in [s["text"] for s in data["samples"]] and ATTACK in data["prompts"]
     svg = [base64.b64decode(attrs["src"].split(",")[1]) for t, attrs in seen.tags if t == "img"]
     assert not any(b"<script" in s or b"<img" in s for s in svg)
@@ -207,7 +208,7 @@ def test_accuracy_figure_and_table_hold_the_results_numbers(tmp_path):
     """Alt text and table are what a reader copies from; an interval of another run would be a false claim."""
     text, _ = page_of(f"base={eval_run(tmp_path / 'a', 0.25)}", f"SFT={eval_run(tmp_path / 'b', 0.8)}")
     assert "greedy: text base 25.0 [15.0, 35.0]; image base 25.0 [15.0, 35.0]; text SFT 80.0 [70.0, 90.0]" in text
-    assert "<b>80.0</b> <small>[70.0, 90.0] n=60</small>" in text
+    assert "<b>80.0</b> <small>[70.0, 90.0]</small>" in text
 
 
 def test_other_protocols_are_other_figures(tmp_path):
@@ -260,7 +261,7 @@ def test_each_token_has_its_own_log_probability(tmp_path):
     run = grpo_run(tmp_path / "r", steps=1, samples=1, text="🂡a", ids=[*card, ids["a"], ids["<|im_end|>"]])
     sample = page_of(run)[1]["samples"][0]
     assert sample["text"] == "🂡a<|im_end|>" and sample["n"] == [0, 0, 0, 2, 1, 10]
-    assert sample["l"] == [-100, -140, -180, -220, -260, -300] and sample["f"] == [0, 1, 0, 0, 0, 0]
+    assert sample["l"] == [-10, -14, -18, -22, -26, -30] and sample["f"] == [1]
 
 
 def test_a_foreign_tokenizer_gives_no_colours(tmp_path):
