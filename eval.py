@@ -585,7 +585,8 @@ def compare(problems: list[dict], rows: list[list[dict]], other: Path, rules: st
         raise ValueError(f"--compare {other}: it was graded by other rules than these; grade it again with --rescore")
     stored: dict[str, list[dict]] = {}
     for (name, _), row in read_rows(other / "samples.jsonl").items():
-        stored.setdefault(name, []).append(row)
+        if "score" in row:  # a run that goes on may have rows that are not graded yet
+            stored.setdefault(name, []).append(row)
     changed = [p["id"] for p in problems if p["id"] in stored and stored[p["id"]][0]["gold"] != p["answer"]]
     if changed:
         raise ValueError(f"--compare {other}: the gold of {changed[0]} differs there ({len(changed)} differ); grade "
@@ -599,7 +600,8 @@ def compare(problems: list[dict], rows: list[list[dict]], other: Path, rules: st
         means = [np.array([share(r["score"] for r in group) for group in side]) for side in (a, b)]
         d = stats.paired_difference(*means, [cluster(problems[i]) for i in both])
         sets[name] = {"n": len(both), "not_in_other": len(places) - len(both), "clusters": d.clusters,
-                      "this": share(means[0]), "other": share(means[1]), "difference": d.difference}
+                      "this": share(means[0]), "other": share(means[1]), "difference": d.difference,
+                      "low": None, "high": None, "p": None, "mde": None}
         if d.se > 0:  # else the questions all differ by the same: they say nothing of how far chance could go
             sets[name].update(low=d.low, high=d.high, p=d.p, mde=stats.mde(d.se))
         if {len(g) for g in a + b} == {1}:
@@ -608,7 +610,7 @@ def compare(problems: list[dict], rows: list[list[dict]], other: Path, rules: st
             sets[name].update(only_this=only[0], only_other=only[1], mcnemar=exact, mcnemar_mid=mid)
     if not sets:
         raise ValueError(f"--compare {other}: it has none of these problems")
-    tasks = [name for name in sets if ":" not in name and "p" in sets[name]]
+    tasks = [name for name in sets if ":" not in name and sets[name]["p"] is not None]
     for name, p in zip(tasks, stats.holm([sets[t]["p"] for t in tasks])):
         sets[name]["p_holm"] = p
     return {"other": str(other), "sets": sets}
@@ -778,7 +780,8 @@ def evaluate(config: Config) -> dict | None:
     for budget, point in points.items():
         point = {(r["id"], r["sample"]): r for r in point}
         curve[str(budget)] = budget_figures(problems, by_problem(problems, graded | point, settings["n"]), settings)
-        write_rows(out / f"budget_{budget}.jsonl", list((tails[budget] | point).values()))
+        write_rows(out / f"budget_{budget}.jsonl", list((point | {k: r for k, r in tails[budget].items() if k not in point}
+                                                         ).values()))
     rules = rules_sha256()
     result = finite({
         "settings": settings, "rules": {"rule": "answer", "sha256": rules}, "data": data_sources(config.data),

@@ -1,6 +1,7 @@
 """eval.py: from files to figures, with a tiny random model, and with outputs written by hand where scores matter."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -96,13 +97,13 @@ def five(model_dir, problems, tmp_path_factory, world):
     out = tmp_path_factory.mktemp("five")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ev, "Grader", InlineGrader)
-        ev.evaluate(config(model_dir, problems, out, n=5, temperature=1.0))
+        ev.evaluate(config(model_dir, problems, out, n=5, temperature=1.0, budgets="6"))
     return out
 
 
 def _evaluate_as_rank(world, model_dir, problems, out):
     ev.Grader = InlineGrader
-    ev.evaluate(config(model_dir, problems, out, n=5, temperature=1.0))
+    ev.evaluate(config(model_dir, problems, out, n=5, temperature=1.0, budgets="6"))
 
 
 def test_two_ranks_and_a_resumed_crash_give_the_same_files(model_dir, problems, five, tmp_path):
@@ -119,7 +120,7 @@ def test_two_ranks_and_a_resumed_crash_give_the_same_files(model_dir, problems, 
         f.write(lines[23][:50])
     run_ranks(2, _evaluate_as_rank, model_dir, problems, out)
     assert files(out) == files(five)
-    assert not list(out.glob("*.part*"))
+    assert not list(out.glob("*.part*")) and len(stored(out, "budget_6.jsonl")) > 20
 
 
 def test_every_sample_is_whole_on_disk(five, problems, model_dir):
@@ -323,6 +324,8 @@ def test_compare_and_drop(tmp_path, inline, world, capsys):
     assert s["mcnemar"] == pytest.approx(scipy.stats.binomtest(only[0], sum(only)).pvalue)
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["compare"]["quiz"]["difference"] == s["difference"] and last["sets"]["quiz"]["accuracy"] == right[0].mean()
+    same = rescore(b, file, compare=str(b))["compare"]["sets"]["quiz"]  # no spread: nothing is known of chance
+    assert (same["difference"], same["low"], same["p"], same["mde"], same["mcnemar"]) == (0, None, None, None, 1)
     dropped = rescore(a, file, drop=str(b / "solved.txt"))
     assert dropped["dropped"] == right[1].sum() and dropped["sets"]["quiz"]["n"] == (~right[1]).sum()
     assert dropped["sets"]["quiz"]["accuracy"] == pytest.approx(right[0][~right[1]].mean())
@@ -407,9 +410,16 @@ def test_a_refused_start_does_not_hold_the_directory(model_dir, tmp_path, proble
         ev.evaluate(config(model_dir, problems, tmp_path / "mine"))
 
 
+def test_torchrun_lets_every_flag_through():
+    """Prevents flags that torchrun takes for its own: on Python 3.11 it refuses --n as an abbreviation of several."""
+    from torch.distributed.run import parse_args
+    flags = ["--samples", *(f"--{f.name}" for f in dataclasses.fields(ev.Config) if f.name != "n")]
+    for flag in flags:
+        assert parse_args(["--nproc_per_node=2", "eval.py", flag, "5"]).training_script_args == [flag, "5"]
+
+
 def test_command_line(tmp_path, world):
-    """Prevents a command whose last line is no JSON, or whose mistakes end with exit code 0. `--samples` because
-    torchrun claims `--n`."""
+    """Prevents a command whose last line is no JSON, or whose mistakes end with exit code 0."""
     problems = [choice(0), choice(1)]
     file = write(tmp_path / "p.jsonl", problems)
     out = make_run(tmp_path / "run", {"q/0": [say("B")] * 2, "q/1": [say("A")] * 2}, problems)
