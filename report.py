@@ -31,7 +31,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from report_data import RunDir, collect_samples, find_runs, is_number, legible, load_run
 
@@ -97,10 +97,12 @@ def panel(title: str, keys: list[str], log: bool, runs: list[RunDir], colours: d
             said.append(f"{run.name} {key} {y[0]:.4g} to {y[-1]:.4g}")
     if log and any(v > 0 for r in runs for k in drawn for v in r.series.get(k, {}).values()):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())  # the default one writes math
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # labels where no power of ten is in view
     if len(drawn) > 1:  # colours are runs (legend above the panels), line styles are metrics
         axes.legend([Line2D([], [], ls=STYLES[i % 3], color="#333", lw=1.2) for i in range(len(drawn))],
                     drawn, fontsize=7.5, frameon=False, loc="best")
-    axes.set_title(short(title, 48), fontsize=9.5, loc="left")
+    axes.set_title(short(f"{title}: {drawn[0]}" if len(keys) > len(drawn) == 1 else title, 48), fontsize=9.5, loc="left")
     axes.set_xlabel(xlabel, fontsize=8)
     axes.grid(alpha=0.25, lw=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

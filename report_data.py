@@ -127,11 +127,14 @@ def load_run(name: str, path: Path) -> RunDir:
         run.kind, run.result = "eval", read_json(path / "result.json", run.notes)
         run.status = "finished" if run.result else "running, or cut: no result.json yet"
         return run
+    steps = 0
     for file in ("metrics.jsonl", "validation.jsonl", "eval.jsonl"):
         if not (path / file).exists():
             run.notes += [f"{file} is missing: no curves"] if file == "metrics.jsonl" else []
             continue
         for row in read_jsonl(path / file, run.notes):
+            if file == "metrics.jsonl" and is_number(row.get("step")):
+                steps = max(steps, int(row["step"]))
             for key, value in row.items():
                 if is_number(row.get("step")) and is_number(value):
                     key = "avg" if key.startswith("avg@") else key
@@ -139,14 +142,13 @@ def load_run(name: str, path: Path) -> RunDir:
                         run.series.setdefault(key, {})[int(row["step"])] = value
     grpo = "group" in run.config or "train_grpo" in command or (path / "rollouts").exists() or "reward_mean" in run.series
     run.kind = "grpo" if grpo else "sft" if run.config or run.series else "unknown"
-    run.status = describe_status(path, run.series)
+    run.status = describe_status(path, steps)
     return run
 
 
-def describe_status(path: Path, series: dict[str, dict[int, float]]) -> str:
+def describe_status(path: Path, steps: int) -> str:
     """E.g. "finished, 450 steps"; of a run that says it is running, also when it last wrote a step."""
     status = (path / "status").read_text().strip() if (path / "status").is_file() else "status is missing"
-    steps = max((max(s) for s in series.values()), default=0)
     if status == "running" and (path / "metrics.jsonl").exists():
         minutes = (time.time() - (path / "metrics.jsonl").stat().st_mtime) / 60
         status = f"running, or cut: last step written {minutes:,.0f} min ago"

@@ -233,6 +233,13 @@ def test_a_resumed_step_counts_once_and_null_is_a_gap(tmp_path):
     assert series["reward_mean"] == {1: 0.1, 2: 0.9} and "kl" not in series and "loss" not in series
 
 
+def test_figures_show_numbers_not_markup(tmp_path):
+    """Math in texts is off (a name may hold dollars), and a log axis then labels its ticks with raw TeX."""
+    runs = [load_run("r", grpo_run(tmp_path / "r"))]
+    drawn = base64.b64decode(report.panel("gap", ["gap_mean"], True, runs, {"r": "red"}).split(",")[1][:-2])
+    assert b"mathdefault" not in drawn and ">1e−06<" in drawn.decode()
+
+
 def test_thinned_curves_keep_their_mean_and_range(monkeypatch):
     """Drawing each n-th step would hide the spikes that people look for."""
     monkeypatch.setattr(report, "POINTS", 2)
