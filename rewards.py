@@ -202,8 +202,8 @@ def choice_letter(content: str, options: list[str] | None = None) -> str | None:
         return None
     content, letters = _plain(content), _letters(options)
     texts = [_plain(str(o)).casefold() for o in options or []][: len(letters)]
-    if m := re.fullmatch(r"\(([A-Z])\)|([A-Z])\)?", content):
-        return (m[1] or m[2]) if (m[1] or m[2]) in letters else None
+    if (m := re.fullmatch(r"\(([A-Z])\)|([A-Z])(?:\)|\s?:)?", content)) and (m[1] or m[2]) in letters:
+        return m[1] or m[2]  # a letter of the item comes before an option that is a capital itself, such as "I" or "K"
     if content.casefold() in texts:
         return letters[texts.index(content.casefold())] if texts.count(content.casefold()) == 1 else None
     m = re.fullmatch(r"(?:\(([A-Z])\)[.:]?|([A-Z])\s?[.:)])\s*(\S.*)", content)

@@ -121,7 +121,7 @@ def write_samples(file: Path, samples: list[Sample], problems: list[dict], promp
 def read_samples(file: Path) -> tuple[list[Sample], list[str]]:
     """The samples of `write_samples`, and the id of each problem by its place. Raises ValueError with file and line."""
     samples, ids = [], {}
-    for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(file).read_text().rstrip("\n").split("\n"), 1):  # splitlines cuts at U+2028
         try:
             r = json.loads(line)
             samples.append(Sample(r["problem"], r["sample"], _unpack(r["tokens"], np.int32).tolist(),

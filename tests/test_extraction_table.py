@@ -154,7 +154,8 @@ CHOICE = [
 ]
 
 # Unambiguous, and refused today: an option's whole text that is a letter beyond the item's own, a colon with nothing.
-REFUSED = [(tag("I"), ["I", "II", "III", "IV"], "A"), (tag("K"), ["Na", "K", "Cl", "Mg"], "B"),
+# an option that is a capital beyond the item's letters, and a letter with its colon alone
+CHOICE += [(tag("I"), ["I", "II", "III", "IV"], "A"), (tag("K"), ["Na", "K", "Cl", "Mg"], "B"),
            (tag("X"), ["W", "X", "Y", "Z"], "B"), (tag("B:"), SIGNS, "B"), (tag("B :"), SIGNS, "B")]
 
 # (output, gold, is it right?), for kind math: extraction and equality together
@@ -210,13 +211,6 @@ def test_choice(output, options, letter):
     for: each of these moves a benchmark by points."""
     found = extract_answer(think(output), "choice", options)
     assert (found.text if found else None) == letter
-
-
-@pytest.mark.parametrize("output, options, letter", REFUSED)
-@pytest.mark.xfail(strict=True, reason="choice_letter reads a lone capital as a letter only, and wants text after a colon")
-def test_choice_refused(output, options, letter):
-    """Prevents right answers in the form of poles, elements and Roman numerals from counting as none."""
-    test_choice(output, options, letter)
 
 
 @pytest.mark.parametrize("output, gold, right", MATH)
