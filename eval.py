@@ -379,7 +379,8 @@ class Engine:
         return {"id": job.problem["id"], "sample": rollout.sample_index + job.sample, "seed": job.key,
                 "prompt": prompt_text(job.problem, self.settings["prompt_style"]), "finish": finish,
                 "text": self.tokenizer.decode(shown), "forced_at": forced_at,
-                "prompt_tokens": rollout.prompt_tokens - len(job.head), "tokens": tokens}
+                "prompt_tokens": rollout.prompt_tokens - len(job.head), "tokens": tokens,
+                "images": job.problem.get("images") or []}
 
 
 def image_limits(model_dir: Path, settings: dict) -> ImageConfig:

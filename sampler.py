@@ -286,12 +286,12 @@ class Sampler:
             budget = self.kv_gb * 1e9
         elif cuda:
             budget = 0.8 * torch.cuda.mem_get_info(self.device)[0]
-        fitting = min(budget // (token_bytes * self.capacity), 256 if cuda else 64)
+        fitting = int(min(budget / (token_bytes * self.capacity), 256 if cuda else 64))
         if (self.wanted_slots or 1) * token_bytes * self.capacity > budget:
             raise ValueError(f"{self.wanted_slots or 1} slot(s) of {self.capacity} tokens, {token_bytes} bytes of KV each: "
-                             f"{fitting:.0f} would fit in {budget / 1e9:.3g} GB. Pass fewer slots, a smaller max_len "
+                             f"{fitting} would fit in {budget / 1e9:.3g} GB. Pass fewer slots, a smaller max_len "
                              "or more kv_gb")
-        self.usable = self.wanted_slots or int(fitting)
+        self.usable = self.wanted_slots or fitting
         self.slots = Slots(max(self.usable, self.min_rows), self.capacity, c, dtype, self.device)
         self.graphs = None
 
