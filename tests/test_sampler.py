@@ -371,8 +371,8 @@ def test_forced_exit_waits_for_a_natural_close(script, budget, forced):
 def test_forced_exit_in_a_run(model, budget, answer):
     """Forced tokens stand where they must with mask 0 and the model's own log-probability, the answer has its budget,
     and forcing works through refills, whatever the batch."""
-    params = SamplingParams(n=6, max_new_tokens=30, stop_ids=range(20, 26), think_budget=budget, answer_budget=answer,
-                            **EXIT)
+    stop = [*range(20, 26), 13]  # 13 is a token of the exit too: only a sampled one stops
+    params = SamplingParams(n=6, max_new_tokens=30, stop_ids=stop, think_budget=budget, answer_budget=answer, **EXIT)
     prompts = [text_prompt(5), Prompt([*text_prompt(9).tokens, 14, 11, 12], None, None)]  # the second opens <think>
     rollouts = Sampler(model, max_len=64, slots=5).generate(prompts, params)
     assert_same(Sampler(model, max_len=64, slots=12, sync_every=8).generate(prompts, params), rollouts)
@@ -387,7 +387,7 @@ def test_forced_exit_in_a_run(model, budget, answer):
         assert budget <= at <= budget + 7 and r.tokens[at:at + 3] == EXIT["exit_tokens"]
         assert r.mask.sum() == len(r.tokens) - 3 and r.sampled_tokens == len(r.tokens) - 3
         room = 30 if answer is None else at + 3 + answer
-        assert len(r.tokens) == room if r.finish_reason == "forced+length" else r.tokens[-1] in range(20, 26)
+        assert len(r.tokens) == room if r.finish_reason == "forced+length" else r.tokens[-1] in stop
         assert len(r.tokens) <= room
     assert "forced+length" in reasons and (budget < 6 or "stop" in reasons)
 
@@ -451,6 +451,7 @@ def test_first_tokens_of_a_group_follow_the_model(model):
 
 def test_impossible_tokens_are_never_taken():
     """At both ends of the interval, with one-hot, banned (-1e30) and -inf logits."""
+    assert sample_token(torch.zeros(1, 2), torch.tensor([0.5]), 0, 1.0)[0].item() == 1  # intervals are open above
     logits = torch.full((6, 9), -1e30)
     logits[:, 4] = 3.0
     logits[3:, 6] = 2.0
