@@ -1,6 +1,6 @@
 """From a teacher's graded samples to conversations: rejection sampling.
 
-    python eval.py --model TEACHER --data FILE --out OUT --prompt_style train --n 4 --temperature 0.6
+    python eval.py --model TEACHER --data FILE --out OUT --prompt_style train --samples 4 --temperature 0.6
     python data.py from_samples OUT --out traces.jsonl [--most 1]
 
 Kept is what is right and whole: score 1 by the rule of training, ended by itself (neither cut nor forced to exit), one
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -21,8 +22,8 @@ from rewards import tagged
 TAG = re.compile(r"</?(?:think|answer)>")
 
 
-def as_conversation(row: dict, open_thought: bool) -> dict | str:
-    """A row of OUT/samples.jsonl as a conversation, or the reason why not.
+def as_conversation(row: dict, open_thought: bool, folder: Path = Path()) -> dict | str:
+    """A row of OUT/samples.jsonl as a conversation whose images are relative to `folder`, or the reason why not.
 
     open_thought: the teacher's template ended the prompt inside <think>, so the text begins in the thought.
     """
@@ -30,8 +31,6 @@ def as_conversation(row: dict, open_thought: bool) -> dict | str:
         return "wrong, or no answer"
     if row["finish"] != "stop":
         return "cut, or forced to exit"
-    if "<image>" in row["prompt"]:
-        return "a problem with an image"  # stored samples don't say where it lies
     text = ("<think>" if open_thought and "<think>" not in row["text"] else "") + row["text"]
     whole = re.fullmatch(r"\s*<think>(.*)</think>(.*)", text, re.S)
     if whole is None:
@@ -42,8 +41,11 @@ def as_conversation(row: dict, open_thought: bool) -> dict | str:
         return "empty thought or answer"
     if TAG.search(thought + answer):
         return "a tag of the format stands inside the thought or the answer"
-    return {"messages": [{"role": "user", "content": row["prompt"]}, {
+    made = {"messages": [{"role": "user", "content": row["prompt"]}, {
         "role": "assistant", "content": f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"}]}
+    if row.get("images"):
+        made["images"] = [os.path.relpath(image, folder) for image in row["images"]]
+    return made
 
 
 def from_samples(folder: str, out: str, most: int = 0) -> Counter:
@@ -53,14 +55,14 @@ def from_samples(folder: str, out: str, most: int = 0) -> Counter:
     if not file.is_file() or not settings.is_file():
         raise ValueError(f"{folder}: no samples.jsonl and config.json; name the --out of a finished eval.py")
     open_thought = json.loads(settings.read_text(encoding="utf-8")).get("open_thought", False)
-    counts, kept, seen, lines = Counter(), Counter(), set(), []
+    counts, kept, seen, lines, target = Counter(), Counter(), set(), [], Path(out)
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line:
             continue
         row = json.loads(line)
         if "score" not in row:
             raise ValueError(f"{file}:{number}: not graded yet; run the same eval.py to its end")
-        made = as_conversation(row, open_thought)
+        made = as_conversation(row, open_thought, target.parent)
         if not isinstance(made, str):
             if json.dumps(made) in seen:
                 made = "the same as another"
@@ -74,7 +76,6 @@ def from_samples(folder: str, out: str, most: int = 0) -> Counter:
         lines.append(json.dumps(made, ensure_ascii=False) + "\n")
     if not lines:
         raise ValueError(f"{file}: nothing to keep ({dict(counts)})")
-    target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".tmp")
     partial.write_text("".join(lines), encoding="utf-8")

@@ -17,7 +17,7 @@ data openthoughts_direct
 data orz57k
 data medqa_train
 files=$(benchmarks $BENCHMARKS)
-protocol=(--data $files --n 5 --temperature 0.3)
+protocol=(--data $files --samples 5 --temperature 0.3)
 rows=()
 
 ablate() {  # ablate NAME eval|sft|grpo FROM FLAGS…: train from base, sft or the row FROM (or only evaluate it), add a row
@@ -44,8 +44,10 @@ text_solvable() {  # the images removed, 3 samples: what base or sft solves ever
     local file name with_images=() solved=$RUNS/text_solvable.txt
     local -A model=([base]=$MODEL [sft]=$RUNS/sft/final)
     for file in $files; do ! grep -q '"images"' "$file" || with_images+=("$file"); done
+    sft sft --model "$MODEL" --data "$DATA/openthoughts.jsonl"
     for name in base sft; do
-        evaluate "ablation/blind_$name" --model "${model[$name]}" --data "${with_images[@]}" --blind --n 3 \
+        evaluate "ablation/$name" --model "${model[$name]}" "${protocol[@]}" --think_budget $THINK
+        evaluate "ablation/blind_$name" --model "${model[$name]}" --data "${with_images[@]}" --blind --samples 3 \
             --temperature 0.3 --think_budget $THINK
     done
     sort -u "$RUNS"/eval/ablation/blind_{base,sft}/solved.txt > "$solved"

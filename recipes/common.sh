@@ -16,7 +16,7 @@ if [ "$SMOKE" = 1 ]; then
     RAW=$RUNS/raw DATA=$RUNS/data MODEL=$RUNS/base TEACHER=$RUNS/base NEJM=$RUNS/releases/nejm
     THINK=24 STEPS=2
     SFT_FLAGS=(--device cpu --max_len 768 --pack_len 1024 --batch_tokens 2048 --epochs 1 --checkpointing none)
-    GRPO_FLAGS=(--device cpu --steps $STEPS --prompts 2 --group 2 --max_new_tokens 32 --slots 4 --graders 1)
+    GRPO_FLAGS=(--device cpu --steps $STEPS --prompts 2 --group 2 --max_new_tokens 48 --slots 4 --graders 1)
     EVAL_FLAGS=(--device cpu --limit 2 --max_new_tokens 48 --answer_budget 12 --min_pixels 0 --max_pixels 0 --slots 32
                 --graders 1)
     [ -f "$MODEL/config.json" ] || nice python recipes/smoke_data.py write "$RUNS"
@@ -80,7 +80,7 @@ both_protocols() {  # both_protocols NAME MODEL OTHER|- FILES…: greedy, and 5 
     [ "$other" = - ] || against=(--compare "$RUNS/eval/${other}_greedy")
     evaluate "${name}_greedy" --model "$model" --data "$@" --think_budget $THINK "${against[@]}"
     [ "$other" = - ] || against=(--compare "$RUNS/eval/${other}_avg5")
-    evaluate "${name}_avg5" --model "$model" --data "$@" --think_budget $THINK --n 5 --temperature 0.3 "${against[@]}"
+    evaluate "${name}_avg5" --model "$model" --data "$@" --think_budget $THINK --samples 5 --temperature 0.3 "${against[@]}"
 }
 
 benchmarks() {  # benchmarks NAME…: make each and print its file; NEJM only where NEJM=folder names the user's files

@@ -19,7 +19,7 @@ data medqa_train
 files=$(benchmarks $BENCHMARKS)
 
 # the teacher gets the prompt that the student will learn, and 4,096 tokens: what is longer would be cut in SFT
-evaluate teacher --model "$TEACHER" --data "$DATA/medqa_train.jsonl" --prompt_style train --n "$SAMPLES" \
+evaluate teacher --model "$TEACHER" --data "$DATA/medqa_train.jsonl" --prompt_style train --samples "$SAMPLES" \
     --temperature 0.6 --top_p 0.95
 [ "$SMOKE" != 1 ] || show python recipes/smoke_data.py teach "$RUNS/eval/teacher" "$DATA/medqa_train.jsonl"
 [ "$NODE_RANK" != 0 ] || [ -f "$DATA/medqa_traces.jsonl" ] ||

@@ -72,7 +72,8 @@ def flags_by_script() -> dict[str, set[str]]:
     import eval as evaluation
     import train_grpo
     import train_sft
-    return {name: {f.name for f in dataclasses.fields(config)} for name, config in (
+    return {name: {f.name for f in dataclasses.fields(config)} | {
+        a.lstrip("-") for f in dataclasses.fields(config) for a in f.metadata.get("aliases", [])} for name, config in (
         ("train_sft", train_sft.Config), ("train_grpo", train_grpo.Config), ("eval", evaluation.Config))}
 
 
@@ -145,7 +146,7 @@ def sample(**changes) -> dict:
 @pytest.mark.parametrize("changes, reason", [
     ({"score": 0.0}, "wrong"), ({"finish": "length"}, "cut"), ({"finish": "forced+stop"}, "forced"),
     ({"text": "<answer>42</answer>"}, "no closed thought"), ({"text": "<think> </think><answer>42</answer>"}, "empty"),
-    ({"text": "<think>a</think> b</think><answer>42</answer>"}, "tag"), ({"prompt": "<image> 6·7?"}, "image"),
+    ({"text": "<think>a</think> b</think><answer>42</answer>"}, "tag"),
     ({"text": "six sevens</think><answer>42</answer>"}, "no closed thought")])
 def test_what_a_student_must_not_learn_is_left_out(changes, reason):
     """Wrong, cut or broken traces in the data teach exactly that."""
@@ -174,6 +175,18 @@ def test_from_samples_reads_an_evaluation_and_counts(tmp_path, capsys):
     assert "1 not: beyond 2 of its problem" in said and "1 not: wrong" in said
     good, faults = data.load_conversations(tmp_path / "traces.jsonl")
     assert len(good) == 2 and not faults
+
+
+def test_images_of_kept_samples_are_found_from_the_new_file(tmp_path):
+    """The new jsonl may lie in another folder than the problems: its paths count from there."""
+    (tmp_path / "problems/img").mkdir(parents=True)
+    image = tmp_path / "problems/img/1.png"
+    image.write_bytes(smoke_data.Maker().question()["picture"])
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample(prompt="What? <image>", images=[str(image)])) + "\n")
+    (tmp_path / "config.json").write_text("{}")
+    from_samples.from_samples(str(tmp_path), str(tmp_path / "new/traces.jsonl"))
+    (row,), faults = data.load_conversations(tmp_path / "new/traces.jsonl")
+    assert not faults and Path(row["images"][0]).resolve() == image.resolve()
 
 
 def test_from_samples_names_what_is_missing(tmp_path):
