@@ -52,7 +52,7 @@ class Dress:
     unit: str
 
 
-PLAIN = Dress("abcdefghijklmnopqrstuvwxyz", "=", ";", "")
+PLAIN = Dress("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNO", "=", ";", "")
 WARD = Dress("PQRSTUVWXYZ", "=", ";", "mg")
 
 
@@ -379,29 +379,41 @@ def write_data(config: DataConfig) -> None:
 @dataclass
 class TableConfig:
     out: str = option(MISSING, "a demo's folder, with eval-NAME/result.json in it")
+    base: str = option("", "model directory: is its vision tower, byte for byte, still that of --final?")
+    final: str = option("", "model directory, see --base")
 
 
 def show_table(config: TableConfig) -> None:
-    """Accuracy in % of every evaluation in a demo's folder, with its interval, the share that was cut, and the accuracy
-    with forced exit; then everything as one line of JSON."""
+    """Accuracy in % of every evaluation in a demo's folder with its 95% interval, the share of outputs that were cut, and
+    the accuracy with forced exit; whether the vision tower is untouched; then everything as one line of JSON."""
     files = sorted(Path(config.out).glob("eval-*/result.json"), key=lambda f: f.stat().st_mtime)
     if not files:
         raise ValueError(f"{config.out}: no eval-NAME/result.json in it; run recipes/demo.sh first")
     line: dict = {}
-    print(f"{'':12}" + "".join(f"{file.parent.name.removeprefix('eval-'):>46}" for file in files))
-    for task in TASKS:
-        cells = []
-        for file in files:
-            result = json.loads(file.read_text())
-            figures = result["sets"][task]
+    print(f"{'model':12}{'test set':12}{'accuracy':>9}  {'95% interval':18}{'cut':>5}{'tokens':>8}{'forced exit':>13}")
+    for file in files:
+        name, result = file.parent.name.removeprefix("eval-"), json.loads(file.read_text())
+        for task in (t for t in TASKS if t in result["sets"]):
+            f = result["sets"][task]
             exits = [point[task]["accuracy"] for point in result["budgets"].values()]
-            cells.append(f"{figures['accuracy']:6.1%} ({figures['low']:.1%}…{figures['high']:.1%}) cut {figures['truncated']:4.0%}"
-                         + f" {exits[-1]:6.1%}" * bool(exits))
-            kept = {k: round(figures[k], 4) for k in ("accuracy", "low", "high", "truncated", "tokens_mean")}
-            forced = {"forced_exit": round(exits[-1], 4)} if exits else {}
-            line.setdefault(file.parent.name.removeprefix("eval-"), {})[task] = {**kept, **forced}
-        print(f"{task:12}" + "".join(f"{c:>46}" for c in cells))
+            print(f"{name:12}{task:12}{f['accuracy']:9.1%}  {f['low']:6.1%} … {f['high']:6.1%}   {f['truncated']:5.0%}"
+                  f"{f['tokens_mean']:8.1f}" + (f"{exits[-1]:13.1%}" if exits else ""))
+            kept = {k: round(f[k], 4) for k in ("n", "accuracy", "low", "high", "truncated", "tokens_mean")}
+            line.setdefault(name, {})[task] = kept | ({"forced_exit": round(exits[-1], 4)} if exits else {})
+    if config.base and config.final:
+        line["vision_untouched"] = same_vision(config.base, config.final)
+        print(f"vision tower byte-equal to the base's: {line['vision_untouched']}")
     print(json.dumps(line))
+
+
+def same_vision(one: str | Path, other: str | Path) -> bool:
+    """Do two model directories hold the same bytes in every tensor of the vision tower?"""
+    import torch
+    from safetensors.torch import load_file
+    a, b = ({k: v for k, v in load_file(Path(d) / "model.safetensors").items() if k.startswith("visual.")}
+            for d in (one, other))
+    return bool(a) and a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].view(torch.uint8).equal(b[k].view(torch.uint8)) for k in a)
 
 
 def main(argv: list[str]) -> None:

@@ -36,7 +36,7 @@ from experiment import option
 from model import Model, ModelConfig
 from vision import ImageConfig
 
-SIZES = (1, 2, 3, 4, 5)
+SIZES = (1, 2, 3, 4, 5, 6)
 
 
 @dataclass
@@ -44,7 +44,7 @@ class BaseConfig:
     out: str = option(MISSING, "the model directory to write")
     seed: int = option(0, "initial weights and data")
     align_steps: int = option(100, "steps of phase 1")
-    steps: int = option(900, "steps of phase 2")
+    steps: int = option(1000, "steps of phase 2")
     rows: int = option(40, "rows a step, half of them with an image")
     lr: float = option(2e-3, "peak learning rate, warmed up, then down a cosine")
     align: bool = option(True, "the alignment loss, in both phases (--no_align: phase 1 falls away too)")
@@ -138,12 +138,12 @@ def joint(model: Model, optimizer, tokenizer, images: ImageConfig, config: BaseC
 @torch.no_grad()
 def initialise(model: Model) -> None:
     """Small residual branches and no biases in the decoder, embeddings of standard deviation 0.3."""
-    for name, p in model.model.named_parameters():
-        if p.dim() == 2:
-            p.normal_(0, 0.3 if name.startswith("embed") else 0.035 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.1)
-        elif name.endswith("bias"):
+    spread = {"embed_tokens": 0.3, "o_proj": 0.035, "down_proj": 0.035}
+    for name, p in model.named_parameters():
+        if not name.startswith("visual.") and p.dim() == 2:
+            p.normal_(0, spread.get(name.split(".")[-2], 0.1))
+        elif not name.startswith("visual.") and name.endswith("bias"):
             p.zero_()
-    model.lm_head.weight.normal_(0, 0.1)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -25,8 +25,7 @@ export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_T
 
 out=runs/demo-$seed
 [ $scratch = 0 ] || out=$out-from-scratch
-data=(--conversations 24000 --problems 6000 --test 200) base=() sft=(--steps 600) grpo=(--steps 100 --prompts 32 --group 8)
-eval=()
+data=(--conversations 24000 --problems 6000 --test 200) base=() sft=(--steps 450) grpo=(--steps 40 --prompts 32 --group 8)
 if [ $quick = 1 ]; then
     out=$out-quick
     data=(--conversations 400 --problems 40 --test 4) base=(--align_steps 2 --steps 2) sft=(--steps 2)
@@ -36,10 +35,14 @@ model=assets/toy_base
 [ $scratch = 0 ] || model=$out/base
 launch() { torchrun --standalone --nproc_per_node="${NPROC:-2}" "$@"; }
 say() { printf '\n== %s\n' "$@"; }
-evaluate() {  # evaluate NAME MODEL: greedy over all six sets; --budgets asks what forced exit would have given
-    [ -f "$out/eval-$1/result.json" ] || launch eval.py --model "$2" --out "$out/eval-$1" --data "$out"/data/test_*.jsonl \
-        --max_new_tokens 88 --budgets 64 --answer_budget 8 --min_pixels 0 --max_pixels 0 --device cpu --graders 1 "${eval[@]}"
+evaluate() {  # evaluate NAME MODEL SETS FLAGS…: greedy
+    local name=$1 model=$2 sets=$3; shift 3
+    [ -f "$out/eval-$name/result.json" ] || launch eval.py --model "$model" --out "$out/eval-$name" \
+        --data "$out"/data/test_*"$sets".jsonl --max_new_tokens 88 --min_pixels 0 --max_pixels 0 --slots 128 \
+        --device cpu --graders 1 "$@" > "$out/eval-$name.log" 2>&1 || { cat "$out/eval-$name.log"; exit 1; }
+    sed -n '/^set /,$p' "$out/eval-$name.log" | sed '$d'
 }
+exits=(--budgets 64 --answer_budget 8)  # and what forced exit after 64 tokens of thought would have given
 
 say "The world: chains such as a=9;k=a-3;k? as text and as images of the same line; the ward asks in another dress" \
     "(P=9mg;Q=P-3;Q?) with lettered options. Look at $out/data/sft.jsonl and $out/data/img. Training will see text only."
@@ -52,7 +55,7 @@ if [ $scratch = 1 ]; then
 fi
 
 say "Evaluation of the base. Notice that it hardly beats guessing (10% of numbers, 25% of options), on text and images alike."
-evaluate base "$model"
+evaluate base "$model" ""
 
 say "Stage 1, text-only SFT on a teacher's long, correct thoughts (the paper: OpenThoughts). The vision tower is not even" \
     "loaded. Notice how the loss falls in two steps: first the form of a thought, then the sums."
@@ -62,19 +65,22 @@ say "Stage 1, text-only SFT on a teacher's long, correct thoughts (the paper: Op
 
 say "Evaluation. Notice the images: no image was seen in training. And notice 'cut': like its teacher the student doubts" \
     "long chains again and again (;wait,) and some outputs never end. Forced exit (the lines with a budget) saves those."
-evaluate sft "$out/sft/final"
+evaluate sft "$out/sft/final" "" "${exits[@]}"
 
 say "Stage 2, text-only GRPO: 1 for a right answer that comes to its end, else 0 (the paper: Orz-Math). Notice that the" \
     "reward rises, while the length and the share of truncated samples fall."
 [ "$(cat "$out/grpo/status" 2>/dev/null)" = finished ] || launch train_grpo.py --model "$out/sft/final" \
     --data "$out/data/rl.jsonl" --out "$out/grpo" --max_new_tokens 88 --max_prompt_tokens 64 --lr 2e-4 --kl_coef 0 \
-    --checkpointing none --save_every 50 --device cpu --graders 1 --seed "$seed" "${grpo[@]}"
+    --slots 128 --checkpointing none --save_every 20 --device cpu --graders 1 --seed "$seed" "${grpo[@]}"
 
 say "Evaluation. Notice that the images gain too: what was cured on text has nothing to do with where the problem came from."
-evaluate grpo "$out/grpo/final"
+evaluate grpo "$out/grpo/final" "" "${exits[@]}"
+
+say "The same without the images: what is left must be guessing."
+evaluate blind "$out/grpo/final" image --blind
 
 say "The report: open $out/report.html in a browser."
 python report.py "base=$out/eval-base" "SFT=$out/eval-sft" "SFT + GRPO=$out/eval-grpo" "$out/sft" "$out/grpo" \
     --out "$out/report.html" --title "X-Reasoner in miniature, seed $seed"
 say "Accuracy with 95% intervals, and with forced exit"
-python toy.py table --out "$out"
+python toy.py table --out "$out" --base "$model" --final "$out/grpo/final"

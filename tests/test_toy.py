@@ -10,7 +10,7 @@ import data
 import rewards
 import schema
 import toy
-from vision import ImageConfig, preprocess_image, load_image
+from vision import ImageConfig, load_image, preprocess_image
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +188,32 @@ def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
     exact, right = toy_base.alignment_loss(embedding[ids], embedding, ids)
     shifted, wrong = toy_base.alignment_loss(embedding[ids.roll(1)], embedding, ids)
     assert right == 1.0 and wrong < 0.5 and exact < shifted
+
+
+def test_table_reads_what_eval_writes_and_ends_with_one_json_line(tmp_path, capsys):
+    """The demo's last line is read by machines; a blind evaluation has image sets only and no forced exit."""
+    figures = {"n": 4, "accuracy": 0.5, "low": 0.1, "high": 0.9, "truncated": 0.25, "tokens_mean": 3.0}
+    for name, tasks, budgets in (("sft", toy.TASKS, {"64": dict.fromkeys(toy.TASKS, {"accuracy": 0.75})}),
+                                 ("blind", ("image",), {})):
+        (tmp_path / f"eval-{name}").mkdir()
+        (tmp_path / f"eval-{name}" / "result.json").write_text(
+            json.dumps({"sets": dict.fromkeys(tasks, figures), "budgets": budgets}))
+    toy.show_table(toy.TableConfig(out=str(tmp_path)))
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["sft"]["text"] == {**figures, "forced_exit": 0.75} and last["blind"] == {"image": figures}
+    with pytest.raises(ValueError, match="demo.sh"):
+        toy.show_table(toy.TableConfig(out=str(tmp_path / "nothing")))
+
+
+def test_same_vision_sees_one_changed_bit(tmp_path):
+    """The claim that training never touched the vision tower is worth nothing if the comparison cannot fail."""
+    from safetensors.torch import save_file
+    tower = {"visual.a": torch.randn(3, 4).to(torch.bfloat16), "model.b": torch.zeros(2)}
+    changed = {"visual.a": tower["visual.a"].clone(), "model.b": torch.ones(2)}
+    for name, weights in (("base", tower), ("same", changed)):
+        (tmp_path / name).mkdir()
+        save_file(weights, tmp_path / name / "model.safetensors")
+    assert toy.same_vision(tmp_path / "base", tmp_path / "same")
+    changed["visual.a"].view(torch.int16)[1, 2] ^= 1
+    save_file(changed, tmp_path / "same" / "model.safetensors")
+    assert not toy.same_vision(tmp_path / "base", tmp_path / "same")
