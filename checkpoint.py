@@ -301,20 +301,23 @@ def _step_of(state_dir: Path) -> int:
 
 
 def newest_state(root: str | Path, world: World) -> Path | None:
-    """The newest checkpoint under `root` that is whole, or None; torn ones are named and passed over. All ranks read
-    (each a share of the files) and all agree."""
-    for folder in _state_dirs(Path(root)):
-        try:
-            files = sorted(json.loads((folder / MARKER).read_text())["files"].items())
-            mine = files[world.rank::world.size]
-            torn = [n for n, sums in mine if not (folder / n).is_file() or _fingerprint(folder / n) != sums]
-        except (OSError, ValueError, KeyError):
-            torn = [MARKER]
-        if not all_any(bool(torn)):
-            return folder
-        if torn:
-            print(f"{folder}: {torn[0]} is torn or missing; falling back to an older checkpoint", flush=True)
-    return None
+    """The newest checkpoint under `root` that is whole, or None; torn ones are named and passed over. Collective."""
+    return next((folder for folder in _state_dirs(Path(root)) if is_whole(folder, world)), None)
+
+
+def is_whole(folder: str | Path, world: World) -> bool:
+    """Whether every file that the marker lists is there with its size and checksum. All ranks read (each a share of the
+    files) and all agree; the rank that finds a fault names it."""
+    folder = Path(folder)
+    try:
+        files = sorted(json.loads((folder / MARKER).read_text())["files"].items())
+        mine = files[world.rank::world.size]
+        torn = [n for n, sums in mine if not (folder / n).is_file() or _fingerprint(folder / n) != sums]
+    except (OSError, ValueError, KeyError):
+        torn = [MARKER]
+    if torn:
+        print(f"{folder}: {torn[0]} is torn or missing; this checkpoint is passed over", flush=True)
+    return not all_any(bool(torn))
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:

@@ -32,9 +32,11 @@ import torch
 
 import attention
 from checkpoint import (
+    MARKER,
     build_model,
     check_model_dir,
     export_hf,
+    is_whole,
     load_state,
     newest_state,
     resolve_model_dir,
@@ -99,6 +101,8 @@ class Config:
     reshard: bool = option(True, "free gathered blocks after forward (ZeRO-3); off keeps them: +13 GiB at 7B, faster")
     replicas: int = option(1, "HSDP: number of groups that each hold all shards (e.g. one per node)")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
+    resume: str = option("auto", "auto: go on where this --out stopped. Or a checkpoint directory of another run of this "
+                         "model, from which a new --out starts, step and optimizer included")
     save_every: int = option(200, "save resumable state every n steps, 0: only when stopped")
     keep_last: int = option(2, "checkpoints to keep")
     max_bad_steps: int = option(5, "stop after this many non-finite steps in a row")
@@ -224,6 +228,8 @@ def check_early(config: Config, model_dir: Path, world: World) -> None:
     for file in config.data + config.val_data:
         if not Path(file).is_file():
             raise ValueError(f"{file}: no such file")
+    if config.resume != "auto" and not (Path(config.resume) / MARKER).is_file():
+        raise ValueError(f"--resume {config.resume}: neither auto nor a checkpoint (OUT/checkpoints/step_N)")
     if world.size % config.replicas:
         raise ValueError(f"--replicas {config.replicas}: {world.size} ranks cannot form so many equal groups")
     if config.adam_dtype == "bf16" and world.device.type != "cuda":
@@ -304,7 +310,7 @@ def train(config: Config) -> int:
     run.say(batch_arithmetic(config, dataset, steps, steps_per_epoch, world.size))
     model, optimizer = build(config, model_dir, world, with_images)
     state_root = Path(config.out) / "checkpoints"
-    at = resume(state_root, model, optimizer, run, world)
+    at = resume(state_root, config.resume, model, optimizer, run, world)
     run.start(header(world_size=world.size, data=hash_files(config.data + config.val_data), model=str(model_dir),
                      attention=attention.backend(world.device, torch.bfloat16)) if world.is_main else {}, at["step"])
     run.progress(len(steps), at["step"])
@@ -354,9 +360,14 @@ def train(config: Config) -> int:
     return run.finished()
 
 
-def resume(state_root: Path, model: Model, optimizer: torch.optim.Optimizer, run: Run, world: World) -> dict:
-    """Fill model and optimizer from the newest whole checkpoint and return where it stood; else the beginning."""
+def resume(state_root: Path, source: str, model: Model, optimizer: torch.optim.Optimizer, run: Run, world: World) -> dict:
+    """Fill model and optimizer from this run's newest whole checkpoint, else from the one that --resume names, and
+    return where it stood; without either, the beginning."""
     newest = newest_state(state_root, world)
+    if newest is None and source != "auto":
+        newest = Path(source)
+        if not is_whole(newest, world):
+            raise ValueError(f"--resume {source}: this checkpoint is damaged; name another")
     if newest is None:
         return {"step": 0, "bad_steps": 0, "bad_in_a_row": 0}
     run.say(f"resuming from {newest}")

@@ -133,6 +133,16 @@ def test_a_finished_run_can_be_made_longer(whole, inputs, sft, tmp_path):
     assert code == 0 and "resuming" in said and len(metrics(tmp_path / "o")) == 10
 
 
+def test_a_run_can_branch_off_another_runs_checkpoint(whole, inputs, sft, tmp_path):
+    """--resume DIR in a new --out: that step, optimizer and data position; a wrong directory is named."""
+    source = whole / "checkpoints" / "step_6"
+    code, said, _ = sft("--val_data", inputs / "val.jsonl", *RUN, "--resume", source, "--out", tmp_path / "o")
+    assert code == 0 and "step_6" in said and metrics(tmp_path / "o")[0]["step"] == 7
+    assert weights(tmp_path / "o") == weights(whole)
+    code, _, error = sft("--resume", whole, "--out", tmp_path / "p")
+    assert code == 2 and "neither auto nor a checkpoint" in error
+
+
 def test_a_plan_starts_nothing_and_does_not_stand_in_the_way(sft, monkeypatch, tmp_path):
     """--plan needs no weights, leaves the token cache alone, and the run may follow in the same directory."""
     out = tmp_path / "o"
