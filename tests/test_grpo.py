@@ -412,7 +412,7 @@ def solve_rates(out, problems):
             for i in range(1, len(rows(out)) + 1)]
 
 
-LEARNING = ["--lr", 1e-3, "--prompts", 16, "--group", 16, "--updates", 2, "--keep_sampler", "True", "--save_every", 0,
+LEARNING = ["--lr", 1e-3, "--prompts", 16, "--group", 32, "--updates", 2, "--keep_sampler", "True", "--save_every", 0,
             "--kl_coef", 0]
 
 
@@ -420,10 +420,10 @@ def test_it_learns_from_rewards_and_from_nothing_else(place):
     """The sum of all parts: a sign error, a shifted target or a wrong advantage shows as a curve that does not climb. With
     rewards that a coin decides, the same run must not climb."""
     learned, coin = place.folder / "learned", place.folder / "coin"
-    assert place.nursery.run([*place.common, *LEARNING, "--steps", 40, "--out", learned])[0] == 0
+    assert place.nursery.run([*place.common, *LEARNING, "--steps", 30, "--out", learned])[0] == 0
     rates = solve_rates(learned, place.problems)
-    assert rates[0] <= 0.35 and np.mean(rates[-5:]) >= 0.9, np.round(rates, 2)
-    assert place.nursery.run([*place.common, *LEARNING, "--steps", 12, "--out", coin, "--reward",
+    assert rates[0] <= 0.32 and np.mean(rates[-5:]) >= 0.9, np.round(rates, 2)
+    assert place.nursery.run([*place.common, *LEARNING, "--steps", 10, "--out", coin, "--reward",
                               "strange_rewards:coin"])[0] == 0
     rates = solve_rates(coin, place.problems)
     assert np.mean(rates[-5:]) <= 0.4, np.round(rates, 2)
