@@ -274,6 +274,9 @@ def test_slots_come_from_the_memory_budget(model):
     s = Sampler(model, max_len=64, kv_gb=10.5 * per_slot)
     s.generate([text_prompt(3)], SamplingParams(max_new_tokens=2))
     assert s.slots.kv.shape[2] == 10
+    default = Sampler(model, max_len=64)
+    default.generate([text_prompt(3)], SamplingParams(max_new_tokens=2))
+    assert default.slots.kv.shape[2] == 64
     with pytest.raises(ValueError, match="10 would fit"):
         Sampler(model, max_len=64, slots=11, kv_gb=10.5 * per_slot).generate([text_prompt(3)], PARAMS)
     with pytest.raises(ValueError, match="0 would fit"):
