@@ -19,7 +19,8 @@ if [ "$SMOKE" = 1 ]; then
     GRPO_FLAGS=(--device cpu --steps $STEPS --prompts 2 --group 2 --max_new_tokens 48 --slots 4 --graders 1)
     EVAL_FLAGS=(--device cpu --limit 2 --max_new_tokens 48 --answer_budget 12 --min_pixels 0 --max_pixels 0 --slots 32
                 --graders 1)
-    [ -f "$MODEL/config.json" ] || nice python recipes/smoke_data.py write "$RUNS"
+    [ "$NODE_RANK" != 0 ] || [ -d "$MODEL" ] || python recipes/smoke_data.py write "$RUNS"
+    until [ -d "$MODEL" ]; do sleep 1; done
 else
     NPROC=${NPROC:-8} RUNS=${RUNS:-runs} RAW=${RAW:-data/raw} DATA=${DATA:-data}
     MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}

@@ -160,15 +160,17 @@ def write_medical_releases(out: Path, make: Maker) -> None:
 # ---------------------------------------------------------------------------------------------- model and teacher
 def write_base(out: Path) -> None:
     """The shipped miniature base, or random weights in the same architecture."""
+    aside = out.with_name(out.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
     if list(SHIPPED.glob("*.safetensors")):
-        shutil.copytree(SHIPPED, out)
+        shutil.copytree(SHIPPED, aside)
+        aside.rename(out)
         return
     import torch
     from safetensors.torch import save_file
 
     from model import Model, ModelConfig
     torch.manual_seed(0)
-    aside = out.with_name(out.name + ".tmp")
     toy.write_model_files(aside)
     model = Model(ModelConfig.from_dir(aside), with_vision=True)
     save_file({n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()},
