@@ -11,11 +11,20 @@ Used by the decoder (causal) and by the vision tower (not causal, windows as doc
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+try:  # at import, not in the call: a failing import inside a compiled block would break its graph
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+# parameters of this torch's varlen_attn, which grew from 2.10 to 2.13; from 2.12 on grouped queries must be asked for
+VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
+MUST_ASK_FOR_GQA = "enable_gqa" in VARLEN_OPTIONS
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -57,35 +66,15 @@ def _attend_sdpa(q, k, v, cu_seqlens, causal):
 
 
 def _attend_cuda(q, k, v, cu_seqlens, max_len, causal):
-    flash = flash_attn_varlen()
-    if flash is not None:
-        return flash(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, causal=causal)
-    from torch.nn.attention.varlen import varlen_attn
-    kwargs = {"window_size": (-1, 0) if causal else (-1, -1)}
-    if "enable_gqa" in varlen_options():  # from torch 2.12 on it must be asked for; 2.11 groups heads by itself
-        kwargs["enable_gqa"] = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, **kwargs)
-
-
-@lru_cache(None)
-def varlen_options() -> frozenset[str]:
-    """The parameter names of this torch's `varlen_attn` (they grew from 2.10 to 2.13)."""
-    from torch.nn.attention.varlen import varlen_attn
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-@lru_cache(None)
-def flash_attn_varlen():
-    """flash-attn's packed attention with torch's argument order, or None when the package is not installed."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, causal=causal)
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if MUST_ASK_FOR_GQA else {}
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=(-1, 0) if causal else (-1, -1),
+                       **grouped)
 
 
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that `attend` takes for tensors like these; printed in a run's header."""
     if torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return "flash-attn" if flash_attn_varlen() is not None else "torch varlen_attn"
+        return "flash-attn" if flash_attn_varlen_func is not None else "torch varlen_attn"
     return "SDPA per document"

@@ -18,7 +18,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
-from attention import varlen_options
+from attention import VARLEN_OPTIONS
 
 try:
     import triton
@@ -62,7 +62,7 @@ def decode_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan) -> to
     half = q.dtype in (torch.bfloat16, torch.float16)  # the only types of FlashAttention
     if half and (flash := flash_attn_kvcache()) is not None:
         return flash(q[:, None], k, v, cache_seqlens=used, causal=False, num_splits=SPLITS).squeeze(1)
-    if half and "seqused_k" in varlen_options():
+    if half and "seqused_k" in VARLEN_OPTIONS:
         from torch.nn.attention.varlen import varlen_attn
         # the open window matters: with a causal one FlashAttention 2 neither packs the query heads of a KV head into
         # one tile (the cache is read 7 times over) nor splits the row

@@ -100,14 +100,14 @@ def block_activations(config: ModelConfig, tokens: int, mode: str, compute_bytes
 def working_sets(config: ModelConfig, s: Setting, counts: dict[str, int]) -> dict[str, int]:
     """Bytes that exist only for a moment, at three moments of which the dearest counts.
 
-    head: a chunk of logits with its gradient (5 fp32-sized copies at the worst line, 7 with entropy), the head's
+    head: a chunk of logits in fp32 and a copy (its exponentials, or a cast of its gradient), the head's
     gradient in fp32 and in the compute dtype, and hidden states with theirs. block: backward of the last block: what
     was recomputed, two MLP-sized and two hidden-sized gradients, its weight gradients, and the fp32 buffer in which the
     previous one is being reduced; the head's gradient waits meanwhile. root: embedding and head gradients on their way.
     """
     c, b = config, s.compute_bytes
     rows = min(s.logit_rows, s.tokens)
-    copies = (24 if s.entropy else 16) + (b if b < 4 else 0)
+    copies = 8
     matrix = c.vocab_size * c.hidden_size
     waiting = matrix * b
     chunk = rows * c.vocab_size * copies

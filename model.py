@@ -327,9 +327,9 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float,
     """
     logits = matmul_fp32(hidden, weight.t())
     if temperature != 1.0:
-        logits = logits / temperature
+        logits = logits.div_(temperature)
     if banned_ids is not None:
-        logits = logits.index_fill(1, banned_ids, -1e30)
+        logits = logits.index_fill_(1, banned_ids, -1e30)
     return logits
 
 
@@ -349,7 +349,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             lse[s] = logits.logsumexp(-1)
             logprobs[s] = logits.gather(1, targets[s, None]).squeeze(1) - lse[s]
             if with_entropy:
-                entropies[s] = lse[s] - ((logits - lse[s, None]).exp() * logits).sum(-1)  # H = lse - E[logit]
+                entropies[s] = lse[s] - (logits - lse[s, None]).exp_().mul_(logits).sum(-1)  # H = lse - E[logit]
         ctx.save_for_backward(hidden, weight, targets, lse, entropies)
         ctx.options = temperature, with_entropy, banned_ids, chunk
         return logprobs, entropies
@@ -361,14 +361,16 @@ class ChunkedLogProbs(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden)
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for s in _slices(len(targets), chunk):
+            # ∂logp[y]/∂z = onehot(y) - p;  ∂H/∂z = -p (log p + H). In place: a chunk of logits is the largest tensor
             logp = head_logits(hidden[s], weight, temperature, banned_ids).sub_(lse[s, None])  # (chunk, V)
-            p = logp.exp()
-            # ∂logp[y]/∂z = onehot(y) - p;  ∂H/∂z = -p (log p + H)
-            d_logits = p * -d_logprobs[s, None]
             if with_entropy:
-                d_logits -= p * (logp + entropies[s, None]) * d_entropies[s, None]
+                p = logp.exp()
+                d_logits = logp.add_(entropies[s, None]).mul_(d_entropies[s, None]).add_(d_logprobs[s, None]).mul_(p).neg_()
+                del p
+            else:
+                d_logits = logp.exp_().mul_(-d_logprobs[s, None])
             d_logits.scatter_add_(1, targets[s, None], d_logprobs[s, None])
-            d_logits = (d_logits / temperature).to(hidden.dtype)
+            d_logits = d_logits.div_(temperature).to(hidden.dtype)
             d_hidden[s] = d_logits @ weight
             if ctx.needs_input_grad[1]:
                 add_weight_gradient(d_weight, d_logits, hidden[s])
