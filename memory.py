@@ -11,7 +11,7 @@ allocator loses (5 to 10 %; less with PYTORCH_ALLOC_CONF=expandable_segments:Tru
 """
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +41,6 @@ class Setting:
     train_vision: bool = False
     with_vision: bool = False
     logit_rows: int = 4096  # rows of one chunk of the output head
-    entropy: bool = False  # GRPO asks for it
     fused: bool = True  # the CUDA kernels; False: what torch does on CPU
 
 
@@ -151,7 +150,7 @@ def plan_grpo(config: ModelConfig, s: Setting, *, reference: bool, kv_gb: float 
     one row of fp32 logits a slot (three copies); no gradients, and no Adam moments when they are offloaded.
     keep_sampler: the KV cache stays while training.
     """
-    step = plan_step(config, replace(s, entropy=True))
+    step = plan_step(config, s)
     counts, shards = parameters(config, s.with_vision), max(1, s.ranks // s.replicas)
     root = counts["total"] - counts["blocks"]
     cache = int(kv_gb * 1e9) if kv_gb else slots * max_len * kv_bytes(config, s.compute_bytes)

@@ -181,7 +181,8 @@ def sft(b: Bench) -> None:
                 try:
                     sft_case(b, accumulate_gradients, context, mode, compiled)
                 except torch.OutOfMemoryError:
-                    b.row("sft", f"{context} {mode}{' compiled' if compiled else ''}", float("nan"), "tok/s", note="out of memory")
+                    b.row("sft", f"{context} {mode}{' compiled' if compiled else ''}", float("nan"), "tok/s",
+                          note="out of memory")
                 b.free()
 
 
@@ -252,7 +253,8 @@ def decode(b: Bench) -> None:
     model = plain_model(b, b.dtype)
     for rows, context in ([(4, 32)] if b.dry else [(64, 1024), (128, 1024), (256, 1024), (64, 4096), (128, 4096)]):
         new = 8 if b.dry else 256
-        prompt = [SimpleNamespace(tokens=stream(b.config, [context - new // 2], 0)[0].tolist(), pixel_values=None, grid_thw=None)]
+        prompt = [SimpleNamespace(tokens=stream(b.config, [context - new // 2], 0)[0].tolist(), pixel_values=None,
+                                  grid_thw=None)]
         sampler = Sampler(model, max_len=context + new, slots=rows)
         params = SamplingParams(n=rows, max_new_tokens=new, seed=0)
         sampler.generate(prompt, params)  # records the graphs
@@ -270,6 +272,7 @@ def grpo(b: Bench) -> None:
     import numpy as np
 
     import train_grpo
+    from roller import Rollouts
     from rollouts import Sample
     config = train_grpo.Config(model="-", data=["-"], out="-", kl_coef=0.0, prompts=2 if b.dry else 8, group=2 if b.dry else 64,
                                max_new_tokens=8 if b.dry else 1536, checkpointing="full")
@@ -294,9 +297,10 @@ def grpo(b: Bench) -> None:
         samples = [Sample(r.prompt_index, r.sample_index, list(r.tokens), np.asarray(r.logprobs), np.asarray(r.mask),
                           r.finish_reason, "", float(rng.integers(2))) for r in rollouts]
         train_grpo.set_advantages(samples, config)
+        rolled = Rollouts([], prompts, samples, 0)
         b.synchronize()
         parts["sample"] = time.perf_counter() - begin
-        train_grpo.train_step(model, None, optimizer, samples, prompts, 1e-6, config, b.world)
+        train_grpo.train_on(model, None, optimizer, rolled, 1e-6, config, b.world)
         parts["tokens"] = sum(len(s.tokens) for s in samples)
     with profiler(b, "grpo"):
         seconds = b.seconds(step, repeats=1, warm=1)

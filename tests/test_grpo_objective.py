@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from train_grpo import (group_advantages, importance_weights, kl_estimate, no_spread, policy_loss, soft_overlong_penalty,
-                        token_weights)
+from train_grpo import (
+    group_advantages,
+    importance_weights,
+    kl_estimate,
+    no_spread,
+    policy_loss,
+    soft_overlong_penalty,
+    token_weights,
+)
 
 LENGTHS = np.array([3, 2, 4, 1, 4, 2])
 REWARDS = torch.tensor([[1, 0, 0], [1, 1, 0]], dtype=torch.float64)
