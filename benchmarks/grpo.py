@@ -24,7 +24,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-
 from arithmetic import make_model, warm_up, write_problems  # noqa: E402
 from nursery import PHASES, Nursery  # noqa: E402
 
@@ -65,10 +64,31 @@ print("RESULT", json.dumps({"step_s": clock.times, "length": [e["completions/mea
 """
 
 
+def talker(model_dir: Path, mean: int) -> None:
+    """Teach the model to write digits and to end at each with probability 1 / mean: completions of very different
+    lengths, as those of a model that thinks. (A random model hardly ever ends.)"""
+    from arithmetic import logprobs_of
+    from safetensors.torch import save_file
+
+    from checkpoint import load_hf
+    from model import Model, ModelConfig
+    model, rng = Model(ModelConfig.from_dir(model_dir)), np.random.default_rng(0)
+    load_hf(model, model_dir)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        texts = [[*rng.integers(10, 20, min(400, rng.geometric(1 / mean))).tolist(), 304] for _ in range(16)]
+        logprobs, count, _ = logprobs_of(model, [[306, 10, 28, 10, 304]] * 16, texts)
+        (-logprobs.sum() / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, model_dir / "model.safetensors",
+              metadata={"format": "pt"})
+
+
 def trl(args, folder: Path) -> None:
     """The same model, problems, group, lengths, reward, KL term, one update a step, one thread, in alternating pairs. Both
     clocks cover a whole step: sampling, grading, reference, update. The first step of each run is left out."""
-    make_model(folder / "m")
+    talker(make_model(folder / "m"), args.mean)
     write_problems(folder / "p.jsonl")
     ratios = []
     for length in args.lengths:
@@ -155,7 +175,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--mean", type=int, default=50, help="mean length of completions")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512], help="--max_new_tokens")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--kills", type=int, default=24)
