@@ -75,11 +75,12 @@ ablate sft_rl_medqa   grpo sft  --data "$DATA/medqa_train.jsonl"
 text_solvable
 # where the paper contradicts itself or stays silent
 ablate no_kl          grpo sft  --data "$DATA/orz57k.jsonl" --kl_coef 0
-ablate clip_higher    grpo sft  --data "$DATA/orz57k.jsonl" --clip_high 0.28
+ablate updates_4      grpo sft  --data "$DATA/orz57k.jsonl" --updates 4  # with one the ratio is 1 and no clip acts
+ablate clip_higher    grpo sft  --data "$DATA/orz57k.jsonl" --updates 4 --clip_high 0.28
 ablate sequence_mean  grpo sft  --data "$DATA/orz57k.jsonl" --aggregation seq_mean_token_mean
 ablate forced_exit_rl grpo sft  --data "$DATA/orz57k.jsonl" --think_budget $THINK
 # what came after it
 ablate dr_grpo        grpo sft  --data "$DATA/orz57k.jsonl" --advantage mean_only --aggregation constant --kl_coef 0
-ablate dapo           grpo sft  --data "$DATA/orz57k.jsonl" --clip_high 0.28 --kl_coef 0 --zero_variance refill
+ablate dapo           grpo sft  --data "$DATA/orz57k.jsonl" --updates 4 --clip_high 0.28 --kl_coef 0 --zero_variance refill
 ablate sft_16k        sft  base --data "$DATA/openthoughts.jsonl" --max_len 16384 --pack_len 16384
 ablate sft_16k_rl     grpo ablation/sft_16k --data "$DATA/orz57k.jsonl"

@@ -16,7 +16,7 @@ if [ "$SMOKE" = 1 ]; then
     RAW=$RUNS/raw DATA=$RUNS/data MODEL=$RUNS/base TEACHER=$RUNS/base NEJM=$RUNS/releases/nejm
     THINK=24 STEPS=2
     SFT_FLAGS=(--device cpu --max_len 768 --pack_len 1024 --batch_tokens 2048 --epochs 1 --checkpointing none)
-    GRPO_FLAGS=(--device cpu --steps $STEPS --prompts 2 --group 2 --max_new_tokens 48 --slots 4 --graders 1)
+    GRPO_FLAGS=(--device cpu --steps $STEPS --prompts 4 --group 2 --max_new_tokens 48 --slots 4 --graders 1)
     EVAL_FLAGS=(--device cpu --limit 2 --max_new_tokens 48 --answer_budget 12 --min_pixels 0 --max_pixels 0 --slots 32
                 --graders 1)
     [ "$NODE_RANK" != 0 ] || [ -d "$MODEL" ] || python recipes/smoke_data.py write "$RUNS"
