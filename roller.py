@@ -79,14 +79,13 @@ class Roller:
         keys: a number a problem, which seeds its samples."""
         mine, begin = range(self.world.rank, len(problems), self.world.size), time.perf_counter()
         with gathered(self.model):
-            samples = generate_and_grade(
+            samples, waited = generate_and_grade(
                 self.sampler, self.grader, self.tokenizer, [problems[i] for i in mine], [prompts[i] for i in mine],
                 self.params(n, temperature), keys=[keys[i] for i in mine], stop_ids=self.stop_ids)
             if not self.config.keep_sampler:
                 self.sampler.release()
-        decoding = self.sampler.stats.get("seconds", 0.0)
-        self.sample_s += decoding
-        self.reward_s += time.perf_counter() - begin - decoding  # grading that was not hidden behind decoding
+        self.sample_s += time.perf_counter() - begin - waited  # gathering the weights included
+        self.reward_s += waited  # grading that was not hidden behind decoding
         for s in samples:
             s.problem = mine[s.problem]
         everyone = [s for part in all_gather_objects(samples) for s in part]

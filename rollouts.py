@@ -9,9 +9,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -54,11 +54,12 @@ def problem_key(problem: dict, salt: int = 0) -> int:
 
 
 def generate_and_grade(sampler, grader, tokenizer, problems: list[dict], prompts: list[Prompt], params, *,
-                       keys: list[int], stop_ids: list[int], on_sample: Callable | None = None) -> list[Sample]:
+                       keys: list[int], stop_ids: list[int]) -> tuple[list[Sample], float]:
     """Sample params.n completions of each prompt and grade each as soon as it ends, while others still decode.
 
-    keys: one number a problem, its samples' seed (`problem_key`). Returns samples ordered by (problem, index). Must
-    run where every weight is whole (inside `parallel.gathered`); it is no collective.
+    keys: one number a problem, its samples' seed (`problem_key`). Returns samples ordered by (problem, index), and the
+    seconds waited for grades after the last token. Must run where every weight is whole (inside `parallel.gathered`);
+    it is no collective.
     """
     pending = []
 
@@ -67,20 +68,16 @@ def generate_and_grade(sampler, grader, tokenizer, problems: list[dict], prompts
         shown = tokens[:-1] if tokens and tokens[-1] in stop_ids else tokens
         sample = Sample(rollout.prompt_index, rollout.sample_index, tokens, np.asarray(rollout.logprobs, np.float32),
                         np.asarray(rollout.mask, bool), rollout.finish_reason, tokenizer.decode(shown))
-        future = grader.submit(problems[sample.problem], sample.text, sample.finish_reason) if grader else None
-        pending.append((sample, future))
+        pending.append((sample, grader.submit(problems[sample.problem], sample.text, sample.finish_reason)))
 
     sampler.generate(prompts, params, sample_ids=keys, on_finish=finished)
-    samples = []
-    for sample, future in sorted(pending, key=lambda p: (p[0].problem, p[0].index)):
-        if future is not None:
-            result = future.result()
-            sample.reward, sample.status = result.score, result.status
-            sample.answer = None if result.answer is None else str(result.answer)
-        samples.append(sample)
-        if on_sample is not None:
-            on_sample(sample)
-    return samples
+    decoded = time.perf_counter()
+    for sample, future in pending:
+        result = future.result()
+        sample.reward, sample.status = result.score, result.status
+        sample.answer = None if result.answer is None else str(result.answer)
+    samples = sorted((sample for sample, _ in pending), key=lambda s: (s.problem, s.index))
+    return samples, time.perf_counter() - decoded
 
 
 def stop_token_ids(tokenizer) -> list[int]:

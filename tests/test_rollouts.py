@@ -79,8 +79,6 @@ class Grader:
 
 class FakeSampler:
     """Completions that end in any order; the text of a completion is its tokens."""
-    stats = {"seconds": 0.0}
-
     def generate(self, prompts, params, sample_ids, on_finish):
         self.sample_ids = sample_ids
         for i in reversed(range(len(prompts))):
@@ -107,7 +105,7 @@ class Tokenizer:
 def test_rewards_reach_the_sample_that_earned_them():
     """Samples end in another order than they are returned: a reward by order of arrival is another sample's."""
     problems = [{"id": str(i), "answer": f"{i + 10} 1"} for i in range(3)]
-    out = generate_and_grade(FakeSampler(), Grader(), Tokenizer(), problems, [prompt(i + 10) for i in range(3)],
+    out, _ = generate_and_grade(FakeSampler(), Grader(), Tokenizer(), problems, [prompt(i + 10) for i in range(3)],
                              SimpleNamespace(n=2), keys=[1, 2, 3], stop_ids=[304])
     assert [(s.problem, s.index, s.reward, s.text) for s in out] == \
         [(i, j, float(j == 1), f"{i + 10} {j}") for i in range(3) for j in range(2)]
