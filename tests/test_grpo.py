@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_model import make_tiny_vl
 
 import train_grpo
-from rollouts import Sample, empty_rollouts
+from rollouts import Sample, empty_rollouts, read_samples
 from train_grpo import Config, micro_batch_loss, micro_batches, score, set_advantages, token_weights
 
 
@@ -427,3 +427,32 @@ def test_it_learns_from_rewards_and_from_nothing_else(place):
                               "strange_rewards:coin"])[0] == 0
     rates = solve_rates(coin, place.problems)
     assert np.mean(rates[-5:]) <= 0.4, np.round(rates, 2)
+
+
+def test_problems_with_images_train_the_language_model_alone(place, tmp_path):
+    """A frozen tower that gets weight decay, positions that forget the image, a sampled image placeholder (sampling at
+    temperature 3 would meet one): on-policy and unmoved is what this run must be."""
+    from PIL import Image
+    from tiny import make_tiny_tokenizer
+    model_dir = make_tiny_tokenizer(make_tiny_vl(tmp_path / "vl"))
+    (model_dir / "preprocessor_config.json").write_text(json.dumps(
+        {"min_pixels": 3136, "max_pixels": 6272, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+         "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    Image.effect_noise((60, 90), 80).convert("RGB").save(tmp_path / "x.png")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(
+        {"id": str(i), "task": "t", "kind": "open", "question": f"<image>{i}?" if i % 2 else f"{i}?", "answer": "1",
+         **({"images": ["x.png"]} if i % 2 else {})}) + "\n" for i in range(4)))
+    flags = ["--model", model_dir, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "o", "--steps", 2, "--prompts", 4,
+             "--group", 4, "--max_new_tokens", 40, "--temperature", 3, "--lr", 1e-2, "--weight_decay", 0.1, "--graders", 1,
+             "--reward", "strange_rewards:coin", "--micro_tokens", 300]
+    code, said = place.nursery.run(flags)
+    assert code == 0, said
+    for m in rows(tmp_path / "o"):
+        assert m["gap_max"] <= 1e-5 and m["ratio_off_one_max"] == 0
+    before, after = (load_file(d / "model.safetensors") for d in (model_dir, tmp_path / "o" / "final"))
+    after = {k.replace("model.language_model.", "model.").replace("model.visual.", "visual."): v for k, v in after.items()}
+    before = {k.replace("model.language_model.", "model.").replace("model.visual.", "visual."): v for k, v in before.items()}
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == name.startswith("visual."), name
+    sampled = {t for i in (1, 2) for s in read_samples(tmp_path / "o" / "rollouts" / f"step_{i}.jsonl")[0] for t in s.tokens}
+    assert not sampled & {300, 301, 302, 303, *range(307, 320)} and len(sampled) > 150
