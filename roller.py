@@ -1,6 +1,6 @@
 """The rollouts of a GRPO step on all ranks: which problems, sampled and graded together, or read from another run.
 
-    roller = Roller(config, model, tokenizer, images, grader, world)     config: train_grpo.py's
+    roller = Roller(config, parts, grader, world)      config and parts: train_grpo.py's
     rollouts = roller.step(cursor)         problems from this place of the endless stream on, `group` samples of each
     rollouts = roller.replay(step)         what another run saved for this step
 
@@ -19,13 +19,11 @@ import numpy as np
 
 from data import Prompt, render_problem
 from experiment import memory_gib
-from model import Model
 from parallel import World, all_gather_objects, all_max, gathered
 from rewards import Grader
 from rollouts import Sample, generate_and_grade, problem_key, read_samples, stop_token_ids
 from sampler import Sampler, SamplingParams
 from sampling import think_exit
-from vision import ImageConfig
 
 MOST_BATCHES = 8  # sampled for one step at most when groups without spread are refilled
 
@@ -54,14 +52,13 @@ def draw(problems: list[dict], place: int, seed: int) -> dict:
 class Roller:
     """Problems → graded samples: each rank samples its share, then everybody has all."""
 
-    def __init__(self, config, model: Model, tokenizer, problems: list[dict], images: ImageConfig | None, grader: Grader,
-                 world: World):
-        self.config, self.model, self.tokenizer, self.problems = config, model, tokenizer, problems
-        self.images, self.grader, self.world = images, grader, world
-        self.stop_ids = stop_token_ids(tokenizer)
-        self.sampler = Sampler(model, slots=config.slots or None, kv_gb=config.kv_gb or None,
-                               max_len=config.max_prompt_tokens + config.max_new_tokens)
-        self.exit = think_exit(tokenizer, model.config.vocab_size) if config.think_budget else {}
+    def __init__(self, config, parts, grader: Grader, world: World):
+        self.config, self.model, self.tokenizer = config, parts.model, parts.tokenizer
+        self.problems, self.images, self.grader, self.world = parts.problems, parts.images, grader, world
+        self.stop_ids = stop_token_ids(self.tokenizer)
+        self.sampler = Sampler(self.model, slots=config.slots or None, kv_gb=config.kv_gb or None,
+                               max_len=parts.longest_prompt + config.max_new_tokens)
+        self.exit = think_exit(self.tokenizer, self.model.config.vocab_size) if config.think_budget else {}
         self.params(1, 1.0)  # a think budget that cannot work is an error now, not at the first sample
         self.sample_s = self.reward_s = 0.0  # of this rank, since `reset_clock`
 
@@ -82,7 +79,7 @@ class Roller:
             samples, waited = generate_and_grade(
                 self.sampler, self.grader, self.tokenizer, [problems[i] for i in mine], [prompts[i] for i in mine],
                 self.params(n, temperature), keys=[keys[i] for i in mine], stop_ids=self.stop_ids)
-            if not self.config.keep_sampler:
+            if not self.config.keep_sampler and self.world.device.type == "cuda":
                 self.sampler.release()
         self.sample_s += time.perf_counter() - begin - waited  # gathering the weights included
         self.reward_s += waited  # grading that was not hidden behind decoding

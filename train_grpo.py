@@ -97,7 +97,8 @@ class Config:
     micro_tokens: int = option(16384, "tokens of one packed micro-batch, or those of the longest sample, if more")
     slots: int = option(0, "samples decoded at once on a rank, 0: by --kv_gb")
     kv_gb: float = option(0.0, "memory for the KV cache in GB a rank, 0: a share of what is free")
-    keep_sampler: bool = option(False, "keep KV memory and CUDA graphs while training: saves setting them up each step")
+    keep_sampler: bool = option(False, "keep KV memory and CUDA graphs while training: saves setting them up each "
+                                 "step (always so on CPU)")
     reward: str = option("", "module:function(problem, completion, finish_reason) → number, instead of the built-in one")
     reward_deadline: float = option(5.0, "seconds after which a grading process is killed; its sample gets 0")
     max_reward_errors: float = option(1.0, "stop before training on a step of which more than this share of the rewards "
@@ -384,6 +385,7 @@ class Parts:
     tokenizer: object
     problems: list[dict]
     evaluation: list[dict]
+    longest_prompt: int  # tokens
     images: ImageConfig | None
     model: Model
     reference: Model | None  # None: no KL term
@@ -399,16 +401,18 @@ def set_up(config: Config, world: World, run: Run) -> Parts:
     with_images = any(p.get("images") for p in problems + evaluation)
     images = ImageConfig.from_dir(model_dir) if with_images else None
 
-    def fits(p: dict) -> bool:
+    def length(p: dict) -> int:
         counts = [image_token_count(f, images) for f in p.get("images") or []]
-        return len(prompt_tokens(p, tokenizer, counts, config.prompt_style)) <= config.max_prompt_tokens
-    fitting = [p for p in problems if fits(p)]
+        return len(prompt_tokens(p, tokenizer, counts, config.prompt_style))
+    lengths = {p["id"]: n for p in problems if (n := length(p)) <= config.max_prompt_tokens}
+    fitting = [p for p in problems if p["id"] in lengths]
     run.say(f"{len(fitting)} problems ({len({(f.file, f.line) for f in faults})} bad rows skipped, "
             f"{len(problems) - len(fitting)} prompts over {config.max_prompt_tokens} tokens left out), "
             f"{len(evaluation)} for evaluation")
     if not fitting:
         raise ValueError(f"no problem has a prompt of ≤ {config.max_prompt_tokens} tokens; raise --max_prompt_tokens")
-    if too_long := [p["id"] for p in evaluation if not fits(p)]:
+    eval_lengths = {p["id"]: length(p) for p in evaluation}
+    if too_long := [i for i, n in eval_lengths.items() if n > config.max_prompt_tokens]:
         raise ValueError(f"{len(too_long)} problems of --eval_data have prompts of more than {config.max_prompt_tokens} "
                          f"tokens, the first is {too_long[0]!r}; raise --max_prompt_tokens, none is left out silently")
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and world.device.type == "cuda")
@@ -424,7 +428,8 @@ def set_up(config: Config, world: World, run: Run) -> Parts:
     if not config.rollout_only:
         optimizer = optim.adamw(model, lr=config.lr, weight_decay=config.weight_decay,
                                 state_dtype=torch.bfloat16 if config.adam_dtype == "bf16" else torch.float32)
-    return Parts(model_dir, tokenizer, fitting, evaluation, images, model, reference, optimizer)
+    longest = max(*lengths.values(), *eval_lengths.values(), 1)
+    return Parts(model_dir, tokenizer, fitting, evaluation, longest, images, model, reference, optimizer)
 
 
 def resume(parts: Parts, config: Config, run: Run, world: World) -> dict:
@@ -478,7 +483,7 @@ def train(config: Config) -> int:
     stop = StopRequest()
     quiet_garbage_collection()
     with Grader(workers=config.graders, deadline=config.reward_deadline, reward=config.reward) as grader:
-        roller = Roller(config, parts.model, parts.tokenizer, parts.problems, parts.images, grader, world)
+        roller = Roller(config, parts, grader, world)
         for step in range(at["step"], total + 1):
             if parts.evaluation and (step == total or step % config.eval_every == 0):
                 with optimizer_in_host_memory(parts, config, world):
@@ -496,7 +501,7 @@ def train(config: Config) -> int:
                 raise ValueError(error)
             run.say(describe(metrics, total))
             run.advance()
-            gc.collect()
+            gc.collect(0)  # what this step left behind; automatic collection is off
             if stop_asked and not last:
                 return run.stopped(at["step"])
     if config.rollout_only:
