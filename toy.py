@@ -45,15 +45,13 @@ TEST_SHARE = 8  # one question in eight belongs to the tests
 # ------------------------------------------------------------------------------------------------------- problems
 @dataclass(frozen=True)
 class Dress:
-    """How a chain is written down: names to draw from, what stands between, and the unit of a given number."""
+    """How a chain is written down: the names to draw from, and the unit of a given number."""
     names: str
-    equals: str
-    separator: str
     unit: str
 
 
-PLAIN = Dress("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNO", "=", ";", "")
-WARD = Dress("PQRSTUVWXYZ", "=", ";", "mg")
+PLAIN = Dress("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNO", "")
+WARD = Dress("PQRSTUVWXYZ", "mg")
 
 
 @dataclass(frozen=True)
@@ -77,10 +75,9 @@ class Chain:
     @property
     def text(self) -> str:
         """The question as one line: "a=9;k=a-3;k?", or in the ward's dress "P=9mg;Q=P-3;Q?"."""
-        d = self.dress
-        unit = [d.unit if r.isdigit() else "" for r in self.right]
-        shown = [f"{self.names[i]}{d.equals}{self.right[i]}{unit[i]}" for i in self.order]
-        return d.separator.join([*shown, f"{self.names[-1]}?"])
+        unit = [self.dress.unit if r.isdigit() else "" for r in self.right]
+        shown = [f"{self.names[i]}={self.right[i]}{unit[i]};" for i in self.order]
+        return "".join(shown) + f"{self.names[-1]}?"
 
 
 def draw_chain(rng: np.random.Generator, size: int, dress: Dress = PLAIN, tangled: bool = False) -> Chain:
@@ -122,7 +119,7 @@ def draw_options(rng: np.random.Generator, chain: Chain) -> tuple[list[str], str
     wrong += [v for v in rng.permutation(10).tolist() if v != chain.answer and v not in wrong]
     values = [chain.answer, *wrong[:OPTIONS - 1]]
     shown = rng.permutation(OPTIONS).tolist()
-    return [f"{values[i]}{chain.dress.unit}" for i in shown], LETTERS[shown.index(0)]
+    return [str(values[i]) for i in shown], LETTERS[shown.index(0)]
 
 
 def as_problem(chain: Chain, name: str, task: str, rng: np.random.Generator, choice: bool, image: str | None) -> dict:
@@ -160,10 +157,11 @@ def think(chain: Chain, rng: np.random.Generator) -> str:
 
 
 def final_answer(problem: dict) -> str:
-    """"<answer>6</answer>", or "<answer>B: 6</answer>"."""
-    if problem["kind"] != "choice":
-        return f"<answer>{problem['answer']}</answer>"
-    return f"<answer>{problem['answer']}: {problem['options'][LETTERS.index(problem['answer'])]}</answer>"
+    """"<answer>6</answer>". A choice is answered with the option's text, which the grader takes for its letter: to find
+    the letter that stands before a text is harder for a model of this size than the sums are."""
+    if problem["kind"] == "choice":
+        return f"<answer>{problem['options'][LETTERS.index(problem['answer'])]}</answer>"
+    return f"<answer>{problem['answer']}</answer>"
 
 
 def conversation(user: str, assistant: str) -> dict:
@@ -176,7 +174,7 @@ def reasoning_row(rng: np.random.Generator, thoughts: bool = True) -> dict:
     chain = draw_unlike(rng, test=False)
     problem = as_problem(chain, "-", "text", rng, choice=rng.random() < 0.2, image=None)
     prompt = prompt_text(problem, style="train" if rng.random() < 0.5 else "kind")
-    thought = f"<think>{think(chain, rng)}</think>" if thoughts else ""
+    thought = f"<think>{think(chain, rng)}</think>\n" if thoughts else ""
     return conversation(prompt, thought + final_answer(problem))
 
 
@@ -240,7 +238,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 SYSTEM = "system\nYou are a helpful assistant."
 # strings that are one token each: a character model would spend most of its time on them
 WHOLE = (*INSTRUCTIONS.values(), SYSTEM, "user\n", "assistant\n", "<think>", "</think>", "<answer>", "</answer>", WAIT,
-         " Options:\n\n", "\nA: ", "A: ", "\nB: ", "B: ", "\nC: ", "C: ", "\nD: ", "D: ", "Read: ", "Find ", "Work out: ")
+         " Options:\n\nA: ", "\nB: ", "\nC: ", "\nD: ", "Read: ", "Find ", "Work out: ")
 VOCAB = 320  # a little more than there are tokens, as published vocabularies are padded
 
 TEMPLATE = """\

@@ -53,7 +53,7 @@ sft() {  # sft NAME DATA: stage 1
 }
 grpo() {  # grpo NAME MODEL: stage 2
     finished "$1" || launch train_grpo.py --model "$2" --data "$out/data/rl.jsonl" --out "$out/$1" --max_new_tokens 88 \
-        --max_prompt_tokens 64 --lr 2e-4 --kl_coef 0 --slots 128 --checkpointing none --save_every 20 --device cpu \
+        --max_prompt_tokens 64 --lr 1e-4 --schedule linear --kl_coef 0 --slots 128 --checkpointing none --save_every 20 --device cpu \
         --graders 1 --seed "$seed" "${grpo_size[@]}"
 }
 exits=(--budgets 64 --answer_budget 8)  # and what forced exit after 64 tokens of thought would have given

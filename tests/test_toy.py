@@ -21,8 +21,8 @@ def world_dir(tmp_path_factory):
 
 
 def solve(line: str) -> int:
-    """An independent solver: Python's own eval on the line of either dress."""
-    line = line.replace("mg", "").replace(":", "=").replace(",", ";")
+    """An independent solver: Python's own eval on a line of either dress."""
+    line = line.replace("mg", "")
     *statements, asked = line.split(";")
     names: dict = {}
     pending = [s.split("=") for s in statements]
@@ -150,7 +150,7 @@ def test_one_vision_token_a_glyph(world_dir):
 
 def test_glyphs_differ():
     """Two characters with one picture could not be told apart by any model."""
-    characters = toy.PLAIN.names + toy.WARD.names + "0123456789=+-;:,?"
+    characters = toy.PLAIN.names + toy.WARD.names + "0123456789=+-;?"
     pictures = {toy.glyph(c).tobytes() for c in characters}
     assert len(pictures) == len(characters)
 
@@ -182,7 +182,7 @@ def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
         tokenizer.convert_tokens_to_ids("<|image_pad|>"))).sum())
     lengths = (batch.grid_thw[:, 2] // 2).tolist()
     lines = [tokenizer.decode(part) for part in torch.split(ids, lengths)]
-    assert all(solve(line) in range(10) for line in lines)
+    assert all((solve(line) if line.endswith("?") else eval(line)) in range(10) for line in lines)
     # an exact match of vision tokens and embeddings has no squared error; a shifted one has
     embedding = torch.randn(toy.VOCAB, 16)
     exact, right = toy_base.alignment_loss(embedding[ids], embedding, ids)
