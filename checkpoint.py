@@ -10,6 +10,7 @@ distributed checkpoint format; load only what your own runs wrote.)
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import zlib
@@ -223,7 +224,11 @@ def _export_tensor(parameter, source_slice, world: World) -> torch.Tensor | None
 
 
 def _write_shard(folder: Path, tensors: dict[str, torch.Tensor], index: int) -> int:
-    save_file(tensors, folder / f"shard-{index}.safetensors", metadata={"format": "pt"})
+    file = folder / f"shard-{index}.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)  # safetensors gives the file to its owner alone; another account may have to serve it
     return index + 1
 
 
