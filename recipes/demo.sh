@@ -83,7 +83,7 @@ say "Stage 2, text-only GRPO: 1 for a right answer that comes to its end, else 0
     "reward rises, while the length and the share of truncated samples fall."
 grpo grpo "$out/sft/final"
 
-say "Evaluation. Notice that the images gain too: what was cured on text has nothing to do with where the problem came from."
+say "Evaluation. Notice that no output is cut any more, on text and on images, and what that is worth on each: on text much."
 evaluate grpo "$out/grpo/final" "" "${exits[@]}"
 
 say "The same without the images: what is left must be guessing."
