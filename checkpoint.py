@@ -119,8 +119,7 @@ def check_weights(model: nn.Module, files: WeightFiles) -> None:
                          f"{unknown[0]}; is config.json from another model?")
     for name, p in wanted.items():
         shape = tuple(files.slice(name).get_shape())
-        # the published patch embedding is a Conv3d's weight, which is one matrix on flattened patches
-        if shape != tuple(p.shape) and not (name.startswith("visual.patch_embed") and p.numel() == _numel(shape)):
+        if shape != tuple(p.shape):
             raise ValueError(f"{files.dir}: {name} has shape {shape}, config.json asks for {tuple(p.shape)}")
 
 
@@ -134,10 +133,6 @@ def check_model_dir(model_dir: str | Path) -> None:
     check_weights(model, files)
 
 
-def _numel(shape) -> int:
-    return int(torch.Size(shape).numel())
-
-
 @torch.no_grad()
 def load_hf(model: nn.Module, model_dir: str | Path) -> None:
     """Fill a (sharded) model from a directory's safetensors; each rank reads only its own rows. Casts to the
@@ -148,12 +143,12 @@ def load_hf(model: nn.Module, model_dir: str | Path) -> None:
     for name, p in model.named_parameters():
         source = files.slice(name)
         if not isinstance(p, DTensor):
-            p.copy_(source[:].reshape(p.shape))
+            p.copy_(source[:])
             continue
         shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
         local = p.to_local()
         if local.numel():  # FSDP shards dimension 0
-            local.copy_(source[offset[0]:offset[0] + shape[0]].reshape(local.shape))
+            local.copy_(source[offset[0]:offset[0] + shape[0]])
 
 
 def build_model(model_dir: str | Path, world: World, *, with_vision: bool = False, train_vision: bool = False,
@@ -220,7 +215,7 @@ def _export_tensor(parameter, source_slice, world: World) -> torch.Tensor | None
     if not world.is_main:
         return None
     original = source_slice[:1] if source_slice.get_shape() else source_slice[:]
-    return whole.reshape(source_slice.get_shape()).to(original.dtype).cpu().contiguous()
+    return whole.to(original.dtype).cpu().contiguous()
 
 
 def _write_shard(folder: Path, tensors: dict[str, torch.Tensor], index: int) -> int:

@@ -51,7 +51,7 @@ from data import (
 )
 from experiment import hash_files, header, option, parse_config, user_errors
 from model import Model, ModelConfig
-from parallel import World, all_gather_objects, barrier, gathered, init, main_first, shutdown
+from parallel import World, all_gather_objects, barrier, gathered, init, leaving, main_first
 from rewards import Grader
 from rollouts import banned_token_ids, problem_key, stop_token_ids
 from sampler import Rollout, Sampler, SamplingParams
@@ -810,13 +810,8 @@ def prompts_used(problems: list[dict], style: str) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    done = False
-    try:
-        with user_errors():
-            evaluate(parse_config(Config, __doc__, argv))
-            done = True
-    finally:
-        shutdown(together=done)
+    with leaving(), user_errors():
+        evaluate(parse_config(Config, __doc__, argv))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,17 @@ def shutdown(together: bool = False) -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Leave the process group when the body ends: together with the others, or at once when it raised."""
+    together = False
+    try:
+        yield
+        together = True
+    finally:
+        shutdown(together)
+
+
 def shard(model: nn.Module, world: World, *, compute_dtype: torch.dtype, reshard_after_forward: bool = True,
           replicas: int = 1) -> nn.Module:
     """Shard every parameter over the ranks (FSDP2), one unit per decoder block, everything else in the root unit.

@@ -30,7 +30,7 @@ from checkpoint import build_model, export_hf, load_state, newest_state, resolve
 from data import attention_cost, balance, image_token_count, load_problems, load_tokenizer, pack_plan, prompt_tokens
 from experiment import Run, StopRequest, hash_files, header, option, parse_config, quiet_garbage_collection, user_errors
 from model import Model
-from parallel import World, all_any, all_gather_objects, all_max, all_sum, init, main_first, shutdown
+from parallel import World, all_any, all_gather_objects, all_max, all_sum, init, leaving, main_first
 from rewards import Grader
 from roller import Roller, Rollouts, rollout_figures, speed
 from rollouts import RolloutBatch, Sample, banned_token_ids, collate_samples, empty_rollouts, write_samples
@@ -563,12 +563,8 @@ def describe(m: dict, total: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    code = None
-    try:
-        with user_errors():
-            code = train(parse_config(Config, __doc__, argv))
-    finally:
-        shutdown(together=code is not None)
+    with leaving(), user_errors():
+        code = train(parse_config(Config, __doc__, argv))
     raise SystemExit(code)
 
 

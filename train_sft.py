@@ -59,7 +59,7 @@ from experiment import (
 from memory import Setting, plan_step, table
 from model import Model, ModelConfig, train_flops
 from optim import adamw, guarded_step, lr_at
-from parallel import World, all_any, all_max, all_sum, init, main_first, shutdown
+from parallel import World, all_any, all_max, all_sum, init, leaving, main_first
 from vision import ImageConfig
 
 
@@ -409,12 +409,8 @@ def describe(m: dict, total: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    code = None
-    try:
-        with user_errors():
-            code = train(parse_config(Config, __doc__, argv))
-    finally:
-        shutdown(together=code is not None)
+    with leaving(), user_errors():
+        code = train(parse_config(Config, __doc__, argv))
     raise SystemExit(code)
 
 

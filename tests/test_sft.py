@@ -36,7 +36,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def sft(inputs, monkeypatch, world, capsys):
     """sft(*flags) runs the script in this process → (exit code, stdout, stderr). Its group and handlers stay ours."""
-    monkeypatch.setattr(train_sft, "shutdown", lambda together: None)
+    monkeypatch.setattr("parallel.shutdown", lambda together: None)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     def run(*flags, model=inputs / "model", data=inputs / "train.jsonl"):
@@ -67,7 +67,7 @@ def whole(inputs, world):
     """An uninterrupted run of 8 steps on one rank: its folder."""
     out = inputs / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sft, "shutdown", lambda together: None)
+        patch.setattr("parallel.shutdown", lambda together: None)
         with pytest.raises(SystemExit) as end:
             train_sft.main(["--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl"), "--val_data",
                             str(inputs / "val.jsonl"), *SETTINGS, *RUN, "--out", str(out)])
