@@ -80,8 +80,8 @@ def thin(points: dict[int, float]) -> tuple[list[float], list[float], list[float
 
 
 def panel(title: str, keys: list[str], log: bool, runs: list[RunDir], colours: dict[str, str],
-          xlabel: str = "step") -> str:
-    """One small figure: a few metrics of every run over its steps; "" where no run has any of them."""
+          xlabel: str = "step", share: bool = False) -> str:
+    """One small figure: a few metrics of every run over its steps; "" where no run has any of them. share: from 0 to 1."""
     drawn = [k for k in keys if any(k in r.series for r in runs)]
     if not drawn:
         return ""
@@ -104,6 +104,8 @@ def panel(title: str, keys: list[str], log: bool, runs: list[RunDir], colours: d
                     drawn, fontsize=7.5, frameon=False, loc="best")
     axes.set_title(short(f"{title}: {drawn[0]}" if len(keys) > len(drawn) == 1 else title, 48), fontsize=9.5, loc="left")
     axes.set_xlabel(xlabel, fontsize=8)
+    if share:
+        axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.25, lw=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return svg(figure, f"{title}: {'; '.join(said)}", "panel")
@@ -155,7 +157,7 @@ def accuracies(run: RunDir) -> list[Accuracy]:
             if isinstance(s, dict) and all(is_number(s.get(k)) for k in ("accuracy", "low", "high"))]
 
 
-def accuracy_figure(rows: list[Accuracy], measure: str, colours: dict[str, str]) -> str:
+def accuracy_figure(rows: list[Accuracy], colours: dict[str, str]) -> Figure:
     """Bars in groups of suites, a bar a run, whiskers its 95% interval: the form of the paper's figures."""
     suites, runs = (list(dict.fromkeys(getattr(r, a) for r in rows)) for a in ("suite", "run"))
     width, inches = 0.82 / len(runs), max(0.9, 0.3 + 0.36 * len(runs))  # of a bar, in suites; of a suite
@@ -176,8 +178,20 @@ def accuracy_figure(rows: list[Accuracy], measure: str, colours: dict[str, str])
     axes.grid(axis="y", alpha=0.25, lw=0.6)
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper left", ncols=min(5, len(runs)), frameon=False)
-    said = "; ".join(f"{r.suite} {r.run} {100 * r.mean:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in rows)
-    return f'<div class=wide>{svg(figure, f"{measure}: {said}", "accuracy")}</div>'
+    return figure
+
+
+def save_figure(runs: list[RunDir], path: Path) -> None:
+    """The accuracy figure of the first measure alone, as a file (SVG, PNG or PDF by its ending)."""
+    rows = [row for run in runs if run.kind == "eval" and run.result for row in accuracies(run)]
+    if not rows:
+        raise ValueError(f"no finished evaluation (OUT/result.json of eval.py) among the runs: {path} would be empty")
+    first = {(r.run, r.suite): r for r in reversed(rows) if r.measure == rows[0].measure}
+    names = dict.fromkeys(r.run for r in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    accuracy_figure([r for r in rows if first.get((r.run, r.suite)) is r],
+                    {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}).savefig(path, metadata=(
+                        {"Date": None} if path.suffix == ".svg" else None), dpi=150)
 
 
 def short(name: str, most: int = 32) -> str:
@@ -205,7 +219,9 @@ def accuracy_section(runs: list[RunDir]) -> str:
                  for r in mine}
         sizes = {s: " or ".join(f"{n:,}" for n in sorted({r.n for r in mine if r.suite == s})) for s in suites}
         lines = [[f"<b>{html.escape(s)}</b>", sizes[s], *(cells.get((s, n), "–") for n in names)] for s in suites]
-        parts.append(f"<h3>{html.escape(measure)}</h3>{accuracy_figure(mine, measure, colours)}"
+        said = "; ".join(f"{r.suite} {r.run} {100 * r.mean:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in mine)
+        figure = svg(accuracy_figure(mine, colours), f"{measure}: {said}", "accuracy")
+        parts.append(f"<h3>{html.escape(measure)}</h3><div class=wide>{figure}</div>"
                      + table(["", "questions", *names], lines))
     return ("<h2>Accuracy</h2><p class=note>Percent of questions with 95% intervals; the samples of a question are "
             f"averaged first.</p>{''.join(parts)}{outputs_table(runs)}{budget_curves(runs, colours)}{differences(runs)}")
@@ -240,7 +256,7 @@ def budget_curves(runs: list[RunDir], colours: dict[str, str]) -> str:
             drawn.append(RunDir(run.path, run.name, series={
                 "forced exit": {b: s["accuracy"] for b, s in points.items()},
                 "none": {b: s["accuracy_without_exit"] for b, s in points.items()}}))
-        panels.append(panel(suite, ["forced exit", "none"], False, drawn, colours, "thinking budget, tokens"))
+        panels.append(panel(suite, ["forced exit", "none"], False, drawn, colours, "thinking budget, tokens", share=True))
     legend = "".join(key(name, colours[name]) for name in dict.fromkeys(r.name for r in having))
     return f"<h3>Accuracy by thinking budget</h3><p>{legend}</p><div class=panels>{''.join(panels)}</div>" * bool(panels)
 
@@ -302,11 +318,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="run directories, or directories of runs")
     parser.add_argument("--out", default="report.html", help="the page (default: report.html)")
+    parser.add_argument("--figure", help="also the accuracy figure alone, to this file (.svg, .png, .pdf)")
     parser.add_argument("--title", default="X-Reasoner", help="its heading")
     parser.add_argument("--samples", type=int, default=1000, help="most rollouts and samples on the page (default: 1000)")
     args = parser.parse_args(argv)
     try:
         runs = [load_run(name, path) for name, path in find_runs(args.runs)]
+        if args.figure:
+            save_figure(runs, Path(args.figure))
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from e

@@ -4,18 +4,21 @@
     python toy.py base --out runs/toy/base             the base model, minutes on one core (toy_base.py)
     bash recipes/demo.sh                               the whole story, with a table and a report at its end
 
-The problems are chains of assignments, `a=9;k=a-3;n=k-2;n?`, all values from 0 to 9. The base model can read them,
+The problems are chains of assignments, `a=9;k=a-3;  n=k-2;n?`, all values from 0 to 9. The base model can read them,
 find things in them and answer at once, which goes wrong from three statements on; step by step they are easy. Each
 exists as text and as an image of the same line, one glyph a cell of 28 × 28 pixels, so one merged vision token each.
-The "ward" asks the same in another dress, `P=9mg;Q=P-3;Q?`, with lettered options: post-training never shows it.
+The "ward" asks the same in another dress, `P=9mg;Q=P-3; Q?`, with lettered options: post-training never shows it.
 
 What plays which part: the base model (text and images, no thoughts) is Qwen2.5-VL-Instruct; `sft.jsonl` (text only,
 correct thoughts of a teacher that can't let go) is OpenThoughts; `rl.jsonl` (text only, answers) is Orz-Math.
 
 By design, so judge the result by it: (1) the base's vision tokens are aligned with the embeddings of the characters
-that they show (`toy_base.py`); (2) an image is one line, its positions run along it as a text's do; (3) the teacher
-doubts, the more the longer the chain (`DOUBT`): it checks its last step again and again, always correctly. A student
-of it does not always come to an end, as the paper found of its own (section 2.3), and reinforcement can cure that.
+that they show (`toy_base.py`; demo.sh --no_align shows what happens without); (2) an image is one line, and all of
+M-RoPE's frequencies follow its width: its positions run along it exactly as a text's do; (3) spaces stand between
+statements at random: else a student finds places by counting, which holds in no other dress and at no other length;
+(4) the teacher doubts, the more the longer the chain (`DOUBT`): it checks its last step again and again, always
+correctly. A student of it does not always come to an end, as the paper found of its own (section 2.3), and
+reinforcement can cure that.
 """
 from __future__ import annotations
 
@@ -57,11 +60,11 @@ WARD = Dress("PQRSTUVWXYZ", "mg")
 @dataclass(frozen=True)
 class Chain:
     """Assignments in the order in which they can be worked out. `right[i]` is what stands right of names[i]: a digit,
-    name±digit, or name+name. `order`: in which order they are shown."""
+    name±digit, or name+name. `gaps[i]`: how many spaces follow statement i."""
     names: tuple[str, ...]
     right: tuple[str, ...]
     values: tuple[int, ...]
-    order: tuple[int, ...]
+    gaps: tuple[int, ...]
     dress: Dress = PLAIN
 
     @property
@@ -74,15 +77,15 @@ class Chain:
 
     @property
     def text(self) -> str:
-        """The question as one line: "a=9;k=a-3;k?", or in the ward's dress "P=9mg;Q=P-3;Q?"."""
-        unit = [self.dress.unit if r.isdigit() else "" for r in self.right]
-        shown = [f"{self.names[i]}={self.right[i]}{unit[i]};" for i in self.order]
+        """The question as one line: "a=9;k=a-3;  k?", or in the ward's dress "P=9mg;Q=P-3; Q?"."""
+        shown = [f"{name}={right}{self.dress.unit if right.isdigit() else ''};{' ' * gap}"
+                 for name, right, gap in zip(self.names, self.right, self.gaps)]
         return "".join(shown) + f"{self.names[-1]}?"
 
 
-def draw_chain(rng: np.random.Generator, size: int, dress: Dress = PLAIN, tangled: bool = False) -> Chain:
+def draw_chain(rng: np.random.Generator, size: int, dress: Dress = PLAIN) -> Chain:
     """A random chain of `size` assignments. Each uses the one before it; one in five of those that could adds two
-    names instead. tangled: shown in random order."""
+    names instead."""
     names = tuple(rng.choice(list(dress.names), size, replace=False).tolist())
     values = [int(rng.integers(0, 10))]
     right = [str(values[0])]
@@ -96,13 +99,14 @@ def draw_chain(rng: np.random.Generator, size: int, dress: Dress = PLAIN, tangle
         value = int(rng.integers(0, 10))
         right.append(f"{names[i - 1]}{'+' if value >= before else '-'}{abs(value - before)}")
         values.append(value)
-    order = rng.permutation(size) if tangled else np.arange(size)
-    return Chain(names, tuple(right), tuple(values), tuple(order.tolist()), dress)
+    gaps = rng.choice(3, size, p=(0.6, 0.25, 0.15))
+    return Chain(names, tuple(right), tuple(values), tuple(gaps.tolist()), dress)
 
 
 def is_test(question: str) -> bool:
-    """Which side of the split a question is on: a property of its text, so that no set can leak into another."""
-    return sha256(question.encode()).digest()[0] % TEST_SHARE == 0
+    """Which side of the split a question is on: a property of its text (another spacing is no other question), so that
+    no set can leak into another."""
+    return sha256(question.replace(" ", "").encode()).digest()[0] % TEST_SHARE == 0
 
 
 def draw_unlike(rng: np.random.Generator, test: bool, sizes: tuple[int, ...] = SIZES, **kwargs) -> Chain:
@@ -168,24 +172,26 @@ def conversation(user: str, assistant: str) -> dict:
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
 
 
-def reasoning_row(rng: np.random.Generator, thoughts: bool = True) -> dict:
-    """A row of the teacher: a plain text question (one in five with options), thought and answer. The three published
+def reasoning_row(chain: Chain, rng: np.random.Generator, thoughts: bool = True, image: str | None = None) -> dict:
+    """A row of the teacher: a plain question (one in five with options), thought and answer. The three published
     instructions take turns, so that the student follows any of them."""
-    chain = draw_unlike(rng, test=False)
-    problem = as_problem(chain, "-", "text", rng, choice=rng.random() < 0.2, image=None)
+    problem = as_problem(chain, "-", "text", rng, choice=rng.random() < 0.2, image=image)
     prompt = prompt_text(problem, style="train" if rng.random() < 0.5 else "kind")
     thought = f"<think>{think(chain, rng)}</think>\n" if thoughts else ""
-    return conversation(prompt, thought + final_answer(problem))
+    row = conversation(prompt, thought + final_answer(problem))
+    return {**row, "images": [image]} if image else row
 
 
 # ------------------------------------------------------------------------------- what the base model learns besides
 def skill(chain: Chain, rng: np.random.Generator) -> tuple[str, str]:
     """(what to do, reply) of an exercise without any reasoning on a line that is shown as text or image.
-    Read: the line again. Find k: what stands right of it."""
-    if rng.random() < 0.5:
+    Read: the line again. Find k: what stands right of it. Next k: the name of the statement after it."""
+    which, i = rng.random(), int(rng.integers(chain.size))
+    if which < 0.4:
         return "Read: ", chain.text
-    i = int(rng.integers(chain.size))
-    return f"Find {chain.names[i]}: ", chain.right[i]
+    if which < 0.7 or i + 1 == chain.size:
+        return f"Find {chain.names[i]}: ", chain.right[i]
+    return f"Next {chain.names[i]}: ", chain.names[i + 1]
 
 
 def sum_exercise(rng: np.random.Generator) -> tuple[str, str]:
@@ -238,7 +244,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 SYSTEM = "system\nYou are a helpful assistant."
 # strings that are one token each: a character model would spend most of its time on them
 WHOLE = (*INSTRUCTIONS.values(), SYSTEM, "user\n", "assistant\n", "<think>", "</think>", "<answer>", "</answer>", WAIT,
-         " Options:\n\nA: ", "\nB: ", "\nC: ", "\nD: ", "Read: ", "Find ", "Work out: ")
+         " Options:\n\nA: ", "\nB: ", "\nC: ", "\nD: ", "Read: ", "Find ", "Next ", "Work out: ")
 VOCAB = 320  # a little more than there are tokens, as published vocabularies are padded
 
 TEMPLATE = """\
@@ -282,8 +288,8 @@ def tiny_config(tokenizer) -> dict:
         "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6, "vocab_size": VOCAB,
         "max_position_embeddings": 1024, "rope_theta": 100.0, "use_sliding_window": False, "attention_dropout": 0.0,
-        # nearly all frequencies follow the width: along a line of glyphs they turn as along a text
-        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 14]},
+        # all frequencies follow the width: along a line of glyphs they turn as along a text
+        "rope_scaling": {"type": "mrope", "mrope_section": [0, 0, 16]},
         "tie_word_embeddings": False, "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16",
         "vision_config": {
             "model_type": "qwen2_5_vl", "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
@@ -293,7 +299,7 @@ def tiny_config(tokenizer) -> dict:
 
 
 PREPROCESSOR = {
-    "min_pixels": CELL * CELL, "max_pixels": 64 * CELL * CELL, "patch_size": 14, "temporal_patch_size": 2,
+    "min_pixels": CELL * CELL, "max_pixels": 80 * CELL * CELL, "patch_size": 14, "temporal_patch_size": 2,
     "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
     "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
 
@@ -318,10 +324,11 @@ def write_model_files(path: str | Path) -> None:
 class DataConfig:
     out: str = option(MISSING, "directory for the files")
     seed: int = option(0, "everything is a function of it")
-    conversations: int = option(24_000, "rows of sft.jsonl and sft_direct.jsonl")
+    conversations: int = option(24_000, "rows of sft.jsonl, sft_direct.jsonl and sft_images.jsonl")
     problems: int = option(6_000, "rows of rl.jsonl")
     test: int = option(200, "problems of each test set")
     replay: float = option(0.25, "share of text exercises of the base's kind in the SFT files")
+    images: bool = option(False, "also sft_images.jsonl: every second question of sft.jsonl as an image")
 
 
 def write_jsonl(path: Path, rows) -> None:
@@ -329,10 +336,19 @@ def write_jsonl(path: Path, rows) -> None:
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def conversations(config: DataConfig, thoughts: bool) -> list[dict]:
-    rng = np.random.default_rng([config.seed, 1])
-    return [skill_row(rng) if rng.random() < config.replay else reasoning_row(rng, thoughts)
-            for _ in range(config.conversations)]
+def conversations(config: DataConfig, thoughts: bool = True, images: bool = False) -> list[dict]:
+    """The SFT rows, the same chains in each of their forms. images: every second question is written to img/."""
+    rng, picture_rng = np.random.default_rng([config.seed, 1]), np.random.default_rng([config.seed, 6])
+    rows = []
+    for i in range(config.conversations):
+        if rng.random() < config.replay:
+            rows.append(skill_row(rng))
+            continue
+        chain, image = draw_unlike(rng, test=False), f"img/sft-{i}.png" if images and i % 2 else None
+        rows.append(reasoning_row(chain, rng, thoughts, image))
+        if image:
+            Image.fromarray(draw_line(chain.text, picture_rng)).save(Path(config.out) / image)
+    return rows
 
 
 def test_set(out: Path, task: str, config: DataConfig) -> list[dict]:
@@ -359,12 +375,15 @@ TASKS = ("text", "image", "ward_text", "ward_image", "hard_text", "hard_image")
 
 
 def write_data(config: DataConfig) -> None:
-    """sft.jsonl, sft_direct.jsonl (the same without thoughts), rl.jsonl, test_TASK.jsonl with img/, model_files/."""
+    """sft.jsonl, sft_direct.jsonl (the same without thoughts), rl.jsonl, test_TASK.jsonl with img/, model_files/; with
+    --images also sft_images.jsonl."""
     out = Path(config.out)
     (out / "img").mkdir(parents=True, exist_ok=True)
     write_model_files(out / "model_files")
-    write_jsonl(out / "sft.jsonl", conversations(config, thoughts=True))
+    write_jsonl(out / "sft.jsonl", conversations(config))
     write_jsonl(out / "sft_direct.jsonl", conversations(config, thoughts=False))
+    if config.images:
+        write_jsonl(out / "sft_images.jsonl", conversations(config, images=True))
     rng = np.random.default_rng([config.seed, 4])
     write_jsonl(out / "rl.jsonl", (as_problem(draw_unlike(rng, test=False), f"rl-{i}", "text", rng, False, None)
                                    for i in range(config.problems)))
@@ -376,31 +395,56 @@ def write_data(config: DataConfig) -> None:
 # ------------------------------------------------------------------------------------------------------- the table
 @dataclass
 class TableConfig:
-    out: str = option(MISSING, "a demo's folder, with eval-NAME/result.json in it")
+    out: list[str] = option(MISSING, "a demo's folder, with eval-NAME/result.json in it; several (seeds): the means over them")
     base: str = option("", "model directory: is its vision tower, byte for byte, still that of --final?")
     final: str = option("", "model directory, see --base")
 
 
-def show_table(config: TableConfig) -> None:
-    """Accuracy in % of every evaluation in a demo's folder with its 95% interval, the share of outputs that were cut, and
-    the accuracy with forced exit; whether the vision tower is untouched; then everything as one line of JSON."""
-    files = sorted(Path(config.out).glob("eval-*/result.json"), key=lambda f: f.stat().st_mtime)
+def read_evaluations(folder: str) -> dict[str, dict[str, dict]]:
+    """{model: {test set: figures}} of a demo's folder, in the order in which they were made."""
+    files = sorted(Path(folder).glob("eval-*/result.json"), key=lambda f: f.stat().st_mtime)
     if not files:
-        raise ValueError(f"{config.out}: no eval-NAME/result.json in it; run recipes/demo.sh first")
-    line: dict = {}
-    print(f"{'model':12}{'test set':12}{'accuracy':>9}  {'95% interval':18}{'cut':>5}{'tokens':>8}{'forced exit':>13}")
+        raise ValueError(f"{folder}: no eval-NAME/result.json in it; run recipes/demo.sh first")
+    table: dict[str, dict[str, dict]] = {}
     for file in files:
         name, result = file.parent.name.removeprefix("eval-"), json.loads(file.read_text())
         for task in (t for t in TASKS if t in result["sets"]):
             f = result["sets"][task]
-            exits = [point[task]["accuracy"] for point in result["budgets"].values()]
-            print(f"{name:12}{task:12}{f['accuracy']:9.1%}  {f['low']:6.1%} … {f['high']:6.1%}   {f['truncated']:5.0%}"
-                  f"{f['tokens_mean']:8.1f}" + (f"{exits[-1]:13.1%}" if exits else ""))
             kept = {k: round(f[k], 4) for k in ("n", "accuracy", "low", "high", "truncated", "tokens_mean")}
-            line.setdefault(name, {})[task] = kept | ({"forced_exit": round(exits[-1], 4)} if exits else {})
+            exits = [point[task]["accuracy"] for point in result["budgets"].values()]
+            table.setdefault(name, {})[task] = kept | ({"forced_exit": round(exits[-1], 4)} if exits else {})
+    return table
+
+
+def show_table(config: TableConfig) -> None:
+    """Accuracy in % of every evaluation in a demo's folder with its 95% interval, the share of outputs that were cut, and
+    the accuracy with forced exit (at the largest budget); whether the vision tower is untouched; then everything as one
+    line of JSON. Of several folders: the mean, and each folder's accuracy."""
+    tables = [read_evaluations(folder) for folder in config.out]
+    if len(tables) > 1:
+        return show_means(tables)
+    line: dict = dict(tables[0])
+    print(f"{'model':14}{'test set':12}{'accuracy':>9}  {'95% interval':18}{'cut':>5}{'tokens':>8}{'forced exit':>13}")
+    for name, tasks in tables[0].items():
+        for task, f in tasks.items():
+            exits = f"{f['forced_exit']:13.1%}" if "forced_exit" in f else ""
+            print(f"{name:14}{task:12}{f['accuracy']:9.1%}  {f['low']:6.1%} … {f['high']:6.1%}   {f['truncated']:5.0%}"
+                  f"{f['tokens_mean']:8.1f}{exits}")
     if config.base and config.final:
         line["vision_untouched"] = same_vision(config.base, config.final)
         print(f"vision tower byte-equal to the base's: {line['vision_untouched']}")
+    print(json.dumps(line))
+
+
+def show_means(tables: list[dict[str, dict[str, dict]]]) -> None:
+    """A row for each model and test set that all folders have: mean over the folders, then each of them; a JSON line."""
+    shared = [(name, task) for name in tables[0] for task in tables[0][name] if all(task in t.get(name, {}) for t in tables)]
+    line: dict = {}
+    print(f"{'model':14}{'test set':12}{'mean':>7}   of each")
+    for name, task in shared:
+        each = [t[name][task]["accuracy"] for t in tables]
+        line.setdefault(name, {})[task] = {"mean": round(sum(each) / len(each), 4), "each": each}
+        print(f"{name:14}{task:12}{sum(each) / len(each):7.1%}   {'  '.join(f'{a:.1%}' for a in each)}")
     print(json.dumps(line))
 
 

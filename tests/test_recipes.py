@@ -20,6 +20,7 @@ import convert
 import data
 import from_samples
 import schema
+import toy
 
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "results")]
 import compare  # noqa: E402
@@ -30,11 +31,11 @@ RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]
 
 
-def run_recipe(name: str, folder: Path, **env) -> str:
-    """Smoke mode of a recipe with this interpreter; its whole output."""
+def run_recipe(name: str, folder: Path, *arguments: str, **env) -> str:
+    """A recipe, in smoke mode where it has one, with this interpreter; its whole output."""
     env = {**os.environ, "SMOKE": "1", "VENV": "none", "RUNS": str(folder), "OMP_NUM_THREADS": "1",
            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env}
-    done = subprocess.run(["bash", str(ROOT / "recipes" / name)], env=env, stdout=subprocess.PIPE,
+    done = subprocess.run(["bash", str(ROOT / "recipes" / name), *arguments], env=env, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
     return done.stdout
@@ -52,6 +53,25 @@ def test_one_ablation_runs_and_a_second_start_finds_it_done(tmp_path):
     assert "train_sft.py" not in second and "eval.py" not in second
     assert re.findall(r"\+ python convert.py convert (\w+)", second) == ["gsm8k"]
     assert "| direct |" in second
+
+
+def test_demo_runs_from_nothing_to_its_report_and_goes_on(tmp_path):
+    """The command that everybody tries first: base, both stages, every evaluation, table and report, by two ranks; a
+    second start does nothing again."""
+    first = run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch")
+    table = json.loads(first.splitlines()[-1])
+    assert table["vision_untouched"] is True
+    assert set(table) == {"base", "sft", "grpo", "base-avg5", "sft-avg5", "grpo-avg5", "blind", "vision_untouched"}
+    assert all(set(table[name]) == set(toy.TASKS) for name in ("base", "sft", "grpo"))
+    assert all("forced_exit" in table[name]["image"] for name in ("sft", "grpo"))
+    out = tmp_path / "demo-0-from-scratch-quick"
+    page = (out / "report.html").read_text()
+    assert "SFT + GRPO" in page and "Stage two: GRPO" in page and "avg@5" in page
+    assert "<svg" in (out / "accuracy.svg").read_text()
+    made = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.suffix not in (".html", ".svg")}
+    second = run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch")
+    assert second.splitlines()[-1] == first.splitlines()[-1]
+    assert made == {f: f.stat().st_mtime_ns for f in made}
 
 
 @pytest.mark.skipif(os.environ.get("RECIPES") != "full", reason="minutes: set RECIPES=full")
