@@ -1,0 +1,274 @@
+"""How cost grows with size, on one CPU thread: no term may grow faster than it must.
+
+    python benchmarks/scaling.py --out docs/scaling.svg      # about 8 minutes
+    python benchmarks/scaling.py --dry                       # seconds: does the script itself run?
+
+The miniature's language model (hidden 128, 4 layers, vocabulary 320) with random weights. Four curves, each beside what
+it must be at least:
+    length   training step (train_sft.py's: forward, backward, clip, AdamW) on a constant number of tokens, packed from
+             documents of one length. Causal attention is quadratic in a document: time a token = a + b · length
+    samples  sampler at fixed slots, 8 samples a prompt: constant time a token, but for filling and draining the slots
+    slots    the same work with other numbers of slots: time a decode step = a + b · live rows
+    host     packing an epoch and collating its batches, without a model: constant time a document, but for a logarithm
+Lines are fitted by least squares of relative residuals; `worst` is the largest of these. `exponent`: slope of log time
+against log size over the larger half of the sizes; what must be constant a unit has 1 in total.
+The sampler's time is split: prefill, forward (decode without choosing), choosing (head, random numbers, log-probability,
+stopping), host (all else: admission, KV copies, collecting, Python), the last a sample.
+
+Seconds are CPU seconds of the process, which other programs disturb less; wall seconds are given too. Medians of
+repeats, whose order of sizes turns round every time. Prints tables and, as the last line, one JSON object.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import sampler as sampler_module  # noqa: E402
+from data import Document, Prompt, collate, pack_plan  # noqa: E402
+from model import Model, ModelConfig  # noqa: E402
+from optim import adamw, guarded_step  # noqa: E402
+from parallel import World, init, shard, shutdown  # noqa: E402
+from sampler import Sampler, SamplingParams  # noqa: E402
+from train_sft import accumulate_gradients  # noqa: E402
+
+FULL = dict(layers=4, tokens=8192, lengths=[256, 512, 1024, 2048, 4096, 8192], samples=[64, 256, 1024, 4096], at_slots=64,
+            slots=[1, 2, 4, 8, 16, 32, 64, 128, 256], at_samples=512, documents=[1000, 4000, 16000, 64000], repeats=3)
+DRY = dict(layers=1, tokens=256, lengths=[32, 64, 128], samples=[8, 16, 32], at_slots=4, slots=[1, 2, 4], at_samples=8,
+           documents=[50, 100, 200], repeats=1)
+GROUP, LIMIT, STOPS, VOCAB = 8, 88, 10, 320  # completions: geometric, 10 of 320 tokens stop, cut at the miniature's 88
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+def in_turns(sizes: list[int], repeats: int, run: Callable[[int], dict]) -> list[dict]:
+    """Medians of run(size)'s figures, a row a size; up and down the sizes in turn, after one round that does not count."""
+    found = {size: [] for size in sizes}
+    for r in range(-1, repeats):
+        for size in sizes if r % 2 else reversed(sizes):
+            begin = time.perf_counter()
+            row = run(size)
+            if r >= 0:
+                found[size].append(row)
+                print(f"  size {size}, repeat {r + 1}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+    return [{"size": size, **{k: statistics.median(r[k] for r in found[size]) for k in found[size][0]}} for size in sizes]
+
+
+def clocked(work: Callable[[], None]) -> tuple[float, float]:
+    """(CPU seconds, wall seconds) of work()."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def line(x: list[float], y: list[float]) -> dict:
+    """y ≈ a + b · x, least squares of relative residuals, and the largest of these."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    terms = np.stack([np.ones_like(x), x], 1)
+    (a, b), *_ = np.linalg.lstsq(terms / y[:, None], np.ones_like(y), rcond=None)
+    return {"a": float(a), "b": float(b), "worst": float(np.abs((a + b * x) / y - 1).max())}
+
+
+def exponent(size: list[float], seconds: list[float]) -> float:
+    """Slope of log seconds over log size, larger half: 1 is linear, 2 quadratic."""
+    half = len(size) // 2
+    return float(np.polyfit(np.log(size[half:]), np.log(seconds[half:]), 1)[0])
+
+
+# --------------------------------------------------------------------------------------------------------- the curves
+def random_model(layers: int, world: World | None = None) -> Model:
+    """The miniature's decoder with random weights; sharded, as the trainer has it, when a world is given."""
+    config = ModelConfig.from_dict(dict(
+        model_type="qwen2", hidden_size=128, intermediate_size=384, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCAB, rope_theta=1e4, tie_word_embeddings=False))
+    torch.manual_seed(0)
+    model = Model(config)
+    if world is not None:
+        shard(model, world, compute_dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() >= 2:
+                (p if world is None else p.to_local()).normal_(0, 0.02)
+    return model
+
+
+def by_length(s: SimpleNamespace, world: World) -> list[dict]:
+    """CPU and wall seconds of a training step, a row a document length."""
+    model = random_model(s.layers, world)
+    optimizer, rng = adamw(model, lr=1e-5, weight_decay=0.0), np.random.default_rng(0)
+
+    def run(length: int) -> dict:
+        docs = [Document(rng.integers(0, VOCAB, length, np.int32), np.ones(length, bool), [], None, "")
+                for _ in range(s.tokens // length)]
+        batch = collate(docs)
+
+        def step():
+            loss = accumulate_gradients(model, [batch], s.tokens - len(docs), world)
+            guarded_step(model, optimizer, lr=1e-5, max_norm=1.0, loss=loss)
+        cpu, wall = clocked(step)
+        return {"cpu": cpu, "wall": wall, "us_a_token": cpu / s.tokens * 1e6}
+    return in_turns(s.lengths, s.repeats, run)
+
+
+class Split:
+    """Where the sampler's CPU seconds go: its parts, by name, are replaced by timed ones."""
+
+    def __init__(self):
+        self.seconds, self.calls = Counter(), Counter()
+        for owner, name in ((sampler_module, "decode_step"), (sampler_module, "choose"), (Sampler, "_prefill")):
+            setattr(owner, name, self.timed(name, getattr(owner, name)))
+
+    def timed(self, name: str, part: Callable) -> Callable:
+        def run(*args, **kwargs):
+            begin = time.process_time()
+            try:
+                return part(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.process_time() - begin
+                self.calls[name] += 1
+        return run
+
+
+def sampled(sampler: Sampler, split: Split, samples: int) -> dict:
+    """Figures of one call that makes so many samples."""
+    rng = np.random.default_rng(samples)
+    prompts = [Prompt(rng.integers(0, VOCAB, n).tolist(), None, None) for n in rng.integers(16, 65, samples // GROUP)]
+    params, out = SamplingParams(n=GROUP, max_new_tokens=LIMIT, stop_ids=range(STOPS)), []
+    split.seconds.clear(), split.calls.clear()
+    cpu, wall = clocked(lambda: out.extend(sampler.generate(prompts, params)))
+    tokens, steps, part = sum(len(r.tokens) for r in out), split.calls["decode_step"], split.seconds
+    host = cpu - part["decode_step"] - part["_prefill"]
+    return {"cpu": cpu, "wall": wall, "tokens": tokens, "steps": steps, "rows": tokens / steps, "tok_a_cpu_s": tokens / cpu,
+            "tok_a_wall_s": tokens / wall, "us_a_step": part["decode_step"] / steps * 1e6,
+            "prefill": part["_prefill"], "forward": part["decode_step"] - part["choose"], "choose": part["choose"],
+            "host": host, "host_us_a_sample": host / samples * 1e6, "host_us_a_step": host / steps * 1e6}
+
+
+def by_samples(s: SimpleNamespace, split: Split) -> list[dict]:
+    sampler = Sampler(random_model(s.layers), max_len=64 + LIMIT, slots=s.at_slots)
+    return in_turns(s.samples, s.repeats, lambda n: sampled(sampler, split, n))
+
+
+def by_slots(s: SimpleNamespace, split: Split) -> list[dict]:
+    model = random_model(s.layers)
+    samplers = {n: Sampler(model, max_len=64 + LIMIT, slots=n) for n in s.slots}
+    return in_turns(s.slots, s.repeats, lambda n: sampled(samplers[n], split, s.at_samples))
+
+
+def on_host(s: SimpleNamespace) -> list[dict]:
+    """Packing and collating, a row a number of documents; lengths log-normal, about 120 tokens, packs of 4,096."""
+    def run(documents: int) -> dict:
+        rng = np.random.default_rng(0)
+        lengths = np.clip(rng.lognormal(4.5, 0.75, documents), 8, 4096).astype(int)
+        docs = [Document(np.zeros(n, np.int32), np.ones(n, bool), [], None, "") for n in lengths]
+        packs = []
+        pack = clocked(lambda: packs.extend(pack_plan(lengths, 4096, seed=0, epoch=0)))[0]
+        rows = clocked(lambda: [collate([docs[i] for i in p]) for p in packs])[0]
+        return {"pack": pack, "collate": rows, "pack_us": pack / documents * 1e6, "collate_us": rows / documents * 1e6}
+    return in_turns(s.documents, s.repeats, run)
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+def table(title: str, rows: list[dict], columns: dict[str, str]) -> None:
+    """Markdown: columns maps a row's key to its heading."""
+    print(f"\n{title}\n\n| " + " | ".join(columns.values()) + " |\n" + "|---" * len(columns) + "|")
+    for r in rows:
+        print("| " + " | ".join(f"{r[c]:,.0f}" if abs(r[c]) >= 100 or r[c] == int(r[c]) else f"{r[c]:.3g}"
+                                for c in columns) + " |")
+
+
+def report(found: dict, s: SimpleNamespace) -> dict:
+    """Print the tables; return the fits."""
+    def column(curve: str, key: str) -> list[float]:
+        return [r[key] for r in found[curve]]
+    fits = {"length": line(column("length", "size"), column("length", "us_a_token")),
+            "slots": line(column("slots", "rows"), column("slots", "us_a_step")),
+            "samples_exponent": exponent(column("samples", "tokens"), column("samples", "cpu")),
+            "host_a_sample_exponent": exponent(column("samples", "size"), column("samples", "host")),
+            "pack_exponent": exponent(column("host", "size"), column("host", "pack")),
+            "collate_exponent": exponent(column("host", "size"), column("host", "collate"))}
+    for r in found["length"]:
+        r["tok_a_cpu_s"], r["tok_a_wall_s"] = s.tokens / r["cpu"], s.tokens / r["wall"]
+        r["theory"] = fits["length"]["a"] + fits["length"]["b"] * r["size"]
+    for r in found["slots"]:
+        r["theory"] = fits["slots"]["a"] + fits["slots"]["b"] * r["rows"]
+    speeds = {"tok_a_cpu_s": "tokens a CPU second", "tok_a_wall_s": "tokens a second"}
+    parts = {"prefill": "prefill s", "forward": "forward s", "choose": "choose s", "host": "host s",
+             "host_us_a_sample": "host µs a sample"}
+    table(f"Training step of {s.tokens} tokens", found["length"], {"size": "document length", **speeds, "us_a_token":
+          "µs a token", "theory": f"{fits['length']['a']:.3g} + {fits['length']['b']:.3g} · length"})
+    table(f"Sampler, {s.at_slots} slots", found["samples"], {"size": "samples", **speeds, **parts})
+    table(f"Sampler, {s.at_samples} samples", found["slots"], {"size": "slots", **speeds, "rows": "live rows", "us_a_step":
+          "µs a step", "theory": f"{fits['slots']['a']:.3g} + {fits['slots']['b']:.3g} · rows", **parts})
+    table("Packing and collating", found["host"], {"size": "documents", "pack_us": "pack µs a document",
+                                                   "collate_us": "collate µs a document"})
+    print(f"\nlargest relative residual: length {fits['length']['worst']:.1%}, slots {fits['slots']['worst']:.1%}; "
+          f"exponents: CPU seconds against tokens sampled {fits['samples_exponent']:.2f}, host seconds against samples "
+          f"{fits['host_a_sample_exponent']:.2f}, packing {fits['pack_exponent']:.2f}, collating "
+          f"{fits['collate_exponent']:.2f} against documents")
+    return fits
+
+
+def plot(found: dict, fits: dict, s: SimpleNamespace, file: Path) -> None:
+    """One panel a curve, measured as dots and the least that it must be as a line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, panels = plt.subplots(1, 4, figsize=(14, 3.3), layout="constrained")
+
+    def panel(ax, curve: str, xlabel: str, ylabel: str, title: str, dots: dict[str, str]) -> np.ndarray:
+        x = np.array([r["size"] for r in found[curve]])
+        for key, label in dots.items():
+            ax.plot(x, [r[key] for r in found[curve]], "o", label=label)
+        if "theory" in found[curve][0]:
+            ax.plot(x, [r["theory"] for r in found[curve]], "-", color="0.5", lw=1, label="a + b · x, fitted")
+        ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, None))
+        ax.set_xticks(x, [f"{n:,}" for n in x], rotation=45)
+        ax.minorticks_off()
+        ax.legend(frameon=False)
+    panel(panels[0], "length", "document length", "CPU µs a token", f"training, {s.tokens:,} tokens a step",
+          {"us_a_token": "measured"})
+    panel(panels[1], "samples", "samples", "tokens a CPU second", f"sampler, {s.at_slots} slots", {"tok_a_cpu_s": "measured"})
+    panel(panels[2], "slots", "slots", "CPU µs a decode step", f"sampler, {s.at_samples} samples", {"us_a_step": "measured"})
+    panel(panels[3], "samples", "samples", "CPU µs a sample", "sampler's host work",
+          {"host_us_a_sample": f"{s.at_slots} slots"})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where the plot goes, .svg or .png; none without it")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes, no figures of use")
+    args = parser.parse_args()
+    s = SimpleNamespace(**(DRY if args.dry else FULL))
+    torch.set_num_threads(1)
+    world = init("cpu")
+    try:
+        found = {"length": by_length(s, world), "host": on_host(s)}
+        split = Split()
+        found |= {"samples": by_samples(s, split), "slots": by_slots(s, split)}
+    finally:
+        shutdown()
+    fits = report(found, s)
+    if args.out:
+        plot(found, fits, s, args.out)
+    print(json.dumps({"benchmark": "scaling", "dry": args.dry, "torch": torch.__version__, "load": os.getloadavg(),
+                      **found, "fits": fits}))
+
+
+if __name__ == "__main__":
+    main()
