@@ -211,6 +211,18 @@ def test_accuracy_figure_and_table_hold_the_results_numbers(tmp_path):
     assert "<b>80.0</b> <small>[70.0, 90.0]</small>" in text
 
 
+def test_figure_alone_is_that_of_the_first_measure(tmp_path):
+    """A README's picture that mixes protocols, or an empty one that nobody notices."""
+    runs = [f"base={eval_run(tmp_path / 'a', 0.25)}",
+            f"base={eval_run(tmp_path / 'b', 0.8, settings={'think_budget': 90})}"]
+    report.main([*runs, "--out", str(tmp_path / "r.html"), "--figure", str(tmp_path / "docs" / "r.svg")])
+    drawn = (tmp_path / "docs" / "r.svg").read_text()
+    assert drawn.count(">25.0<") == 2 and ">80.0<" not in drawn
+    with pytest.raises(SystemExit) as e:
+        report.main([str(grpo_run(tmp_path / "g", steps=1)), "--out", str(tmp_path / "r.html"), "--figure", "x.svg"])
+    assert e.value.code == 2
+
+
 def test_other_protocols_are_other_figures(tmp_path):
     """A bar with forced exit beside one without would show the protocol, not the model."""
     text, _ = page_of(eval_run(tmp_path / "plain"), eval_run(tmp_path / "forced", settings={"think_budget": 90}),
