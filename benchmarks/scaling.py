@@ -196,7 +196,7 @@ def report(found: dict, s: SimpleNamespace) -> dict:
     fits = {"length": line(column("length", "size"), column("length", "us_a_token")),
             "slots": line(column("slots", "rows"), column("slots", "us_a_step")),
             "samples_exponent": exponent(column("samples", "tokens"), column("samples", "cpu")),
-            "host_a_sample_exponent": exponent(column("samples", "size"), column("samples", "host")),
+            "host_exponent": exponent(column("samples", "size"), column("samples", "host")),
             "pack_exponent": exponent(column("host", "size"), column("host", "pack")),
             "collate_exponent": exponent(column("host", "size"), column("host", "collate"))}
     for r in found["length"]:
@@ -216,7 +216,7 @@ def report(found: dict, s: SimpleNamespace) -> dict:
                                                    "collate_us": "collate µs a document"})
     print(f"\nlargest relative residual: length {fits['length']['worst']:.1%}, slots {fits['slots']['worst']:.1%}; "
           f"exponents: CPU seconds against tokens sampled {fits['samples_exponent']:.2f}, host seconds against samples "
-          f"{fits['host_a_sample_exponent']:.2f}, packing {fits['pack_exponent']:.2f}, collating "
+          f"{fits['host_exponent']:.2f}, packing {fits['pack_exponent']:.2f}, collating "
           f"{fits['collate_exponent']:.2f} against documents")
     return fits
 
