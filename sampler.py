@@ -377,11 +377,10 @@ class Sampler:
         """Stage the next prompts: as many as fit a packed pass of `prefill_tokens`, one at least."""
         begin, c = time.perf_counter(), self.config
         budget = self.prefill_tokens or (16384 if self.device.type == "cuda" else 1024)
-        chosen = [run.next_prompt]
-        while (n := chosen[-1] + 1) < len(run.prompts) and sum(
-                len(run.prompts[i].tokens) for i in (*chosen, n)) <= budget:
+        chosen, room = [run.next_prompt], budget - len(run.prompts[run.next_prompt].tokens)
+        while (n := chosen[-1] + 1) < len(run.prompts) and (room := room - len(run.prompts[n].tokens)) >= 0:
             chosen.append(n)
-        run.next_prompt = chosen[-1] + 1
+        run.next_prompt = n
         prompts = [run.prompts[i] for i in chosen]
         tokens = torch.cat([torch.as_tensor(p.tokens) for p in prompts])  # (T,)
         positions, deltas = zip(*(self._positions(p) for p in prompts))
