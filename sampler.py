@@ -123,7 +123,7 @@ class Slots:
         self.tokens = torch.zeros(slots, capacity + 1, dtype=torch.int64, device=device)  # the last column is scratch:
         self.logprobs = torch.zeros(slots, capacity + 1, device=device)  # finished rows write there
         self.rows = torch.arange(slots, device=device)
-        self.reach = [0] * slots  # how much of each row's KV may not be zero
+        self.reach = [0] * slots  # how much of each row's KV may not be zero: of a live row, its limit
         self.clear()
 
     def clear(self) -> None:
@@ -143,9 +143,15 @@ class Slots:
         self.kv[:, :, slot, length:self.reach[slot]] = 0
         self.reach[slot] = reach
 
+    def ended(self, slot: int, length: int) -> None:
+        """Its sample is gone, after `length` cached tokens at most: the next need not zero what was never written (up to
+        the limit, that was 8% of all time for 32 tokens a sample of at most 4,096)."""
+        self.reach[slot] = length + 1  # where a finished row, running along, writes
+
     def move(self, source: int, target: int, length: int, count: int) -> None:
         """A live sample with `length` cached and `count` sampled tokens into a free slot."""
         self.set_kv(target, self.kv[:, :, source, :length], self.reach[source])
+        self.ended(source, length)
         self.tokens[target, :count] = self.tokens[source, :count]
         self.logprobs[target, :count] = self.logprobs[source, :count]
         self.hidden[target] = self.hidden[source]
@@ -461,6 +467,7 @@ class Sampler:
         tokens, logprobs = s.tokens[at, :longest].cpu().numpy(), s.logprobs[at, :longest].cpu().numpy()
         for i, t, l in zip(ended, tokens, logprobs):
             run.finish(run.live[i], t[:count[i]], l[:count[i]], exit_at[i])
+            self.slots.ended(i, run.live[i].length)
             run.live[i] = None
 
 

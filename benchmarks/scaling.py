@@ -3,12 +3,13 @@
     python benchmarks/scaling.py --out docs/scaling.svg      # about 8 minutes
     python benchmarks/scaling.py --dry                       # seconds: does the script itself run?
 
-The miniature's language model (hidden 128, 4 layers, vocabulary 320) with random weights. Four curves, each beside what
+The miniature's language model (hidden 128, 4 layers, vocabulary 320) with random weights. Five curves, each beside what
 it must be at least:
     length   training step (train_sft.py's: forward, backward, clip, AdamW) on a constant number of tokens, packed from
              documents of one length. Causal attention is quadratic in a document: time a token = a + b · length
     samples  sampler at fixed slots, 8 samples a prompt: constant time a token, but for filling and draining the slots
     slots    the same work with other numbers of slots: time a decode step = a + b · live rows
+    limit    the same completions under other max_new_tokens, none of which they reach: constant
     host     packing an epoch and collating its batches, without a model: constant time a document, but for a logarithm
 Lines are fitted by least squares of relative residuals; `worst` is the largest of these. `exponent`: slope of log time
 against log size over the larger half of the sizes; what must be constant a unit has 1 in total.
@@ -46,8 +47,8 @@ from sampler import Sampler, SamplingParams  # noqa: E402
 from train_sft import accumulate_gradients  # noqa: E402
 
 FULL = dict(layers=4, tokens=8192, lengths=[256, 512, 1024, 2048, 4096, 8192], samples=[64, 256, 1024, 4096], at_slots=64,
-            slots=[1, 2, 4, 8, 16, 32, 64, 128, 256], at_samples=512, documents=[1000, 4000, 16000, 64000], repeats=3)
-DRY = dict(layers=1, tokens=256, lengths=[32, 64, 128], samples=[8, 16, 32], at_slots=4, slots=[1, 2, 4], at_samples=8,
+            slots=[1, 2, 4, 8, 16, 32, 64, 128, 256], at_samples=512, limits=[512, 1024, 2048, 4096], documents=[1000, 4000, 16000, 64000], repeats=3)
+DRY = dict(layers=1, tokens=256, lengths=[32, 64, 128], samples=[8, 16, 32], at_slots=4, slots=[1, 2, 4], at_samples=8, limits=[500, 1000],
            documents=[50, 100, 200], repeats=1)
 GROUP, LIMIT, STOPS, VOCAB = 8, 88, 10, 320  # completions: geometric, 10 of 320 tokens stop, cut at the miniature's 88
 
@@ -141,11 +142,11 @@ class Split:
         return run
 
 
-def sampled(sampler: Sampler, split: Split, samples: int) -> dict:
-    """Figures of one call that makes so many samples."""
+def sampled(sampler: Sampler, split: Split, samples: int, limit: int = LIMIT) -> dict:
+    """Figures of one call that makes so many samples of at most `limit` tokens."""
     rng = np.random.default_rng(samples)
     prompts = [Prompt(rng.integers(0, VOCAB, n).tolist(), None, None) for n in rng.integers(16, 65, samples // GROUP)]
-    params, out = SamplingParams(n=GROUP, max_new_tokens=LIMIT, stop_ids=range(STOPS)), []
+    params, out = SamplingParams(n=GROUP, max_new_tokens=limit, stop_ids=range(STOPS)), []
     split.seconds.clear(), split.calls.clear()
     cpu, wall = clocked(lambda: out.extend(sampler.generate(prompts, params)))
     tokens, steps, part = sum(len(r.tokens) for r in out), split.calls["decode_step"], split.seconds
@@ -165,6 +166,12 @@ def by_slots(s: SimpleNamespace, split: Split) -> list[dict]:
     model = random_model(s.layers)
     samplers = {n: Sampler(model, max_len=64 + LIMIT, slots=n) for n in s.slots}
     return in_turns(s.slots, s.repeats, lambda n: sampled(samplers[n], split, s.at_samples))
+
+
+def by_limit(s: SimpleNamespace, split: Split) -> list[dict]:
+    model = random_model(s.layers)
+    samplers = {n: Sampler(model, max_len=64 + n, slots=s.at_slots) for n in s.limits}
+    return in_turns(s.limits, s.repeats, lambda n: sampled(samplers[n], split, s.at_samples, n))
 
 
 def on_host(s: SimpleNamespace) -> list[dict]:
@@ -197,6 +204,7 @@ def report(found: dict, s: SimpleNamespace) -> dict:
             "slots": line(column("slots", "rows"), column("slots", "us_a_step")),
             "samples_exponent": exponent(column("samples", "tokens"), column("samples", "cpu")),
             "host_exponent": exponent(column("samples", "size"), column("samples", "host")),
+            "limit_exponent": exponent(column("limit", "size"), column("limit", "cpu")),
             "pack_exponent": exponent(column("host", "size"), column("host", "pack")),
             "collate_exponent": exponent(column("host", "size"), column("host", "collate"))}
     for r in found["length"]:
@@ -212,11 +220,13 @@ def report(found: dict, s: SimpleNamespace) -> dict:
     table(f"Sampler, {s.at_slots} slots", found["samples"], {"size": "samples", **speeds, **parts})
     table(f"Sampler, {s.at_samples} samples", found["slots"], {"size": "slots", **speeds, "rows": "live rows", "us_a_step":
           "µs a step", "theory": f"{fits['slots']['a']:.3g} + {fits['slots']['b']:.3g} · rows", **parts})
+    table(f"Sampler, {s.at_samples} samples, {s.at_slots} slots, completions of {found['limit'][0]['tokens']:,.0f} tokens in "
+          "all", found["limit"], {"size": "limit", **speeds, **parts})
     table("Packing and collating", found["host"], {"size": "documents", "pack_us": "pack µs a document",
                                                    "collate_us": "collate µs a document"})
     print(f"\nlargest relative residual: length {fits['length']['worst']:.1%}, slots {fits['slots']['worst']:.1%}; "
           f"exponents: CPU seconds against tokens sampled {fits['samples_exponent']:.2f}, host seconds against samples "
-          f"{fits['host_exponent']:.2f}, packing {fits['pack_exponent']:.2f}, collating "
+          f"{fits['host_exponent']:.2f}, against the limit {fits['limit_exponent']:.2f}, packing {fits['pack_exponent']:.2f}, collating "
           f"{fits['collate_exponent']:.2f} against documents")
     return fits
 
@@ -260,7 +270,7 @@ def main() -> None:
     try:
         found = {"length": by_length(s, world), "host": on_host(s)}
         split = Split()
-        found |= {"samples": by_samples(s, split), "slots": by_slots(s, split)}
+        found |= {"samples": by_samples(s, split), "slots": by_slots(s, split), "limit": by_limit(s, split)}
     finally:
         shutdown()
     fits = report(found, s)
