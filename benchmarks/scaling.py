@@ -12,7 +12,7 @@ it must be at least:
     limit    the same completions under other max_new_tokens, none of which they reach: constant
     host     packing an epoch and collating its batches, without a model: constant time a document, but for a logarithm
 Lines are fitted by least squares of relative residuals; `worst` is the largest of these. `exponent`: slope of log time
-against log size over the larger half of the sizes; what must be constant a unit has 1 in total.
+against log size over the larger half of the sizes; total cost of what is constant a unit has 1.
 The sampler's time is split: prefill, forward (decode without choosing), choosing (head, random numbers, log-probability,
 stopping), host (all else: admission, KV copies, collecting, Python), the last a sample.
 
@@ -47,9 +47,10 @@ from sampler import Sampler, SamplingParams  # noqa: E402
 from train_sft import accumulate_gradients  # noqa: E402
 
 FULL = dict(layers=4, tokens=8192, lengths=[256, 512, 1024, 2048, 4096, 8192], samples=[64, 256, 1024, 4096], at_slots=64,
-            slots=[1, 2, 4, 8, 16, 32, 64, 128, 256], at_samples=512, limits=[512, 1024, 2048, 4096], documents=[1000, 4000, 16000, 64000], repeats=3)
-DRY = dict(layers=1, tokens=256, lengths=[32, 64, 128], samples=[8, 16, 32], at_slots=4, slots=[1, 2, 4], at_samples=8, limits=[500, 1000],
-           documents=[50, 100, 200], repeats=1)
+            slots=[1, 2, 4, 8, 16, 32, 64, 128, 256], at_samples=512, limits=[512, 1024, 2048, 4096],
+            documents=[1000, 4000, 16000, 64000], repeats=3)
+DRY = dict(layers=1, tokens=256, lengths=[32, 64, 128], samples=[8, 16, 32], at_slots=4, slots=[1, 2, 4], at_samples=8,
+           limits=[500, 1000], documents=[50, 100, 200], repeats=1)
 GROUP, LIMIT, STOPS, VOCAB = 8, 88, 10, 320  # completions: geometric, 10 of 320 tokens stop, cut at the miniature's 88
 
 
@@ -224,10 +225,10 @@ def report(found: dict, s: SimpleNamespace) -> dict:
           "all", found["limit"], {"size": "limit", **speeds, **parts})
     table("Packing and collating", found["host"], {"size": "documents", "pack_us": "pack µs a document",
                                                    "collate_us": "collate µs a document"})
-    print(f"\nlargest relative residual: length {fits['length']['worst']:.1%}, slots {fits['slots']['worst']:.1%}; "
-          f"exponents: CPU seconds against tokens sampled {fits['samples_exponent']:.2f}, host seconds against samples "
-          f"{fits['host_exponent']:.2f}, against the limit {fits['limit_exponent']:.2f}, packing {fits['pack_exponent']:.2f}, collating "
-          f"{fits['collate_exponent']:.2f} against documents")
+    print(f"\nlargest relative residual: length {fits['length']['worst']:.1%}, slots {fits['slots']['worst']:.1%}; exponents: "
+          f"CPU seconds against tokens sampled {fits['samples_exponent']:.2f}, host seconds against samples "
+          f"{fits['host_exponent']:.2f}, CPU seconds against the limit {fits['limit_exponent']:.2f}, packing "
+          f"{fits['pack_exponent']:.2f} and collating {fits['collate_exponent']:.2f} against documents")
     return fits
 
 

@@ -34,7 +34,8 @@ def test_scaling_runs_and_accounts_for_the_samplers_time(scaling, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert (tmp_path / "s.svg").read_text().rstrip().endswith("</svg>")
-    for curve, sizes in (("length", "lengths"), ("samples", "samples"), ("slots", "slots"), ("limit", "limits"), ("host", "documents")):
+    for curve, sizes in (("length", "lengths"), ("samples", "samples"), ("slots", "slots"), ("limit", "limits"),
+                         ("host", "documents")):
         assert [r["size"] for r in found[curve]] == scaling.DRY[sizes]
     for r in found["samples"] + found["slots"] + found["limit"]:
         parts = [r[k] for k in ("prefill", "forward", "choose", "host")]
