@@ -17,6 +17,7 @@ import data
 import eval as ev
 import rewards
 import sampling
+import scoring
 
 ROOT = Path(ev.__file__).parent
 REAL = ROOT.parent / "shared" / "data" / "images_mmmu_pro"
@@ -113,7 +114,7 @@ def test_two_ranks_and_a_resumed_crash_give_the_same_files(model_dir, problems, 
     out.mkdir()
     (out / "config.json").write_bytes((five / "config.json").read_bytes())
     lines = (five / "samples.jsonl").read_text().strip().split("\n")
-    raw = [{k: json.loads(line)[k] for k in ev.SAMPLED} for line in lines]
+    raw = [{k: json.loads(line)[k] for k in scoring.SAMPLED} for line in lines]
     write(out / "samples.part0.jsonl", raw[:7])  # problems 0 whole and 1 in part, as a killed run of two ranks left them
     write(out / "samples.part1.jsonl", raw[20:23])
     with open(out / "samples.part1.jsonl", "a") as f:
@@ -234,6 +235,9 @@ def test_limit_takes_the_same_problems_of_each_task(model_dir, tmp_path, problem
     assert [p["id"] for p in chosen[0]] == [p["id"] for p in chosen[1]][::-1]  # the file's order stays
     fewer, _ = ev.choose_problems(config(model_dir, a, tmp_path / "o", limit=2))
     assert {p["id"] for p in fewer} < {p["id"] for p in chosen[0]}
+    (tmp_path / "solved.txt").write_text(f"{fewer[0]['id']}\n")  # of a blind run with the same limit: no other fills its place
+    left, told = ev.choose_problems(config(model_dir, a, tmp_path / "o", limit=2, drop=str(tmp_path / "solved.txt")))
+    assert [p["id"] for p in left] == [p["id"] for p in fewer[1:]] and told["dropped"] == 1
 
 
 # --------------------------------------------------------------------------------------- scores of written outputs
@@ -362,9 +366,9 @@ def test_looping():
     """Prevents both a loop that is not seen and ordinary text that counts as one."""
     rng = np.random.default_rng(0)
     text = rng.integers(0, 1000, 600).tolist()
-    assert not ev.is_looping(text) and not ev.is_looping([1] * 63) and ev.is_looping([1] * 64)
-    assert ev.is_looping(text + list(range(40)) * 20) and not ev.is_looping([*([1] * 300), *text])
-    assert not ev.is_looping(list(range(100)) + list(range(40)))
+    assert not scoring.is_looping(text) and not scoring.is_looping([1] * 63) and scoring.is_looping([1] * 64)
+    assert scoring.is_looping(text + list(range(40)) * 20) and not scoring.is_looping([*([1] * 300), *text])
+    assert not scoring.is_looping(list(range(100)) + list(range(40)))
 
 
 # ------------------------------------------------------------------------------------------------- user's mistakes
