@@ -19,7 +19,9 @@ import pytest
 from PIL import Image
 
 import convert
+import converters
 import data
+import releases
 import schema
 
 ROOT = Path(convert.__file__).parent
@@ -83,7 +85,8 @@ def bytes_of(row: dict, tmp_path: Path) -> list[bytes]:
 
 def test_docstring_examples_are_true():
     """Prevents worked examples that no longer say what the code does."""
-    assert doctest.testmod(convert).failed == 0
+    results = [doctest.testmod(module) for module in (convert, converters, releases)]
+    assert sum(r.failed for r in results) == 0 and sum(r.attempted for r in results) > 3
 
 
 # -------------------- Text --------------------
@@ -119,7 +122,7 @@ def test_rows_that_the_loader_would_refuse_are_dropped_here(tmp_path):
         "a control token of the model stands in the text": 2, "half of a surrogate pair, not a character": 1,
         "literal <image> in the text": 1,
     }
-    assert all(convert.CONTROL_TOKEN.fullmatch(token) for token in schema.CONTROL_TOKENS)
+    assert all(converters.CONTROL_TOKEN.fullmatch(token) for token in schema.CONTROL_TOKENS)
 
 
 def test_orz_takes_the_first_human_turn_and_the_ground_truth(tmp_path):
@@ -607,7 +610,7 @@ def test_openthoughts_both_forms_give_the_papers_turns(tmp_path):
 
 def test_training_prompt_is_the_one_that_training_renders():
     """Prevents SFT on another prompt than the one that GRPO puts before its problems."""
-    assert convert.TRAINING_PROMPT == data.INSTRUCTIONS["train"] + "{question}"
+    assert converters.TRAINING_PROMPT == data.INSTRUCTIONS["train"] + "{question}"
 
 
 @needs_real
@@ -616,8 +619,8 @@ def test_closing_tags_begin_with_the_tokens_of_forced_exit():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(REAL / "qwen2_5_tokenizer")
-    row = convert.openthoughts(
-        convert.Row({"problem": "p", "deepseek_reasoning": "So 2.", "deepseek_solution": "$2$."}), 0, None
+    row = converters.openthoughts(
+        releases.Row({"problem": "p", "deepseek_reasoning": "So 2.", "deepseek_solution": "$2$."}), 0, None
     )
     ids = tokenizer.encode(row["messages"][1]["content"])
     forced = tokenizer.encode("</think>\n<answer>")
@@ -702,7 +705,8 @@ def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_cam
 
 def test_the_code_names_no_host():
     """Prevents an address in the code that is wrong on mirrors and blocked machines: the hub client knows its host."""
-    assert not re.search(r"https?://|\bwww\.|huggingface\.co", (ROOT / "convert.py").read_text())
+    for name in ("convert", "converters", "releases"):
+        assert not re.search(r"https?://|\bwww\.|huggingface\.co", (ROOT / f"{name}.py").read_text())
 
 
 # -------------------- Real releases --------------------
@@ -766,5 +770,5 @@ def test_real_option_lists_of_mmmu_pro_parse():
     path = REAL / "mmmu/gpt4o_standard10_cot_250.jsonl"
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        options = convert.option_texts(row["options"])
-        assert convert.letter_of(row["answer"], options) == row["answer"]
+        options = converters.option_texts(row["options"])
+        assert converters.letter_of(row["answer"], options) == row["answer"]

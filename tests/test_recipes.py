@@ -17,8 +17,10 @@ from conftest import ROOT
 from scipy.stats import binomtest
 
 import convert
+import converters
 import data
 import from_samples
+import releases
 import schema
 import toy
 
@@ -152,8 +154,8 @@ def test_direct_rows_hold_the_question_and_the_boxed_answer_alone():
     """A thought left in would make the ablation without thoughts another one with thoughts."""
     reply = ("<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nSo \\boxed{\\frac{1}{2}}.\n\n"
              "<|end_of_solution|>")
-    row = convert.Row(conversations=[{"from": "user", "value": "Half of 1?"}, {"from": "assistant", "value": reply}])
-    assert [m["content"] for m in convert.openthoughts_direct(row, 0, None)["messages"]] == [
+    row = releases.Row(conversations=[{"from": "user", "value": "Half of 1?"}, {"from": "assistant", "value": reply}])
+    assert [m["content"] for m in converters.openthoughts_direct(row, 0, None)["messages"]] == [
         "Half of 1?", "<answer>\n\\frac{1}{2}\n</answer>"]
 
 
@@ -306,7 +308,7 @@ def test_the_documented_data_set_converts(tmp_path, monkeypatch):
     """A how-to that doesn't work costs each of its readers an evening."""
     source, = [b for b in blocks("CONTRIBUTING.md", "python") if "def aime" in b]
     monkeypatch.setattr(convert, "SPECS", dict(convert.SPECS))
-    exec(source, vars(convert).copy() | {"SPECS": convert.SPECS})
+    exec(source, vars(converters).copy() | {"SPECS": convert.SPECS})
     (tmp_path / "aime_2024.jsonl").write_text(json.dumps({"ID": "2024-I-1", "Problem": "How many?", "Answer": "204"}) + "\n")
     convert.convert("aime", [str(tmp_path)], str(tmp_path / "out.jsonl"))
     row, = data.load_problems(tmp_path / "out.jsonl")[0]
