@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,13 +53,16 @@ def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a ValueError (a mistake of the user's: it names the file and the mend) into one line and exit code 2."""
+    """Turn a ValueError (a mistake of the user's: it names the file and the mend) into one line and exit code 2;
+    TRACEBACK=1 in the environment prints where it was raised before that line."""
     try:
         yield
     except ValueError as e:
         sys.stdout.flush()
+        if os.environ.get("TRACEBACK"):  # Python prints none for a SystemExit, whatever its cause
+            traceback.print_exc()
         print(f"error: {e}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from (e if os.environ.get("TRACEBACK") else None)
+        raise SystemExit(2) from None
 
 
 # -------------------------------------------------------------------------------------------------- run directory
@@ -157,10 +161,10 @@ class Run:
         self.say(f"stopped by a signal after step {step}; state is saved, run the same command to go on")
         return EXIT_PREEMPTED
 
-    def finished(self) -> int:
-        """Say that the run is complete; returns exit code 0."""
+    def finished(self, text: str = "") -> int:
+        """Say that the run is complete, with `text` where OUT/final is not what it was for; returns exit code 0."""
         self._set_status("finished")
-        self.say(f"finished: {self.out / 'final'} is a complete model directory")
+        self.say(f"finished: {text or str(self.out / 'final') + ' is a complete model directory'}")
         return 0
 
     def _set_status(self, status: str) -> None:

@@ -505,8 +505,8 @@ def train(config: Config) -> int:
             if stop_asked and not last:
                 return run.stopped(at["step"])
     if config.rollout_only:
-        run.say(f"rollouts of {total} steps are in {run.out / 'rollouts'}; train on them with --replay {run.out}")
-        return 0
+        return run.finished(f"rollouts of {total} steps are in {run.out / 'rollouts'}; train on them with "
+                            f"--replay {run.out}")
     export_hf(parts.model, parts.model_dir, run.out / "final", world)
     return run.finished()
 

@@ -381,7 +381,13 @@ def test_replay_trains_as_the_run_that_sampled_did(place):
     assert place.nursery.run([*flags, "--out", sampled])[0] == 0
     code, said = place.nursery.run([*flags, "--out", replayed, "--replay", sampled])
     assert code == 0 and trace(replayed)[3] == trace(sampled)[3], said
-    assert place.nursery.run([*flags, "--steps", 1, "--out", only, "--rollout_only", "True"])[0] == 0
+    written = []
+    for _ in range(2):  # the second finds all there and samples nothing again
+        code, said = place.nursery.run([*flags, "--steps", 1, "--out", only, "--rollout_only", "True"])
+        assert code == 0 and "finished: rollouts of 1 steps are in" in said
+        assert (only / "status").read_text() == "finished\n" and len(rows(only)) == 1
+        written.append((only / "rollouts" / "step_1.jsonl").stat().st_mtime_ns)
+    assert written[0] == written[1]
     mine, theirs = rows(only, "rollouts/step_1.jsonl"), rows(sampled, "rollouts/step_1.jsonl")
     assert [s["tokens"] for s in mine] == [s["tokens"] for s in theirs] and not (only / "final").exists()
     code, said = place.nursery.run([*flags, "--steps", 3, "--out", place.folder / "beyond", "--replay", sampled])
