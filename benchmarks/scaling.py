@@ -232,32 +232,31 @@ def report(found: dict, s: SimpleNamespace) -> dict:
     return fits
 
 
-def plot(found: dict, fits: dict, s: SimpleNamespace, file: Path) -> None:
-    """One panel a curve, measured as dots and the least that it must be as a line."""
+def plot(found: dict, file: Path) -> None:
+    """Four curves, measured as dots and the fitted least as a line."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, 4, figsize=(14, 3.3), layout="constrained")
+    panels = plt.subplots(1, 4, figsize=(14, 3.3), layout="constrained")[1]
 
-    def panel(ax, curve: str, xlabel: str, ylabel: str, title: str, dots: dict[str, str]) -> np.ndarray:
-        x = np.array([r["size"] for r in found[curve]])
-        for key, label in dots.items():
-            ax.plot(x, [r[key] for r in found[curve]], "o", label=label)
-        if "theory" in found[curve][0]:
-            ax.plot(x, [r["theory"] for r in found[curve]], "-", color="0.5", lw=1, label="a + b · x, fitted")
-        ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, None))
+    def panel(ax, curve: str, xlabel: str, title: str, measured: Callable, least: Callable | None = None) -> None:
+        x = [r["size"] for r in found[curve]]
+        ax.plot(x, [measured(r) for r in found[curve]], "o", label="measured")
+        if least is not None:
+            ax.plot(x, [least(r) for r in found[curve]], "-", color="0.5", lw=1, label="1 / (a + b · x), fitted", zorder=0)
+        ax.set(xscale="log", xlabel=xlabel, title=title, ylim=(0, 1.1 * max(measured(r) for r in found[curve])))
         ax.set_xticks(x, [f"{n:,}" for n in x], rotation=45)
         ax.minorticks_off()
-        ax.legend(frameon=False)
-    panel(panels[0], "length", "document length", "CPU µs a token", f"training, {s.tokens:,} tokens a step",
-          {"us_a_token": "measured"})
-    panel(panels[1], "samples", "samples", "tokens a CPU second", f"sampler, {s.at_slots} slots", {"tok_a_cpu_s": "measured"})
-    panel(panels[2], "slots", "slots", "CPU µs a decode step", f"sampler, {s.at_samples} samples", {"us_a_step": "measured"})
-    panel(panels[3], "samples", "samples", "CPU µs a sample", "sampler's host work",
-          {"host_us_a_sample": f"{s.at_slots} slots"})
+        ax.legend(frameon=False, loc="lower right" if curve == "slots" else "lower left")
+    panel(panels[0], "length", "document length", "training: tokens a CPU second",
+          lambda r: 1e6 / r["us_a_token"], lambda r: 1e6 / r["theory"])
+    panel(panels[1], "samples", "samples", "sampler: tokens a CPU second", lambda r: r["tok_a_cpu_s"])
+    panel(panels[2], "slots", "slots", "decode steps: tokens a CPU second",
+          lambda r: 1e6 * r["rows"] / r["us_a_step"], lambda r: 1e6 * r["rows"] / r["theory"])
+    panel(panels[3], "samples", "samples", "sampler's host work: CPU µs a sample", lambda r: r["host_us_a_sample"])
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    plt.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def main() -> None:
@@ -276,7 +275,7 @@ def main() -> None:
         shutdown()
     fits = report(found, s)
     if args.out:
-        plot(found, fits, s, args.out)
+        plot(found, args.out)
     print(json.dumps({"benchmark": "scaling", "dry": args.dry, "torch": torch.__version__, "load": os.getloadavg(),
                       **found, "fits": fits}))
 
