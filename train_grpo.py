@@ -473,6 +473,8 @@ def train(config: Config) -> int:
     world = init(config.device)
     with main_first(world):
         run = Run(config.out, config, is_main=world.is_main)
+    if all_any(run.complete):
+        return run.finished()
     parts = set_up(config, world, run)
     total = config.steps if config.steps >= 0 else -(-config.epochs * len(parts.problems) // config.prompts)
     at = resume(parts, config, run, world)

@@ -349,7 +349,8 @@ def test_killed_at_random_moments_it_ends_bit_equal(place):
     kills = [place.nursery.kill_in([*flags, "--out", killed], phase, rng.random() * 0.05, skip)
              for phase, skip in zip(PHASES, (1, 4, 2, 1))]
     code, said = place.nursery.run([*flags, "--out", killed])
-    assert code == 0 and sum(kills) >= 3 and "resuming from" in said
+    # where the last kill came too late, that start has ended the run, and this one finds it complete
+    assert code == 0 and sum(kills) >= 3 and ("resuming from" in said or not kills[-1])
     assert trace(killed) == trace(place.folder / "straight")
     assert [r["step"] for r in rows(killed, "eval.jsonl")] == [0, 2, 4, 5]
 
@@ -377,11 +378,14 @@ def test_too_many_failed_rewards_stop_the_run_before_it_trains_on_them(place):
 def test_replay_trains_as_the_run_that_sampled_did(place):
     """What is saved must be all that training needs, bit for bit; and --rollout_only samples the first step alike."""
     sampled, replayed, only = (place.folder / n for n in ("sampled", "replayed", "only"))
-    flags = [*place.common, "--lr", 1e-3, "--steps", 2, "--zero_variance", "drop"]
-    assert place.nursery.run([*flags, "--out", sampled])[0] == 0
+    flags, written = [*place.common, "--lr", 1e-3, "--steps", 2, "--zero_variance", "drop"], []
+    for _ in range(2):  # the second finds the run complete, and leaves a model alone that somebody may be reading
+        assert place.nursery.run([*flags, "--out", sampled])[0] == 0
+        written.append((sampled / "final" / "model.safetensors").stat().st_mtime_ns)
+    assert written[0] == written.pop()
     code, said = place.nursery.run([*flags, "--out", replayed, "--replay", sampled])
     assert code == 0 and trace(replayed)[3] == trace(sampled)[3], said
-    written = []
+    written.clear()
     for _ in range(2):  # the second finds all there and samples nothing again
         code, said = place.nursery.run([*flags, "--steps", 1, "--out", only, "--rollout_only", "True"])
         assert code == 0 and "finished: rollouts of 1 steps are in" in said
