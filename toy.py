@@ -1,7 +1,7 @@
 """The miniature world: everything that X-Reasoner needs, small enough for a laptop's CPU, all of it made from a seed.
 
     python toy.py data --out runs/toy/data             problems, conversations, images, tokenizer and config, in seconds
-    python toy.py base --out runs/toy/base             the base model, minutes on one core (toy_base.py)
+    python toy.py base --out runs/toy/base             the base model, about 5 minutes on one core (toy_base.py)
     bash recipes/demo.sh                               the whole story, with a table and a report at its end
 
 The problems are chains of assignments, `a=9;k=a-3;  n=k-2;n?`, all values from 0 to 9. The base model can read them,

@@ -85,7 +85,7 @@ evaluate base "$model" "$all"
 evaluate base-avg5 "$model" "text image" "${avg5[@]}"
 
 say "Stage 1, text-only SFT on a teacher's long, correct thoughts (the paper: OpenThoughts). The vision tower is not even" \
-    "loaded. Notice how the loss falls in two steps: first the form of a thought, then the sums."
+    "loaded. Notice the loss: the form of a thought is learned in the first hundred steps, the sums in those that follow."
 sft sft "$out/data/sft.jsonl"
 
 say "Evaluation. Notice the images: no image was seen in training. And notice 'cut': like its teacher the student doubts" \
