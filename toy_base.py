@@ -1,6 +1,6 @@
 """The miniature's base model: a tiny Qwen2.5-VL that reads text and images, and answers at once, without a thought.
 
-    python toy.py base --out runs/toy/base                 a model directory; about 5 minutes on one core
+    python toy.py base --out runs/toy/base                 a model directory; 5 to 6 minutes on one core
     python toy.py base --out runs/toy/base --no_align      the ablation: it reads as well, but what it sees are no words
 
 It is to the miniature what Qwen2.5-VL-Instruct is to the paper, and no part of the method: a loop of its own around the
