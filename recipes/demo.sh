@@ -8,8 +8,8 @@
 #   bash recipes/demo.sh --controls         afterwards also: SFT without thoughts, GRPO without SFT, SFT with images
 #   bash recipes/demo.sh --no_align         all of it from a base whose vision tokens were never aligned with its words
 #
-# A run that was stopped goes on where it was, with the same command. What the miniature is: toy.py. NPROC=1: one process;
-# RUNS=folder: where runs go; VENV=none: the python on the PATH instead of .venv.
+# A run that was stopped goes on where it was, with the same command (a base that is being made starts anew). What the
+# miniature is: toy.py. NPROC=1: one process; RUNS=folder: where runs go; VENV=none: the python on the PATH, no .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 quick=0 scratch=0 controls=0 align=1 seed=0
@@ -19,7 +19,8 @@ while [ $# -gt 0 ]; do
         --from_scratch) scratch=1 ;;
         --controls) controls=1 ;;
         --no_align) align=0 scratch=1 ;;
-        --seed) seed=${2:?--seed needs a number}; shift ;;
+        --seed) seed=${2:?--seed needs a number}; shift
+            case $seed in *[!0-9]*) echo "--seed $seed: not a number" >&2; exit 2 ;; esac ;;
         *) echo "unknown argument $1: --quick, --from_scratch, --controls, --no_align, --seed N" >&2; exit 2 ;;
     esac
     shift
@@ -32,7 +33,7 @@ export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_T
 out=${RUNS:-runs}/demo-$seed
 [ $scratch = 0 ] || out=$out-from-scratch
 [ $align = 1 ] || out=${out%-from-scratch}-no-align
-data_size=(--conversations 24000 --problems 6000 --test 200) base_size=() sft_size=(--steps 600)
+data_size=(--conversations 24000 --problems 6000 --test 200) base_size=(--steps 1500) sft_size=(--steps 600)
 grpo_size=(--steps 40 --prompts 32 --group 8)
 if [ $quick = 1 ]; then
     out=$out-quick
@@ -45,11 +46,15 @@ model=assets/toy_base
 launch() { torchrun --standalone --nproc_per_node="${NPROC:-2}" "$@"; }
 say() { printf '\n== %d:%02d  %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 evaluate() {  # evaluate NAME MODEL SETS FLAGS…: greedy, unless the flags say otherwise
-    local name=$1 model=$2 sets=() task; for task in $3; do sets+=("$out/data/test_$task.jsonl"); done; shift 3
-    [ -f "$out/eval-$name/result.json" ] || launch eval.py --model "$model" --out "$out/eval-$name" \
-        --data "${sets[@]}" --max_new_tokens 88 --min_pixels 0 --max_pixels 0 --slots 128 \
-        --device cpu --graders 1 "$@" > "$out/eval-$name.log" 2>&1 || { cat "$out/eval-$name.log"; exit 1; }
-    sed -n '/^set /,$p' "$out/eval-$name.log" | sed '$d'
+    local name=$1 model=$2 files=() task
+    for task in $3; do files+=("$out/data/test_$task.jsonl"); done
+    shift 3
+    if [ ! -f "$out/eval-$name/result.json" ]; then
+        launch eval.py --model "$model" --data "${files[@]}" --out "$out/eval-$name" --max_new_tokens 88 --min_pixels 0 \
+            --max_pixels 0 --slots 128 --device cpu --graders 1 "$@" > "$out/eval-$name.log" 2>&1 ||
+            { cat "$out/eval-$name.log"; exit 1; }
+    fi
+    sed -n '/^set /,$p' "$out/eval-$name.log" | sed '$d'  # the tables, without the line of JSON
 }
 finished() { [ "$(cat "$out/$1/status" 2>/dev/null)" = finished ]; }
 sft() {  # sft NAME DATA FLAGS…: stage 1
@@ -69,18 +74,19 @@ exits=(--budgets 16,32,48,64 --answer_budget 8)  # and what forced exit after so
 
 say "The world: chains such as a=9;k=a-3;  k? as text and as images of the same line; the ward asks in another dress" \
     "(P=9mg;Q=P-3; Q?) with lettered options. Look at $out/data/sft.jsonl and $out/data/img. Training will see text only."
-[ -f "$out/data/test_hard_image.jsonl" ] && { [ $controls = 0 ] || [ -f "$out/data/sft_images.jsonl" ]; } ||
-    python toy.py data --out "$out/data" --seed "$seed" "${data_size[@]}"
+last=test_hard_image  # of the files that are written
+[ $controls = 0 ] || [ -f "$out/data/sft_images.jsonl" ] || last=sft_images  # asked for later than the others: all again
+if [ ! -f "$out/data/$last.jsonl" ]; then python toy.py data --out "$out/data" --seed "$seed" "${data_size[@]}"; fi
 
 if [ $scratch = 1 ]; then
     say "The base model, from nothing: reads text and images, answers at once. Notice 'characters': how many vision tokens" \
-        "lie nearest to the embedding of the character that they show."
+        "lie nearest to the embedding of the character that they show (with --no_align: to a rotation of it)."
     [ $align = 1 ] || base_size+=(--no_align)
     [ -f "$model/made_by.json" ] || python toy.py base --out "$model" --seed "$seed" "${base_size[@]}"
 fi
 
-say "Evaluation of the base. It answers at once: chains of two often right, longer ones hardly better than guessing (10% of" \
-    "numbers, 25% of options), on text and images alike."
+say "Evaluation of the base. It answers at once: the longer the chain the worse (guessing a number: 10%), on text and images" \
+    "alike. Of the ward's options it gets about half; a shortcut without any sum would get two thirds (toy.py)."
 evaluate base "$model" "$all"
 evaluate base-avg5 "$model" "text image" "${avg5[@]}"
 
@@ -118,7 +124,8 @@ fi
 
 say "The report: open $out/report.html in a browser."
 runs=()
-for name in "base=base" "SFT=sft" "SFT + GRPO=grpo" "SFT, no thoughts=direct" "GRPO only=rl_only" "SFT with images=with_images"; do
+for name in "base=base" "SFT=sft" "SFT + GRPO=grpo" "SFT, no thoughts=direct" "GRPO only=rl_only" \
+            "SFT with images=with_images"; do
     for dir in "$out/eval-${name##*=}" "$out/eval-${name##*=}-avg5"; do
         [ ! -f "$dir/result.json" ] || runs+=("${name%=*}=$dir")
     done

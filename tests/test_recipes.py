@@ -58,8 +58,9 @@ def test_one_ablation_runs_and_a_second_start_finds_it_done(tmp_path):
 
 
 def test_demo_runs_from_nothing_to_its_report_and_goes_on(tmp_path):
-    """The command that everybody tries first: base, both stages, every evaluation, table and report, by two ranks; a
-    second start does nothing again."""
+    """The command that everybody tries first: base, both stages, every evaluation, table and report, by two ranks. A
+    second start does nothing again, and with --controls only what is new: their SFT without thoughts or with images, and
+    GRPO from the base."""
     first = run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch")
     table = json.loads(first.splitlines()[-1])
     assert table["vision_untouched"] is True
@@ -74,6 +75,16 @@ def test_demo_runs_from_nothing_to_its_report_and_goes_on(tmp_path):
     second = run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch")
     assert second.splitlines()[-1] == first.splitlines()[-1]
     assert made == {f: f.stat().st_mtime_ns for f in made}
+    data_files = {f: f.read_bytes() for f in (out / "data").glob("*.jsonl")}
+    controls = json.loads(run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch", "--controls", NPROC="1")
+                          .splitlines()[-1])
+    assert {k: v for k, v in controls.items() if k in table} == table
+    assert set(controls) - set(table) == {"direct", "rl_only", "with_images"}
+    assert "forced_exit" in controls["with_images"]["image"]
+    assert data_files == {f: f.read_bytes() for f in data_files}  # written again, as they were
+    assert made == {f: f.stat().st_mtime_ns for f in made} | {f: made[f] for f in made if "data" in f.parts}
+    towers = {name: toy.same_vision(out / "base", out / name / "final") for name in ("sft", "direct", "with_images")}
+    assert towers == {"sft": True, "direct": True, "with_images": False}
 
 
 @pytest.mark.skipif(os.environ.get("RECIPES") != "full", reason="minutes: set RECIPES=full")

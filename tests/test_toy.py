@@ -226,6 +226,26 @@ def test_same_vision_sees_one_changed_bit(tmp_path):
     assert not toy.same_vision(tmp_path / "base", tmp_path / "same")
 
 
+def test_answers_without_thoughts_stand_beside_the_same_questions(world_dir):
+    """A control on other questions would compare data sets, not thoughts."""
+    with_thoughts, without = ([[m["content"] for m in json.loads(x)["messages"]] for x in (world_dir / f"{name}.jsonl").open()]
+                              for name in ("sft", "sft_direct"))
+    assert [row[0] for row in with_thoughts] == [row[0] for row in without]
+    assert [row[1].rpartition("</think>\n")[2] for row in with_thoughts] == [row[1] for row in without]
+
+
+def test_without_alignment_the_goal_is_a_rotation_and_no_word():
+    """The ablation is one of alignment alone if the tower's goal is as easy to tell apart; and none, if it is the words."""
+    import toy_base
+    words = torch.randn(50, 16)
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.embed_tokens = torch.nn.Embedding.from_pretrained(words)
+    same, other = (toy_base.goal(model, toy_base.BaseConfig(out="-", align=a)) for a in (True, False))
+    assert torch.equal(same, words) and (other - words).norm() > words.norm()
+    torch.testing.assert_close(other @ other.T, words @ words.T, atol=1e-4, rtol=1e-4)
+
+
 def test_image_form_of_the_conversations_says_the_same(world_dir):
     """The control with images compares nothing if its questions, thoughts or answers are others than those of the text."""
     text, images = ([json.loads(x) for x in (world_dir / f"{name}.jsonl").open()] for name in ("sft", "sft_images"))
