@@ -47,7 +47,7 @@ from data import (
 )
 from experiment import hash_files, header, option, parse_config, user_errors
 from model import Model, ModelConfig
-from parallel import World, all_gather_objects, barrier, gathered, init, leaving, main_first
+from parallel import World, all_gather_objects, barrier, end, gathered, init, leaving, main_first
 from rewards import Grader
 from rollouts import banned_token_ids, problem_key, stop_token_ids
 from sampler import Rollout, Sampler, SamplingParams
@@ -557,4 +557,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main)

@@ -30,7 +30,7 @@ from checkpoint import build_model, export_hf, load_state, newest_state, resolve
 from data import attention_cost, balance, image_token_count, load_problems, load_tokenizer, pack_plan, prompt_tokens
 from experiment import Run, StopRequest, hash_files, header, option, parse_config, quiet_garbage_collection, user_errors
 from model import Model
-from parallel import World, all_any, all_gather_objects, all_max, all_sum, init, leaving, main_first
+from parallel import World, all_any, all_gather_objects, all_max, all_sum, end, init, leaving, main_first
 from rewards import Grader
 from roller import Roller, Rollouts, rollout_figures, speed
 from rollouts import RolloutBatch, Sample, banned_token_ids, collate_samples, empty_rollouts, write_samples
@@ -571,4 +571,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main)

@@ -59,7 +59,7 @@ from experiment import (
 from memory import Setting, plan_step, table
 from model import Model, ModelConfig, train_flops
 from optim import adamw, guarded_step, lr_at
-from parallel import World, all_any, all_max, all_sum, init, leaving, main_first
+from parallel import World, all_any, all_max, all_sum, end, init, leaving, main_first
 from vision import ImageConfig
 
 
@@ -415,4 +415,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main)

@@ -20,6 +20,7 @@ def _enter(rank: int, function, size: int, port: int, args: tuple) -> None:
     world = parallel.init("cpu", timeout_minutes=2)
     function(world, *args)
     parallel.shutdown(together=True)
+    os._exit(0)  # as the scripts do, see parallel.end
 
 
 def run_ranks(size: int, function, *args) -> None:

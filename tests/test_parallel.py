@@ -5,10 +5,13 @@ that needs them and write what they saw, the tests read it.
 """
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from ranks import run_ranks
 from test_model import load
 from tiny_model import make_tiny_vl
@@ -244,3 +247,12 @@ def test_the_marker_lists_every_file(two):
     folder = two.folder / "ck" / "step_3"
     listed = set(json.loads((folder / "complete.json").read_text())["files"])
     assert listed == {p.name for p in folder.iterdir()} - {"complete.json"}
+
+
+@pytest.mark.parametrize("body, code, said", [("pass", 0, ""), ("raise SystemExit", 0, ""), ("raise SystemExit(75)", 75, ""),
+                                              ("raise SystemExit('why')", 1, "why"), ("1 / 0", 1, "ZeroDivisionError")])
+def test_a_script_ends_with_its_code_and_its_words(body, code, said):
+    """Prevents an early exit that loses the last lines of the output, a traceback, or the code that a scheduler reads."""
+    program = f"import parallel\ndef main():\n    print('last words')\n    {body}\nparallel.end(main)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (code, "last words\n") and said in done.stderr
