@@ -444,14 +444,19 @@ def show_table(config: TableConfig) -> None:
 
 
 def show_means(tables: list[dict[str, dict[str, dict]]]) -> None:
-    """A row for each model and test set that all folders have: mean over the folders, then each of them; a JSON line."""
+    """A row for each model and test set that all folders have: mean over the folders, then each of them, both also with
+    forced exit where that was tried; a JSON line."""
     shared = [(name, task) for name in tables[0] for task in tables[0][name] if all(task in t.get(name, {}) for t in tables)]
     line: dict = {}
     print(f"{'model':14}{'test set':12}{'mean':>7}   of each")
     for name, task in shared:
-        each = [t[name][task]["accuracy"] for t in tables]
-        line.setdefault(name, {})[task] = {"mean": round(sum(each) / len(each), 4), "each": each}
-        print(f"{name:14}{task:12}{sum(each) / len(each):7.1%}   {'  '.join(f'{a:.1%}' for a in each)}")
+        row = line.setdefault(name, {})[task] = {}
+        for key, prefix in (("accuracy", ""), ("forced_exit", "forced_exit_")):
+            if all(key in t[name][task] for t in tables):
+                each = [t[name][task][key] for t in tables]
+                row |= {f"{prefix}mean": round(sum(each) / len(each), 4), f"{prefix}each": each}
+                print(f"{name:14}{'' if prefix else task:12}{sum(each) / len(each):7.1%}   "
+                      f"{'  '.join(f'{a:.1%}' for a in each)}{'   with forced exit' * bool(prefix)}")
     print(json.dumps(line))
 
 
