@@ -186,12 +186,14 @@ def save_figure(runs: list[RunDir], path: Path) -> None:
     rows = [row for run in runs if run.kind == "eval" and run.result for row in accuracies(run)]
     if not rows:
         raise ValueError(f"no finished evaluation (OUT/result.json of eval.py) among the runs: {path} would be empty")
-    first = {(r.run, r.suite): r for r in reversed(rows) if r.measure == rows[0].measure}
-    names = dict.fromkeys(r.run for r in rows)
+    shown: dict[tuple, Accuracy] = {}
+    for row in rows:
+        if row.measure == rows[0].measure:
+            shown.setdefault((row.run, row.suite), row)
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(r.run for r in rows))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    accuracy_figure([r for r in rows if first.get((r.run, r.suite)) is r],
-                    {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}).savefig(path, metadata=(
-                        {"Date": None} if path.suffix == ".svg" else None), dpi=150)
+    figure = accuracy_figure(list(shown.values()), colours)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def short(name: str, most: int = 32) -> str:
