@@ -92,7 +92,8 @@ class Run:
             return _write_json(file, self.config)
         old = json.loads(file.read_text())
         differ = [k for k in {**old, **self.config} if old.get(k) != self.config.get(k) and k != "out"]  # may be moved
-        changed = [k for k in differ if k not in self.may_change]
+        begun = any(p.name != "config.json" and not p.name.endswith((".tmp", "cache")) for p in self.out.iterdir())
+        changed = [k for k in differ if k not in self.may_change and begun]  # a start that failed its checks claims nothing
         status = self.out / "status"
         self.complete = (not differ and status.is_file() and status.read_text() == "finished\n"
                          and (self.out / "final" / "config.json").is_file())

@@ -71,11 +71,15 @@ def generate_and_grade(sampler, grader, tokenizer, problems: list[dict], prompts
         pending.append((sample, grader.submit(problems[sample.problem], sample.text, sample.finish_reason)))
 
     sampler.generate(prompts, params, sample_ids=keys, on_finish=finished)
-    decoded = time.perf_counter()
+    decoded, failed = time.perf_counter(), []
     for sample, future in pending:
         result = future.result()
         sample.reward, sample.status = result.score, result.status
         sample.answer = None if result.answer is None else str(result.answer)
+        if result.status in ("timeout", "error"):
+            failed.append(f"{problems[sample.problem]['id']}: {result.status}, {result.why}")
+    if failed:
+        print(f"{len(failed)} of {len(pending)} rewards failed; the first, of problem {failed[0]}", flush=True)
     samples = sorted((sample for sample, _ in pending), key=lambda s: (s.problem, s.index))
     return samples, time.perf_counter() - decoded
 

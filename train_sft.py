@@ -111,7 +111,8 @@ class Config:
 
     def __post_init__(self):
         if self.pack_len < self.max_len:
-            raise ValueError(f"--pack_len {self.pack_len} is below --max_len {self.max_len}: documents must fit")
+            raise ValueError(f"--pack_len {self.pack_len} is below --max_len {self.max_len}: documents must fit; "
+                             f"pass --max_len {self.pack_len} too")
         for name in ("epochs", "max_len", "batch_tokens", "lr", "max_bad_steps", "val_every", "keep_last", "replicas"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive")

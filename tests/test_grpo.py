@@ -360,7 +360,8 @@ def test_hostile_rewards_are_counted_and_the_run_goes_on(place):
     out = place.folder / "hostile"
     flags = [*place.common, "--reward", "strange_rewards:hostile", "--reward_deadline", 0.3, "--graders", 4, "--steps", 1,
              "--prompts", 16, "--group", 2]
-    assert place.nursery.run([*flags, "--out", out])[0] == 0
+    code, said = place.nursery.run([*flags, "--out", out])
+    assert code == 0 and "24 of 32 rewards failed; the first, of problem" in said
     (m,), samples = rows(out), rows(out, "rollouts/step_1.jsonl")
     assert m["reward_timeouts"] == 0.25 and m["reward_errors"] == 0.5 and len(samples) == 32
     assert all(s["reward"] == 0 for s in samples if s["status"] != "ok") and m["grad_norm"] > 0
