@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import MISSING, dataclass, field, replace
@@ -552,8 +553,12 @@ def prompts_used(problems: list[dict], style: str) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with leaving(), user_errors():
-        evaluate(parse_config(Config, __doc__, argv))
+    try:
+        with leaving(), user_errors():
+            evaluate(parse_config(Config, __doc__, argv))
+    except KeyboardInterrupt:
+        print("stopped: what was sampled is stored, the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

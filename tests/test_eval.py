@@ -453,3 +453,13 @@ def test_real_images_and_questions(model_dir, tmp_path, world, inline):
     assert result["sets"]["quiz"]["n"] == 4 and result["sets"]["quiz"]["forced"] == 1
     assert max(len(r["images"]) for r in rows) == 5
     assert [r["prompt"].count("<image>") for r in stored(tmp_path / "out").values()] == [1, 1, 5, 1]
+
+
+def test_ctrl_c_says_that_nothing_is_lost(monkeypatch, capsys):
+    """Prevents a traceback as the answer to somebody who wants to go on tomorrow."""
+    monkeypatch.setattr("parallel.shutdown", lambda together: None)
+    monkeypatch.setattr(ev, "evaluate", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(ev, "parse_config", lambda *a: None)
+    with pytest.raises(SystemExit) as end:
+        ev.main([])
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().err
