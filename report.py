@@ -157,6 +157,19 @@ def accuracies(run: RunDir) -> list[Accuracy]:
             if isinstance(s, dict) and all(is_number(s.get(k)) for k in ("accuracy", "low", "high"))]
 
 
+def all_accuracies(runs: list[RunDir]) -> tuple[list[Accuracy], dict[str, str]]:
+    """Those of all finished evaluations, and a colour for each run's name. Where two runs of one name measured the same,
+    the first counts and the other's notes say so."""
+    unique: dict[tuple, Accuracy] = {}
+    for run in runs:
+        if run.kind == "eval" and run.result:
+            for row in accuracies(run):
+                if unique.setdefault((row.run, row.suite, row.measure), row) is not row:
+                    run.notes.append(f"{row.suite}, {row.measure}: another run named {run.name} is shown; name them apart")
+    names = dict.fromkeys(row.run for row in unique.values())
+    return list(unique.values()), {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
 def accuracy_figure(rows: list[Accuracy], colours: dict[str, str]) -> Figure:
     """Bars in groups of suites, a bar a run, whiskers its 95% interval: the form of the paper's figures."""
     suites, runs = (list(dict.fromkeys(getattr(r, a) for r in rows)) for a in ("suite", "run"))
@@ -183,16 +196,11 @@ def accuracy_figure(rows: list[Accuracy], colours: dict[str, str]) -> Figure:
 
 def save_figure(runs: list[RunDir], path: Path) -> None:
     """The accuracy figure of the first measure alone, as a file (SVG, PNG or PDF by its ending)."""
-    rows = [row for run in runs if run.kind == "eval" and run.result for row in accuracies(run)]
+    rows, colours = all_accuracies(runs)
     if not rows:
         raise ValueError(f"no finished evaluation (OUT/result.json of eval.py) among the runs: {path} would be empty")
-    shown: dict[tuple, Accuracy] = {}
-    for row in rows:
-        if row.measure == rows[0].measure:
-            shown.setdefault((row.run, row.suite), row)
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(r.run for r in rows))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = accuracy_figure(list(shown.values()), colours)
+    figure = accuracy_figure([r for r in rows if r.measure == rows[0].measure], colours)
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -204,15 +212,9 @@ def short(name: str, most: int = 32) -> str:
 def accuracy_section(runs: list[RunDir]) -> str:
     """For each measure a figure and a table; then what became of the outputs, budget curves and paired differences."""
     runs = [r for r in runs if r.kind == "eval" and r.result]
-    unique: dict[tuple, Accuracy] = {}
-    for run in runs:
-        for row in accuracies(run):
-            if unique.setdefault((row.run, row.suite, row.measure), row) is not row:
-                run.notes.append(f"{row.suite}, {row.measure}: another run named {run.name} is shown; name them apart")
-    rows = list(unique.values())
+    rows, colours = all_accuracies(runs)
     if not rows:
         return ""
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(r.run for r in rows))}
     parts = []
     for measure in dict.fromkeys(r.measure for r in rows):
         mine = [r for r in rows if r.measure == measure]
