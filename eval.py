@@ -30,7 +30,7 @@ from collections import Counter
 from dataclasses import MISSING, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ from scoring import (
     figures_of,
     finite,
     grade,
+    hashlib_of_files,
     headline,
     read_rows,
     report,
@@ -194,13 +195,6 @@ def model_fingerprint(model_dir: Path) -> str:
                 f.seek(at)
                 digest.update(f.read(block))
     return digest.hexdigest()
-
-
-def hashlib_of_files(files: Sequence[Path]):
-    digest = sha256()
-    for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest
 
 
 def claim(config: Config, model_dir: Path | None, world: World) -> None:

@@ -83,16 +83,17 @@ class Run:
 
     def _claim(self) -> None:
         file = self.out / "config.json"
+        begun = self.out.is_dir() and any(p.name != file.name and not p.name.endswith((".tmp", "cache"))
+                                          for p in self.out.iterdir())
         if not file.is_file():
             if self.out.exists() and not self.out.is_dir():
                 raise ValueError(f"--out {self.out}: a file; name a directory")
-            if self.out.is_dir() and any(not p.name.endswith((".tmp", "cache")) for p in self.out.iterdir()):
+            if begun:
                 raise ValueError(f"--out {self.out}: not empty and not a run of this script; name another directory")
             self.out.mkdir(parents=True, exist_ok=True)
             return _write_json(file, self.config)
         old = json.loads(file.read_text())
         differ = [k for k in {**old, **self.config} if old.get(k) != self.config.get(k) and k != "out"]  # may be moved
-        begun = any(p.name != "config.json" and not p.name.endswith((".tmp", "cache")) for p in self.out.iterdir())
         changed = [k for k in differ if k not in self.may_change and begun]  # a start that failed its checks claims nothing
         status = self.out / "status"
         self.complete = (not differ and status.is_file() and status.read_text() == "finished\n"

@@ -59,13 +59,17 @@ def by_problem(problems: list[dict], rows: Rows, n: int) -> list[list[dict]]:
 
 
 # ---------------------------------------------------------------------------------------------------------- grading
+def hashlib_of_files(files: Sequence[Path]):
+    """One sha256 over names and contents, to be added to or read."""
+    digest = sha256()
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest
+
+
 def rules_sha256() -> str:
     """Of the files that decide what is an answer and which answers are equal."""
-    digest = sha256()
-    for module in (rewards, equality, notation):
-        file = Path(module.__file__)
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
+    return hashlib_of_files([Path(m.__file__) for m in (rewards, equality, notation)]).hexdigest()
 
 
 def grade(rows: list[dict], problems: dict[str, dict], settings: dict, grader: Grader, world: World) -> list[dict]:
