@@ -1,9 +1,9 @@
 """Flat jsonl → examples: the two schemas, chat rendering with a loss mask, the token cache, packing, batches, prompts.
 
-    python data.py check FILE... [--model DIR] [--max_len N]    name every bad row; exit code 1 when there is one
-    python data.py inspect FILE --model DIR                     counts, lengths, and one sample with its loss mask
-    python data.py convert NAME SRC... --out FILE               a public release → flat jsonl (convert.py)
-    python data.py from_samples OUT --out FILE                  right samples of eval.py → conversations (from_samples.py)
+    python -m tools.check FILE... [--model DIR] [--max_len N]    name every bad row; exit code 1 when there is one
+    python -m tools.inspect FILE --model DIR                     counts, lengths, and one sample with its loss mask
+    python -m convert NAME SRC... --out FILE               a public release → flat jsonl (convert.py)
+    python -m convert from_samples OUT --out FILE                  right samples of eval.py → conversations (from_samples.py)
 
 The schemas of the files, and which rows are refused, are in schema.py; `check` and `inspect` in datacheck.py.
 
@@ -11,6 +11,7 @@ SFT: `tokenize_files` (validate all, render, mask, cache) → `pack_plan` → `b
 `load_problems` → `render_problem`. From the paper (arXiv 2505.03981): the prompts (appendix C) and cutting documents
 at max_len (appendix B.1). Ours, where it says nothing: loss on assistant turns only, packing, options as "A: text".
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -18,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from itertools import islice
@@ -28,11 +28,20 @@ from typing import Iterator, Sequence
 import numpy as np
 import torch
 
-import schema
-from schema import LETTERS, control_tokens, read_jsonl, refuse, scan
-from schema import load_conversations as load_conversations  # scripts take everything from here
-from schema import load_problems as load_problems
-from vision import ImageConfig, load_image, mrope_positions, num_image_tokens, preprocess_image, smart_resize
+from core import schema
+from core.schema import LETTERS, control_tokens, read_jsonl, refuse, scan
+from core.schema import (
+    load_conversations as load_conversations,
+)  # scripts take everything from here
+from core.schema import load_problems as load_problems
+from core.vision import (
+    ImageConfig,
+    load_image,
+    mrope_positions,
+    num_image_tokens,
+    preprocess_image,
+    smart_resize,
+)
 
 IMAGE_PAD = "<|image_pad|>"
 
@@ -41,24 +50,31 @@ IMAGE_PAD = "<|image_pad|>"
 def load_tokenizer(model_dir: str | Path):
     """The model's own tokenizer with its chat template; nothing of the directory's code is run."""
     from transformers import AutoTokenizer
+
     model_dir = Path(model_dir)
     if not (model_dir / "tokenizer.json").is_file() and not (model_dir / "vocab.json").is_file():
         raise ValueError(f"{model_dir}: no tokenizer (tokenizer.json) in this model directory")
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     if tokenizer.chat_template is None and (model_dir / "chat_template.json").is_file():
-        tokenizer.chat_template = json.loads((model_dir / "chat_template.json").read_text())["chat_template"]
+        tokenizer.chat_template = json.loads((model_dir / "chat_template.json").read_text())[
+            "chat_template"
+        ]
     if tokenizer.chat_template is None:
-        raise ValueError(f"{model_dir}: the tokenizer has no chat template; start from an instruct model")
+        raise ValueError(
+            f"{model_dir}: the tokenizer has no chat template; start from an instruct model"
+        )
     return tokenizer
 
 
 def with_image_parts(text: str) -> str | list[dict]:
-    """"a <image> b" → [text "a ", image, text " b"]; a text without images stays a string, as text-only templates
+    """ "a <image> b" → [text "a ", image, text " b"]; a text without images stays a string, as text-only templates
     know no parts."""
     if "<image>" not in text:
         return text
     parts = re.split("(<image>)", text)
-    return [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in parts if p]
+    return [
+        {"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in parts if p
+    ]
 
 
 def chat_segments(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
@@ -73,6 +89,7 @@ def chat_segments(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
     [user "Hi", assistant "Yes"] in ChatML (↵ is a line break) → "<|im_start|>user↵Hi<|im_end|>↵<|im_start|>assistant↵"
     not learned, "Yes<|im_end|>" learned, "↵" not.
     """
+
     def render(n: int, header: bool) -> str:
         return tokenizer.apply_chat_template(chat[:n], tokenize=False, add_generation_prompt=header)
 
@@ -83,15 +100,21 @@ def chat_segments(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
             continue
         before, after = render(i, True), render(i + 1, False).rstrip()
         if not (whole.startswith(after) and after.startswith(before) and len(before) >= at):
-            raise ValueError(f"the chat template renders turn {i} in another way when more follows (some strip the "
-                             f"thoughts of earlier turns): make one row of each assistant turn, or change the template")
-        learned = after[len(before):]
+            raise ValueError(
+                f"the chat template renders turn {i} in another way when more follows (some strip the "
+                f"thoughts of earlier turns): make one row of each assistant turn, or change the template"
+            )
+        learned = after[len(before) :]
         if m["content"].strip() not in learned:
-            raise ValueError(f"the chat template drops a part of assistant turn {i}: change the template")
+            raise ValueError(
+                f"the chat template drops a part of assistant turn {i}: change the template"
+            )
         if not learned.endswith(tuple(tokenizer.all_special_tokens)):
-            raise ValueError(f"the chat template ends assistant turn {i} with no special token: the model could not "
-                             f"learn to stop; change the template")
-        segments += [(whole[at:len(before)], False), (learned, True)]
+            raise ValueError(
+                f"the chat template ends assistant turn {i} with no special token: the model could not "
+                f"learn to stop; change the template"
+            )
+        segments += [(whole[at : len(before)], False), (learned, True)]
         at = len(after)
     return [s for s in [*segments, (whole[at:], False)] if s[0]]
 
@@ -101,39 +124,59 @@ def expand_images(tokens: np.ndarray, counts: list[int], image_token_id: int | N
 
     tokens [5, PAD, 6, PAD], counts [3, 2] → [1, 3, 1, 2]. Raises ValueError when pads and images do not pair up.
     """
-    pads = np.flatnonzero(tokens == image_token_id) if image_token_id is not None else np.zeros(0, int)
+    pads = (
+        np.flatnonzero(tokens == image_token_id) if image_token_id is not None else np.zeros(0, int)
+    )
     if len(pads) != len(counts):
-        raise ValueError(f"the chat template wrote {len(pads)} image places for {len(counts)} images: this model's "
-                         f"tokenizer or template takes no images")
+        raise ValueError(
+            f"the chat template wrote {len(pads)} image places for {len(counts)} images: this model's "
+            f"tokenizer or template takes no images"
+        )
     repeats = np.ones(len(tokens), np.int64)
     repeats[pads] = counts
     return repeats
 
 
 def image_token_id(tokenizer) -> int | None:
-    number = tokenizer.convert_tokens_to_ids(IMAGE_PAD)  # a tokenizer that lacks it gives None, or its unknown token
-    return number if number is not None and tokenizer.convert_ids_to_tokens(number) == IMAGE_PAD else None
+    number = tokenizer.convert_tokens_to_ids(
+        IMAGE_PAD
+    )  # a tokenizer that lacks it gives None, or its unknown token
+    return (
+        number
+        if number is not None and tokenizer.convert_ids_to_tokens(number) == IMAGE_PAD
+        else None
+    )
 
 
 def image_token_count(path: str, config: ImageConfig) -> int:
     """Tokens that this image will take, from its upright size."""
     width, height = load_image(path).size
     height, width = smart_resize(height, width, config)
-    return num_image_tokens((1, height // config.patch_size, width // config.patch_size), config.merge_size)
+    return num_image_tokens(
+        (1, height // config.patch_size, width // config.patch_size), config.merge_size
+    )
 
 
-def encode_conversations(rows: Sequence[dict], tokenizer, images: ImageConfig | None
-                         ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def encode_conversations(
+    rows: Sequence[dict], tokenizer, images: ImageConfig | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each row: tokens (T,) int32 with images expanded, learned (T,) bool."""
     pieces = [chat_segments(row["messages"], tokenizer) for row in rows]
-    ids = iter(tokenizer([text for p in pieces for text, _ in p], add_special_tokens=False,
-                         return_attention_mask=False)["input_ids"])
+    ids = iter(
+        tokenizer(
+            [text for p in pieces for text, _ in p],
+            add_special_tokens=False,
+            return_attention_mask=False,
+        )["input_ids"]
+    )
     for row, p in zip(rows, pieces):
         mine = [np.asarray(next(ids), np.int32) for _ in p]
         learned = np.repeat([flag for _, flag in p], [len(t) for t in mine])
         tokens = np.concatenate(mine)
         paths = row.get("images") or []
-        repeats = expand_images(tokens, [image_token_count(f, images) for f in paths], image_token_id(tokenizer))
+        repeats = expand_images(
+            tokens, [image_token_count(f, images) for f in paths], image_token_id(tokenizer)
+        )
         yield np.repeat(tokens, repeats), np.repeat(learned, repeats)
 
 
@@ -141,6 +184,7 @@ def encode_conversations(rows: Sequence[dict], tokenizer, images: ImageConfig | 
 @dataclass(frozen=True)
 class Document:
     """One conversation, ready for packing."""
+
     tokens: np.ndarray  # (T,) int32
     learned: np.ndarray  # (T,) bool: tokens that the model is trained to write
     images: list[str]  # absolute paths
@@ -162,8 +206,14 @@ class TokenizedDataset:
         self.tokens = np.memmap(path / "tokens.bin", np.int32, "r")
         self.learned = np.memmap(path / "learned.bin", np.bool_, "r")
         if not len(self.tokens) == len(self.learned) == self.offsets[-1]:
-            raise ValueError(f"{path}: the token cache is damaged; remove this directory, it is made anew")
-        self.stats, self.names, self.image_token_id = meta["stats"], meta["files"], meta["image_token_id"]
+            raise ValueError(
+                f"{path}: the token cache is damaged; remove this directory, it is made anew"
+            )
+        self.stats, self.names, self.image_token_id = (
+            meta["stats"],
+            meta["files"],
+            meta["image_token_id"],
+        )
         self.images = {int(k): v for k, v in meta["images"].items()}
         self.has_images = bool(self.images)
 
@@ -172,16 +222,32 @@ class TokenizedDataset:
 
     def get(self, i: int) -> Document:
         at = slice(self.offsets[i], self.offsets[i + 1])
-        return Document(np.asarray(self.tokens[at]), np.asarray(self.learned[at]), self.images.get(int(i), []),
-                        self.image_token_id, f"{self.names[self.files[i]]}:{self.lines[i]}")
+        return Document(
+            np.asarray(self.tokens[at]),
+            np.asarray(self.learned[at]),
+            self.images.get(int(i), []),
+            self.image_token_id,
+            f"{self.names[self.files[i]]}:{self.lines[i]}",
+        )
 
 
 def cache_key(paths: Sequence[str | Path], model_dir: str | Path, **settings) -> str:
     """Changes with anything that the tokens depend on: the files, tokenizer, template, settings, this code."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    model_files = [Path(model_dir) / n for n in (
-        "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-        "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json")]
+    model_files = [
+        Path(model_dir) / n
+        for n in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "vocab.json",
+            "merges.txt",
+            "added_tokens.json",
+            "special_tokens_map.json",
+            "chat_template.json",
+            "chat_template.jinja",
+            "preprocessor_config.json",
+        )
+    ]
     for path in [Path(__file__), Path(schema.__file__), *model_files, *map(Path, paths)]:
         digest.update(f"\n{path.name if path in model_files else path.resolve()}\n".encode())
         if path.is_file():
@@ -190,8 +256,15 @@ def cache_key(paths: Sequence[str | Path], model_dir: str | Path, **settings) ->
     return digest.hexdigest()[:20]
 
 
-def tokenize_files(paths: Sequence[str | Path], model_dir: str | Path, *, max_len: int, overlong: str,
-                   cache_dir: str | Path, skip_bad_rows: bool = False) -> tuple[TokenizedDataset, dict]:
+def tokenize_files(
+    paths: Sequence[str | Path],
+    model_dir: str | Path,
+    *,
+    max_len: int,
+    overlong: str,
+    cache_dir: str | Path,
+    skip_bad_rows: bool = False,
+) -> tuple[TokenizedDataset, dict]:
     """Conversations → tokens and loss mask, made once and kept in cache_dir/<key>.
 
     overlong, for documents of more than max_len tokens: "truncate" keeps the first max_len (the paper's), "drop",
@@ -201,10 +274,14 @@ def tokenize_files(paths: Sequence[str | Path], model_dir: str | Path, *, max_le
     Two processes may make the same cache at once: each writes aside, the first rename wins.
     """
     if overlong not in ("truncate", "drop", "error") or max_len < 2:
-        raise ValueError(f"overlong {overlong!r} is not truncate, drop or error, or max_len {max_len} is below 2")
+        raise ValueError(
+            f"overlong {overlong!r} is not truncate, drop or error, or max_len {max_len} is below 2"
+        )
     for path in paths:
         next(read_jsonl(path))  # missing or empty: an error at once
-    final = Path(cache_dir) / cache_key(paths, model_dir, max_len=max_len, overlong=overlong, skip=skip_bad_rows)
+    final = Path(cache_dir) / cache_key(
+        paths, model_dir, max_len=max_len, overlong=overlong, skip=skip_bad_rows
+    )
     if not (final / "meta.json").is_file():
         tokenizer = load_tokenizer(model_dir)
         good, faults, with_images = 0, [], False
@@ -216,10 +293,14 @@ def tokenize_files(paths: Sequence[str | Path], model_dir: str | Path, *, max_le
         aside = final.with_name(f"{final.name}.{os.getpid()}.tmp")
         images = ImageConfig.from_dir(model_dir) if with_images else None
         try:
-            write_cache(aside, paths, tokenizer, images, max_len, overlong, [str(f) for f in faults])
+            write_cache(
+                aside, paths, tokenizer, images, max_len, overlong, [str(f) for f in faults]
+            )
             aside.rename(final)
         except OSError:
-            if not (final / "meta.json").is_file():  # else another process was first; its cache is the same
+            if not (
+                final / "meta.json"
+            ).is_file():  # else another process was first; its cache is the same
                 raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -227,14 +308,36 @@ def tokenize_files(paths: Sequence[str | Path], model_dir: str | Path, *, max_le
     return dataset, dataset.stats
 
 
-def write_cache(path: Path, paths: Sequence[str | Path], tokenizer, images: ImageConfig | None, max_len: int,
-                overlong: str, faults: list[str]) -> None:
+def write_cache(
+    path: Path,
+    paths: Sequence[str | Path],
+    tokenizer,
+    images: ImageConfig | None,
+    max_len: int,
+    overlong: str,
+    faults: list[str],
+) -> None:
     """Second pass over the (checked) files: tokens.bin, learned.bin, index.npy, meta.json. Rows stream through."""
-    stats = dict.fromkeys(("rows", "bad_rows", "truncated", "dropped_overlong", "dropped_nothing_to_learn",
-                           "dropped_cut_image", "documents", "tokens", "supervised"), 0)
+    stats = dict.fromkeys(
+        (
+            "rows",
+            "bad_rows",
+            "truncated",
+            "dropped_overlong",
+            "dropped_nothing_to_learn",
+            "dropped_cut_image",
+            "documents",
+            "tokens",
+            "supervised",
+        ),
+        0,
+    )
     index, image_paths, names = [], {}, [str(p) for p in paths]
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / "tokens.bin", "wb") as token_file, open(path / "learned.bin", "wb") as learned_file:
+    with (
+        open(path / "tokens.bin", "wb") as token_file,
+        open(path / "learned.bin", "wb") as learned_file,
+    ):
         rows = scan(paths, "conversation", control_tokens(tokenizer))
         while batch := list(islice(rows, 256)):
             good = [(names.index(file), line, row) for file, line, row, bad in batch if not bad]
@@ -242,7 +345,14 @@ def write_cache(path: Path, paths: Sequence[str | Path], tokenizer, images: Imag
             stats["bad_rows"] += len(batch) - len(good)
             encoded = encode_conversations([row for *_, row in good], tokenizer, images)
             for (file, line, row), (tokens, learned) in zip(good, encoded):
-                reason = fit(tokens, learned, max_len, overlong, f"{names[file]}:{line}", image_token_id(tokenizer))
+                reason = fit(
+                    tokens,
+                    learned,
+                    max_len,
+                    overlong,
+                    f"{names[file]}:{line}",
+                    image_token_id(tokenizer),
+                )
                 stats["truncated"] += reason is None and len(tokens) > max_len
                 if reason:
                     stats[reason] += 1
@@ -254,22 +364,45 @@ def write_cache(path: Path, paths: Sequence[str | Path], tokenizer, images: Imag
                 token_file.write(tokens.astype(np.int32).tobytes())
                 learned_file.write(learned.tobytes())
     if not index:
-        raise ValueError(f"{', '.join(names)}: no document keeps anything to learn at max_len {max_len} ({stats}); "
-                         f"raise max_len, or look at the rows with `python data.py inspect`")
+        raise ValueError(
+            f"{', '.join(names)}: no document keeps anything to learn at max_len {max_len} ({stats}); "
+            f"raise max_len, or look at the rows with `python -m tools.inspect`"
+        )
     table = np.array(index, np.int64)
-    stats.update(documents=len(index), tokens=int(table[:, 0].sum()), supervised=int(table[:, 1].sum()), faults=faults)
+    stats.update(
+        documents=len(index),
+        tokens=int(table[:, 0].sum()),
+        supervised=int(table[:, 1].sum()),
+        faults=faults,
+    )
     np.save(path / "index.npy", table)
-    (path / "meta.json").write_text(json.dumps({"stats": stats, "files": names, "images": image_paths,
-                                                "image_token_id": image_token_id(tokenizer)}))
+    (path / "meta.json").write_text(
+        json.dumps(
+            {
+                "stats": stats,
+                "files": names,
+                "images": image_paths,
+                "image_token_id": image_token_id(tokenizer),
+            }
+        )
+    )
 
 
-def fit(tokens: np.ndarray, learned: np.ndarray, max_len: int, overlong: str, source: str, image_pad: int | None
-        ) -> str | None:
+def fit(
+    tokens: np.ndarray,
+    learned: np.ndarray,
+    max_len: int,
+    overlong: str,
+    source: str,
+    image_pad: int | None,
+) -> str | None:
     """None: the first max_len tokens are a document. Else the name of the count under which it is dropped."""
     if len(tokens) > max_len:
         if overlong == "error":
-            raise ValueError(f"{source}: {len(tokens)} tokens, max_len is {max_len}; raise --max_len, or choose "
-                             f"--overlong truncate or drop")
+            raise ValueError(
+                f"{source}: {len(tokens)} tokens, max_len is {max_len}; raise --max_len, or choose "
+                f"--overlong truncate or drop"
+            )
         if overlong == "drop":
             return "dropped_overlong"
         if image_pad is not None and (tokens[max_len:] == image_pad).any():
@@ -355,20 +488,27 @@ def balance(costs: Sequence[float], world: int) -> list[list[int]]:
 @dataclass(frozen=True)
 class Batch:
     """A packed stream of documents, end to end without padding."""
+
     tokens: torch.Tensor  # (T,) int64
-    targets: torch.Tensor  # (T,) int64: the next token where it is learned and of the same document, else -100
+    targets: (
+        torch.Tensor
+    )  # (T,) int64: the next token where it is learned and of the same document, else -100
     position_ids: torch.Tensor  # (3, T) int64, from 0 in each document
     cu_seqlens: torch.Tensor  # (N + 1,) int32, CPU: where documents begin and end
     pixel_values: torch.Tensor | None  # (patches of all images, 1176) fp32
     grid_thw: torch.Tensor | None  # (images, 3) int64
 
 
-def load_images(paths: Sequence[str], config: ImageConfig | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def load_images(
+    paths: Sequence[str], config: ImageConfig | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """pixel_values and grid_thw of these images in order; (None, None) of none."""
     if not paths:
         return None, None
     if config is None:
-        raise ValueError(f"{paths[0]}: an image, but this model directory has no image settings (text-only model?)")
+        raise ValueError(
+            f"{paths[0]}: an image, but this model directory has no image settings (text-only model?)"
+        )
     patches, grids = zip(*(preprocess_image(load_image(p), config) for p in paths))
     return torch.cat(patches), torch.tensor([tuple(g) for g in grids])
 
@@ -390,43 +530,58 @@ def collate(docs: Sequence[Document], images: ImageConfig | None = None) -> Batc
         else:
             expected = sum(num_image_tokens(g, images.merge_size) for g in grid.tolist())
             if expected != int((ids == doc.image_token_id).sum()):
-                raise ValueError(f"{doc.source}: an image has another size than when it was tokenised; remove the "
-                                 f"run's cache directory")
-            place, _ = mrope_positions(ids, grid, image_token_id=doc.image_token_id, merge_size=images.merge_size)
+                raise ValueError(
+                    f"{doc.source}: an image has another size than when it was tokenised; remove the "
+                    f"run's cache directory"
+                )
+            place, _ = mrope_positions(
+                ids, grid, image_token_id=doc.image_token_id, merge_size=images.merge_size
+            )
             pixels.append(patches)
             grids.append(grid)
         tokens.append(ids)
         targets.append(goal)
         positions.append(place)
     ends = torch.tensor([0, *(len(t) for t in tokens)]).cumsum(0)
-    return Batch(torch.cat(tokens), torch.cat(targets), torch.cat(positions, dim=1), ends.to(torch.int32),
-                 torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None)
+    return Batch(
+        torch.cat(tokens),
+        torch.cat(targets),
+        torch.cat(positions, dim=1),
+        ends.to(torch.int32),
+        torch.cat(pixels) if pixels else None,
+        torch.cat(grids) if grids else None,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- prompts
 # The paper's prompts (appendix C), word for word; all three go on with the question, then its options.
 INSTRUCTIONS = {
     "train": "You will solve a problem/request. You should provide your thoughts within <think> </think> tags before "
-             "providing the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: ",
+    "providing the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: ",
     "mcq": "You should provide your thoughts within <think> </think> tags, then answer with just one of the options "
-           "below within <answer> </answer> tags (For example, if the question is \n'Is the earth flat?\n A: Yes \n"
-           "B: No', you should answer with <think>...</think> <answer>B: No </answer>). Here is the question: ",
+    "below within <answer> </answer> tags (For example, if the question is \n'Is the earth flat?\n A: Yes \n"
+    "B: No', you should answer with <think>...</think> <answer>B: No </answer>). Here is the question: ",
     "math": "A conversation between User and Assistant. The user asks a question, and you as the assistant solves it. "
-            "You should first think about the reasoning process in the mind and then provide the user with the answer. "
-            "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
-            "respectively, i.e., <think> reasoning process here </think><answer> the final answer as the option letter "
-            "or the number depending on the question </answer> (For example, if the question is \n'Is the earth flat?\n"
-            " A: Yes \nB: No', you should answer with <think> your reasoning </think> <answer>B: No</answer>. If the "
-            "question is 'What is 1+1?', you should answer with <think> your reasoning </think> <answer>2 </answer>)."
-            "\n\nHere is the question: ",
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. "
+    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+    "respectively, i.e., <think> reasoning process here </think><answer> the final answer as the option letter "
+    "or the number depending on the question </answer> (For example, if the question is \n'Is the earth flat?\n"
+    " A: Yes \nB: No', you should answer with <think> your reasoning </think> <answer>B: No</answer>. If the "
+    "question is 'What is 1+1?', you should answer with <think> your reasoning </think> <answer>2 </answer>)."
+    "\n\nHere is the question: ",
     "plain": "",  # the bare question
 }
-BY_KIND = {"choice": "mcq", "math": "math", "open": "train"}  # open: the two others ask for a letter or a number
+BY_KIND = {
+    "choice": "mcq",
+    "math": "math",
+    "open": "train",
+}  # open: the two others ask for a letter or a number
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What the sampler continues."""
+
     tokens: list[int]  # up to and including the assistant header
     pixel_values: torch.Tensor | None  # (P, 1176) fp32
     grid_thw: torch.Tensor | None  # (images, 3) int64
@@ -443,7 +598,9 @@ def prompt_text(problem: dict, style: str = "kind") -> str:
         raise ValueError(f"prompt style {style!r}: choose kind, {', '.join(INSTRUCTIONS)}")
     body = problem["question"]
     if problem.get("options"):
-        body += " Options:\n\n" + "\n".join(f"{letter}: {o}" for letter, o in zip(LETTERS, problem["options"]))
+        body += " Options:\n\n" + "\n".join(
+            f"{letter}: {o}" for letter, o in zip(LETTERS, problem["options"])
+        )
     places = "" if "<image>" in body else "<image>" * len(problem.get("images") or [])
     return INSTRUCTIONS[style] + places + body
 
@@ -453,33 +610,26 @@ def prompt_tokens(problem: dict, tokenizer, counts: list[int], style: str = "kin
     a text holds one of the tokenizer's own control tokens."""
     text = prompt_text(problem, style)
     if found := control_tokens(tokenizer).search(text):
-        raise ValueError(f"problem {problem['id']}: its text holds the control token {found[0]}; remove it")
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": with_image_parts(text)}], tokenize=False,
-                                             add_generation_prompt=True)
+        raise ValueError(
+            f"problem {problem['id']}: its text holds the control token {found[0]}; remove it"
+        )
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": with_image_parts(text)}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
     tokens = np.asarray(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     return np.repeat(tokens, expand_images(tokens, counts, image_token_id(tokenizer))).tolist()
 
 
-def render_problem(problem: dict, tokenizer, images: ImageConfig | None, style: str = "kind") -> Prompt:
+def render_problem(
+    problem: dict, tokenizer, images: ImageConfig | None, style: str = "kind"
+) -> Prompt:
     """A problem of `load_problems` → its prompt in the model's chat template, images preprocessed.
     style "train" for GRPO, "kind" for evaluation. Raises ValueError when a text holds one of the tokenizer's own
     control tokens, or an image cannot be used."""
     pixels, grids = load_images(problem.get("images") or [], images)
-    counts = [] if grids is None else [num_image_tokens(g, images.merge_size) for g in grids.tolist()]
+    counts = (
+        [] if grids is None else [num_image_tokens(g, images.merge_size) for g in grids.tolist()]
+    )
     return Prompt(prompt_tokens(problem, tokenizer, counts, style), pixels, grids)
-
-
-def main(argv: list[str]) -> None:
-    if argv[:1] in (["convert"], ["download"]):
-        import convert
-        convert.main(argv)
-    elif argv[:1] == ["from_samples"]:
-        import from_samples
-        from_samples.main(argv[1:])
-    else:
-        import datacheck
-        datacheck.main(argv)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -20,6 +20,7 @@ From the paper (arXiv 2505.03981, section 3 and appendix C): prompts, greedy and
 of text-solvable questions. From its model card: 262,144 pixels an image. Ours, where it is silent: the extraction rule
 (`rewards.py`: strict, cut text is never an answer, nothing is guessed), plurality with ties by their mean, intervals.
 """
+
 from __future__ import annotations
 
 import json
@@ -35,7 +36,19 @@ from typing import Literal
 import numpy as np
 import torch
 
-from checkpoint import build_model, check_model_dir, resolve_model_dir
+from core.checkpoint import build_model, check_model_dir, resolve_model_dir
+from core.parallel import (
+    World,
+    all_gather_objects,
+    barrier,
+    gathered,
+    init,
+    process_group_cleanup,
+    rank0_first,
+    run_and_exit,
+)
+from core.run import exit_on_value_error, hash_files, header, option, parse_config
+from core.vision import ImageConfig
 from data import (
     INSTRUCTIONS,
     Prompt,
@@ -46,14 +59,12 @@ from data import (
     prompt_text,
     prompt_tokens,
 )
-from experiment import hash_files, header, option, parse_config, user_errors
 from model import Model, ModelConfig
-from parallel import World, all_gather_objects, barrier, end, gathered, init, leaving, main_first
 from rewards import Grader
 from rollouts import banned_token_ids, problem_key, stop_token_ids
 from sampler import Rollout, Sampler, SamplingParams
 from sampling import think_exit
-from scoring import (
+from scoring.scores import (
     Rows,
     as_line,
     budget_figures,
@@ -70,40 +81,72 @@ from scoring import (
     rules_sha256,
     write_rows,
 )
-from vision import ImageConfig
 
 PIXEL_BYTES = 4e9  # images of one call of the sampler, preprocessed and held in host memory
 
 
 @dataclass
 class Config:
-    data: list[str] = option(MISSING, "jsonl file(s) of problems, see `python data.py check`")
+    data: list[str] = option(MISSING, "jsonl file(s) of problems, see `python -m tools.check`")
     out: str = option(MISSING, "directory of this evaluation; a run that was cut goes on in it")
     model: str = option("", "model directory or hub id; not needed with --rescore")
     # what the samples depend on
-    n: int = field(default=1, metadata={"aliases": ["--samples"], "help": "samples a problem (paper: 1, and 5); write "
-                   "--samples under torchrun, which takes --n for an option of its own on Python 3.11 and older"})
+    n: int = field(
+        default=1,
+        metadata={
+            "aliases": ["--samples"],
+            "help": "samples a problem (paper: 1, and 5); write "
+            "--samples under torchrun, which takes --n for an option of its own on Python 3.11 and older",
+        },
+    )
     temperature: float = option(0.0, "0: greedy (paper: 0, and 0.3 for 5 samples)")
     top_p: float = option(1.0, "nucleus sampling (paper: not stated)")
-    max_new_tokens: int = option(4096, "longest completion, forced tokens and answer included (paper: 4096)")
-    think_budget: int = option(0, "append </think> after so many tokens, 0: never (paper: at its limit of 4096, which "
-                               "here must also hold the answer: 3800 leaves room)")
-    answer_budget: int = option(256, "tokens for the answer after a forced exit (paper: not stated)")
+    max_new_tokens: int = option(
+        4096, "longest completion, forced tokens and answer included (paper: 4096)"
+    )
+    think_budget: int = option(
+        0,
+        "append </think> after so many tokens, 0: never (paper: at its limit of 4096, which "
+        "here must also hold the answer: 3800 leaves room)",
+    )
+    answer_budget: int = option(
+        256, "tokens for the answer after a forced exit (paper: not stated)"
+    )
     seed: int = option(0, "with problem and sample it decides every sampled token")
-    prompt_style: str = option("kind", f"kind: the paper's prompt for each kind of problem; or one for all: "
-                               f"{', '.join(INSTRUCTIONS)}")
-    min_pixels: int = option(262_144, "scale images up to this (model card: 262144); 0: the model directory's limit")
-    max_pixels: int = option(262_144, "scale images down to this (model card: 262144); 0: the directory's limit")
-    blind: bool = option(False, "remove all images: what can be solved from the text alone (paper: table 6)")
+    prompt_style: str = option(
+        "kind",
+        f"kind: the paper's prompt for each kind of problem; or one for all: "
+        f"{', '.join(INSTRUCTIONS)}",
+    )
+    min_pixels: int = option(
+        262_144, "scale images up to this (model card: 262144); 0: the model directory's limit"
+    )
+    max_pixels: int = option(
+        262_144, "scale images down to this (model card: 262144); 0: the directory's limit"
+    )
+    blind: bool = option(
+        False, "remove all images: what can be solved from the text alone (paper: table 6)"
+    )
     dtype: Literal["auto", "bf16", "fp32"] = option("auto", "auto: bf16 on CUDA, fp32 on CPU")
     # which problems, and what to do with the samples
-    limit: int = option(0, "at most so many problems of each task, always the same ones, before --drop; 0: all")
-    drop: str = option("", "file of ids, one a line, to leave out, such as OUT/solved.txt of a blind run")
+    limit: int = option(
+        0, "at most so many problems of each task, always the same ones, before --drop; 0: all"
+    )
+    drop: str = option(
+        "", "file of ids, one a line, to leave out, such as OUT/solved.txt of a blind run"
+    )
     skip_bad_rows: bool = option(False, "evaluate without the rows that fail the check")
-    rescore: bool = option(False, "grade the stored samples again; nothing is sampled, no model is needed")
-    budgets: str = option("", "thinking budgets such as 512,1024,2048: what forced exit there would have given; only "
-                          "the answers are generated")
-    compare: str = option("", "another evaluation's directory: paired differences, this minus the other")
+    rescore: bool = option(
+        False, "grade the stored samples again; nothing is sampled, no model is needed"
+    )
+    budgets: str = option(
+        "",
+        "thinking budgets such as 512,1024,2048: what forced exit there would have given; only "
+        "the answers are generated",
+    )
+    compare: str = option(
+        "", "another evaluation's directory: paired differences, this minus the other"
+    )
     # machinery
     slots: int = option(0, "samples decoded at once on a rank, 0: by --kv_gb")
     kv_gb: float = option(0.0, "memory for the KV cache in GB a rank, 0: a share of what is free")
@@ -115,28 +158,47 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.n > 1 and self.temperature == 0:
-            raise ValueError(f"--samples {self.n} at --temperature 0 gives {self.n} equal ones; pass --temperature 0.3")
+            raise ValueError(
+                f"--samples {self.n} at --temperature 0 gives {self.n} equal ones; pass --temperature 0.3"
+            )
         if self.prompt_style not in ("kind", *INSTRUCTIONS):
-            raise ValueError(f"--prompt_style {self.prompt_style}: one of kind, {', '.join(INSTRUCTIONS)}")
+            raise ValueError(
+                f"--prompt_style {self.prompt_style}: one of kind, {', '.join(INSTRUCTIONS)}"
+            )
         if not self.model and not self.rescore:
             raise ValueError("--model is missing; only --rescore needs none")
         if self.compare and not (Path(self.compare) / "result.json").is_file():
-            raise ValueError(f"--compare {self.compare}: holds no result.json; name a finished evaluation's directory")
+            raise ValueError(
+                f"--compare {self.compare}: holds no result.json; name a finished evaluation's directory"
+            )
         self.budget_list = parse_budgets(self.budgets)
 
 
-SAMPLES_DEPEND_ON = ("n", "temperature", "top_p", "max_new_tokens", "think_budget", "answer_budget", "seed",
-                     "prompt_style", "min_pixels", "max_pixels", "blind")
+SAMPLES_DEPEND_ON = (
+    "n",
+    "temperature",
+    "top_p",
+    "max_new_tokens",
+    "think_budget",
+    "answer_budget",
+    "seed",
+    "prompt_style",
+    "min_pixels",
+    "max_pixels",
+    "blind",
+)
 
 
 def parse_budgets(text: str) -> list[int]:
-    """"512,1024" → [512, 1024]; raises ValueError for anything but positive whole numbers."""
+    """ "512,1024" → [512, 1024]; raises ValueError for anything but positive whole numbers."""
     try:
         budgets = sorted({int(b) for b in text.split(",")}) if text else []
     except ValueError:
         budgets = [0]
     if budgets and budgets[0] < 1:
-        raise ValueError(f"--budgets {text}: give tokens as whole numbers with commas, as in 512,1024,2048")
+        raise ValueError(
+            f"--budgets {text}: give tokens as whole numbers with commas, as in 512,1024,2048"
+        )
     return budgets
 
 
@@ -149,9 +211,11 @@ def choose_problems(config: Config) -> tuple[list[dict], dict]:
     if config.limit:  # before --drop: a limited run and one that drops its solved questions speak of the same ones
         chosen = set()
         for task in dict.fromkeys(p["task"] for p in problems):
-            ids = sorted((p["id"] for p in problems if p["task"] == task),
-                         key=lambda i: sha256(i.encode()).digest())
-            chosen.update(ids[:config.limit])
+            ids = sorted(
+                (p["id"] for p in problems if p["task"] == task),
+                key=lambda i: sha256(i.encode()).digest(),
+            )
+            chosen.update(ids[: config.limit])
         problems = [p for p in problems if p["id"] in chosen]
     if config.drop:
         if not Path(config.drop).is_file():
@@ -160,8 +224,10 @@ def choose_problems(config: Config) -> tuple[list[dict], dict]:
         kept = [p for p in problems if p["id"] not in ids]
         left_out["dropped"] = len(problems) - len(kept)
         if ids and len(kept) == len(problems):
-            raise ValueError(f"--drop {config.drop}: none of its {len(ids)} ids is among the {len(problems)} problems; wrong "
-                             f"file?")
+            raise ValueError(
+                f"--drop {config.drop}: none of its {len(ids)} ids is among the {len(problems)} problems; wrong "
+                f"file?"
+            )
         problems = kept
     if not problems:
         raise ValueError("no problem is left after --drop")
@@ -172,21 +238,42 @@ def choose_problems(config: Config) -> tuple[list[dict], dict]:
 
 def without_images(problem: dict) -> dict:
     """The same problem with its images and their places removed; clusters stay those of the images."""
+
     def blank(text: str) -> str:
         return re.sub(r"<image>\n?", "", text)
+
     meta = {**(problem.get("meta") or {}), "cluster": cluster(problem)}
     options = problem.get("options")
-    return {**problem, "images": [], "question": blank(problem["question"]), "meta": meta,
-            "options": options and [blank(o) for o in options]}
+    return {
+        **problem,
+        "images": [],
+        "question": blank(problem["question"]),
+        "meta": meta,
+        "options": options and [blank(o) for o in options],
+    }
 
 
 # ------------------------------------------------------------------------------------------------ what is on disk
 def model_fingerprint(model_dir: Path) -> str:
     """sha256 of configuration and tokenizer files, and of 64 blocks of 64 KiB of each weight file with its size: other
     weights differ everywhere, so samples of 15 GB tell them apart in a second."""
-    digest = hashlib_of_files(sorted(p for p in model_dir.iterdir() if p.name in (
-        "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.json", "chat_template.jinja",
-        "preprocessor_config.json", "vocab.json", "merges.txt")))
+    digest = hashlib_of_files(
+        sorted(
+            p
+            for p in model_dir.iterdir()
+            if p.name
+            in (
+                "config.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "chat_template.json",
+                "chat_template.jinja",
+                "preprocessor_config.json",
+                "vocab.json",
+                "merges.txt",
+            )
+        )
+    )
     for file in sorted(model_dir.glob("*.safetensors")):
         size, block = file.stat().st_size, 1 << 16
         digest.update(f"{file.name} {size}".encode())
@@ -199,7 +286,7 @@ def model_fingerprint(model_dir: Path) -> str:
 
 def claim(config: Config, model_dir: Path | None, world: World) -> None:
     """Write OUT/config.json, what the samples depend on; where OUT holds samples already, hold to it instead. Raises
-    ValueError that names the first setting which has changed. Runs on rank 0 alone; see `main_first`."""
+    ValueError that names the first setting which has changed. Runs on rank 0 alone; see `rank0_first`."""
     out, file = Path(config.out), Path(config.out) / "config.json"
     old = json.loads(file.read_text()) if file.is_file() else None
     if config.rescore:
@@ -207,29 +294,40 @@ def claim(config: Config, model_dir: Path | None, world: World) -> None:
             raise ValueError(f"--rescore: {config.out} holds no samples; run it with --model first")
         for k in SAMPLES_DEPEND_ON:
             if getattr(config, k) not in (getattr(Config, k), old[k]):
-                raise ValueError(f"--rescore grades what {config.out} holds: its {k} is {old[k]!r}, not "
-                                 f"{getattr(config, k)!r}")
+                raise ValueError(
+                    f"--rescore grades what {config.out} holds: its {k} is {old[k]!r}, not "
+                    f"{getattr(config, k)!r}"
+                )
         return
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and world.device.type == "cuda")
     new = {k: getattr(config, k) for k in SAMPLES_DEPEND_ON} | {
-        "dtype": "bf16" if bf16 else "fp32", "model": config.model, "model_sha256": model_fingerprint(model_dir),
+        "dtype": "bf16" if bf16 else "fp32",
+        "model": config.model,
+        "model_sha256": model_fingerprint(model_dir),
         "data_sha256": [[Path(k).name, v] for k, v in hash_files(config.data).items()],
-        "open_thought": opens_thought(model_dir)}
+        "open_thought": opens_thought(model_dir),
+    }
     if old is None and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {config.out}: not empty and not an evaluation; name another directory")
+        raise ValueError(
+            f"--out {config.out}: not empty and not an evaluation; name another directory"
+        )
     if old is None or not any(out.glob("samples.*")):
         out.mkdir(parents=True, exist_ok=True)
         return write_json(file, new)
     for k in new:
         if k != "model" and new[k] != old.get(k):  # a model may move, its hash is held to
-            raise ValueError(f"--out {config.out} holds samples of another evaluation: its {k} is {old.get(k)!r}, now "
-                             f"{new[k]!r}. Name another --out, or remove that directory")
+            raise ValueError(
+                f"--out {config.out} holds samples of another evaluation: its {k} is {old.get(k)!r}, now "
+                f"{new[k]!r}. Name another --out, or remove that directory"
+            )
 
 
 def opens_thought(model_dir: Path) -> bool:
     """Does the chat template end the prompt inside a thought? Then a completion begins in one."""
     chat = [{"role": "user", "content": "x"}]
-    text = load_tokenizer(model_dir).apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    text = load_tokenizer(model_dir).apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True
+    )
     return text.rstrip().endswith("<think>")
 
 
@@ -257,26 +355,33 @@ def check_questions(rows: Rows, problems: list[dict], style: str, file: Path) ->
     for p in problems:
         row = rows.get((p["id"], 0))
         if row is not None and row["prompt"] != prompt_text(p, style):
-            raise ValueError(f"{file}: the question or the options of {p['id']} have changed since it was sampled; "
-                             f"name another --out, or remove its rows there")
+            raise ValueError(
+                f"{file}: the question or the options of {p['id']} have changed since it was sampled; "
+                f"name another --out, or remove its rows there"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
 @dataclass
 class Job:
     """What one call of the sampler continues: a prompt, or a prompt with a thought that is cut short."""
+
     problem: dict
     tokens: list[int]
     key: int  # decides its random numbers
     sample: int = 0
-    head: list[int] = field(default_factory=list)  # the part of `tokens` that belongs to the completion
+    head: list[int] = field(
+        default_factory=list
+    )  # the part of `tokens` that belongs to the completion
     forced_at: int | None = None  # where in the completion the forced exit begins
 
 
 class Engine:
     """The model's directory: tokenizer and limits at once, weights when something has to be sampled."""
 
-    def __init__(self, config: Config, settings: dict, model_dir: Path, problems: list[dict], world: World):
+    def __init__(
+        self, config: Config, settings: dict, model_dir: Path, problems: list[dict], world: World
+    ):
         self.config, self.settings, self.dir, self.world = config, settings, model_dir, world
         self.tokenizer, self.model, self.tokens = load_tokenizer(model_dir), None, 0
         self.seconds = 0.0
@@ -285,16 +390,31 @@ class Engine:
         self.with_images = any(p.get("images") for p in problems)
         self.images = image_limits(model_dir, settings) if self.with_images else None
         if self.with_images and self.model_config.vision is None:
-            raise ValueError(f"{model_dir}: a text-only model, but problems have images; --blind removes them")
+            raise ValueError(
+                f"{model_dir}: a text-only model, but problems have images; --blind removes them"
+            )
         self.exit = think_exit(self.tokenizer, self.model_config.vocab_size)
         self.main_params = self.params()  # refuses a think_budget that cannot be
 
     def params(self, **changes) -> SamplingParams:
         s = self.settings
-        thinking = dict(think_budget=s["think_budget"], answer_budget=s["answer_budget"], **self.exit)
-        return SamplingParams(**{**dict(n=s["n"], temperature=s["temperature"], top_p=s["top_p"], seed=s["seed"],
-                                        max_new_tokens=s["max_new_tokens"], stop_ids=self.stop_ids),
-                                 **(thinking if s["think_budget"] else {}), **changes})
+        thinking = dict(
+            think_budget=s["think_budget"], answer_budget=s["answer_budget"], **self.exit
+        )
+        return SamplingParams(
+            **{
+                **dict(
+                    n=s["n"],
+                    temperature=s["temperature"],
+                    top_p=s["top_p"],
+                    seed=s["seed"],
+                    max_new_tokens=s["max_new_tokens"],
+                    stop_ids=self.stop_ids,
+                ),
+                **(thinking if s["think_budget"] else {}),
+                **changes,
+            }
+        )
 
     def prompt(self, problem: dict) -> list[int]:
         counts = [image_token_count(f, self.images) for f in problem.get("images") or []]
@@ -303,9 +423,16 @@ class Engine:
     def load(self) -> Model:
         if self.model is None:
             dtype = torch.bfloat16 if self.settings["dtype"] == "bf16" else torch.float32
-            self.model = build_model(self.dir, self.world, with_vision=self.with_images, compute_dtype=dtype,
-                                     master_dtype=dtype)
-            self.model.set_banned_ids(banned_token_ids(self.tokenizer, self.model_config.vocab_size))
+            self.model = build_model(
+                self.dir,
+                self.world,
+                with_vision=self.with_images,
+                compute_dtype=dtype,
+                master_dtype=dtype,
+            )
+            self.model.set_banned_ids(
+                banned_token_ids(self.tokenizer, self.model_config.vocab_size)
+            )
         return self.model
 
     def run(self, stage: str, jobs: list[Job], params: SamplingParams) -> None:
@@ -314,24 +441,37 @@ class Engine:
         part = out / f"{stage}.part{world.rank}.jsonl"
         model, begin = self.load(), time.perf_counter()
         longest = max((len(j.tokens) for j in jobs), default=1)
-        sampler = Sampler(model, max_len=longest + params.max_new_tokens, slots=self.config.slots or None,
-                          kv_gb=self.config.kv_gb or None,
-                          min_rows=16 if world.device.type == "cpu" else 1)  # a row's bits don't depend on the batch
+        sampler = Sampler(
+            model,
+            max_len=longest + params.max_new_tokens,
+            slots=self.config.slots or None,
+            kv_gb=self.config.kv_gb or None,
+            min_rows=16 if world.device.type == "cpu" else 1,
+        )  # a row's bits don't depend on the batch
         with gathered(model), open(part, "a", encoding="utf-8", newline="\n") as file:
             for chunk in chunks(jobs, self.model_config.image_token_id):
-                prompts = [Prompt(j.tokens, *load_images(j.problem.get("images") or [], self.images)) for j in chunk]
+                prompts = [
+                    Prompt(j.tokens, *load_images(j.problem.get("images") or [], self.images))
+                    for j in chunk
+                ]
 
                 def write(rollout: Rollout, chunk=chunk) -> None:
                     row = self.row(chunk[rollout.prompt_index], rollout)
                     self.tokens += rollout.sampled_tokens
                     file.write(as_line(row))
                     file.flush()
-                sampler.generate(prompts, params, sample_ids=[j.key for j in chunk], on_finish=write,
-                                 progress=world.is_main)
+
+                sampler.generate(
+                    prompts,
+                    params,
+                    sample_ids=[j.key for j in chunk],
+                    on_finish=write,
+                    progress=world.is_main,
+                )
             sampler.release()
         self.seconds += time.perf_counter() - begin
         barrier()  # all have written
-        with main_first(world):
+        with rank0_first(world):
             if world.is_main:
                 collect(out, stage)
 
@@ -343,11 +483,18 @@ class Engine:
         if job.forced_at is not None:
             finish = f"forced+{finish}"
         shown = tokens[:-1] if finish.endswith("stop") else tokens
-        return {"id": job.problem["id"], "sample": rollout.sample_index + job.sample, "seed": job.key,
-                "prompt": prompt_text(job.problem, self.settings["prompt_style"]), "finish": finish,
-                "text": self.tokenizer.decode(shown), "forced_at": forced_at,
-                "prompt_tokens": rollout.prompt_tokens - len(job.head), "tokens": tokens,
-                "images": job.problem.get("images") or []}
+        return {
+            "id": job.problem["id"],
+            "sample": rollout.sample_index + job.sample,
+            "seed": job.key,
+            "prompt": prompt_text(job.problem, self.settings["prompt_style"]),
+            "finish": finish,
+            "text": self.tokenizer.decode(shown),
+            "forced_at": forced_at,
+            "prompt_tokens": rollout.prompt_tokens - len(job.head),
+            "tokens": tokens,
+            "images": job.problem.get("images") or [],
+        }
 
 
 def image_limits(model_dir: Path, settings: dict) -> ImageConfig:
@@ -359,7 +506,11 @@ def chunks(jobs: list[Job], image_token_id: int | None) -> list[list[Job]]:
     """Jobs in order, cut where their images would take more memory than PIXEL_BYTES."""
     parts, held = [], PIXEL_BYTES
     for job in jobs:
-        size = sum(t == image_token_id for t in job.tokens) * 4 * 1176 * 4 if job.problem.get("images") else 0
+        size = (
+            sum(t == image_token_id for t in job.tokens) * 4 * 1176 * 4
+            if job.problem.get("images")
+            else 0
+        )
         if not parts or (size and held + size > PIXEL_BYTES):
             parts.append([])
             held = 0
@@ -373,13 +524,18 @@ def sample_missing(engine: Engine, rows: Rows, problems: list[dict], world: Worl
     n = engine.settings["n"]
     missing = [p for p in problems if any((p["id"], i) not in rows for i in range(n))]
     if missing:
-        jobs = [Job(p, engine.prompt(p), problem_key(p)) for p in missing[world.rank::world.size]]
+        jobs = [Job(p, engine.prompt(p), problem_key(p)) for p in missing[world.rank :: world.size]]
         engine.run("samples", jobs, engine.main_params)
 
 
 # ----------------------------------------------------------------------------------------------- the budget curve
-def exit_place(tokens: list[int], forced_at: int | None, cut_off: bool, close_table: list[list[int]], budget: int
-               ) -> int | None:
+def exit_place(
+    tokens: list[int],
+    forced_at: int | None,
+    cut_off: bool,
+    close_table: list[list[int]],
+    budget: int,
+) -> int | None:
     """Where a run with this budget would have begun its forced exit, or None where the thought was closed before. The
     rule of `sampler.force_exit`: at the first token from `budget` on at which the thought is open and the model is not
     just closing it. forced_at: where the stored run did so; cut_off: the stored run ended at its length limit.
@@ -401,14 +557,16 @@ def run_budget(engine: Engine, rows: Rows, problems: list[dict], budget: int, wo
     """Generate the answers that forced exit at `budget` would have brought, where the stored thought is longer."""
     out, table = Path(engine.config.out), engine.exit["close_table"].tolist()
     stage = f"budget_{budget}"
-    with main_first(world):
+    with rank0_first(world):
         if world.is_main:
             collect(out, stage)
     have, jobs, wanted = read_rows(out / f"{stage}.jsonl"), [], 0
     for p in problems:
         for sample in range(engine.settings["n"]):
             row = rows[p["id"], sample]
-            at = exit_place(row["tokens"].tolist(), row["forced_at"], row["finish"] == "length", table, budget)
+            at = exit_place(
+                row["tokens"].tolist(), row["forced_at"], row["finish"] == "length", table, budget
+            )
             if at is None or at == row["forced_at"] or (p["id"], sample) in have:
                 continue
             wanted += 1
@@ -417,7 +575,9 @@ def run_budget(engine: Engine, rows: Rows, problems: list[dict], budget: int, wo
                 key = problem_key(p, salt=budget * 1_000_003 + sample + 1)
                 jobs.append(Job(p, [*engine.prompt(p), *head], key, sample, head, at))
     if wanted:
-        answer = engine.params(n=1, max_new_tokens=engine.settings["answer_budget"], think_budget=None)
+        answer = engine.params(
+            n=1, max_new_tokens=engine.settings["answer_budget"], think_budget=None
+        )
         engine.run(stage, jobs, answer)
     elif world.is_main and not (out / f"{stage}.jsonl").is_file():
         write_rows(out / f"{stage}.jsonl", [])
@@ -426,8 +586,10 @@ def run_budget(engine: Engine, rows: Rows, problems: list[dict], budget: int, wo
 def check_budgets(budgets: list[int], settings: dict) -> None:
     limit = settings["think_budget"] or settings["max_new_tokens"]
     if budgets and budgets[-1] > limit:
-        raise ValueError(f"--budgets {budgets[-1]}: the stored thoughts end at {limit} tokens; budgets up to there "
-                         f"can be drawn from them")
+        raise ValueError(
+            f"--budgets {budgets[-1]}: the stored thoughts end at {limit} tokens; budgets up to there "
+            f"can be drawn from them"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -439,43 +601,69 @@ def data_sources(files: list[str]) -> list[dict]:
     for file, digest in hash_files(files).items():
         info = Path(f"{file}.info.json")
         told = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
-        sources.append({"file": Path(file).name, "sha256": digest, "download": told.get("download")})
+        sources.append(
+            {"file": Path(file).name, "sha256": digest, "download": told.get("download")}
+        )
     return sources
 
 
-def write_header(config: Config, settings: dict, engine: Engine, problems: list[dict], world: World) -> None:
+def write_header(
+    config: Config, settings: dict, engine: Engine, problems: list[dict], world: World
+) -> None:
     """What is needed to repeat the samples, and the whole prompt of the first problem of each kind."""
     examples = {}
     for p in problems:
         if p["kind"] not in examples:
             text = engine.tokenizer.decode(engine.prompt(p))
             examples[p["kind"]] = re.sub(r"(?:<\|image_pad\|>){2,}", "<|image_pad|>…", text)
-    write_json(Path(config.out) / "header.json", {
-        **header(world_size=world.size), "model": str(engine.dir), "settings": settings, "prompts": examples,
-        "exit_text": engine.tokenizer.decode(engine.exit["exit_tokens"]), "stop_ids": engine.stop_ids,
-        "rules": {"rule": "answer", "sha256": rules_sha256()}})
-    print(f"model {engine.dir}, {settings['dtype']} on {world.size} x {world.device.type}; {len(problems)} problems; "
-          f"settings: " + ", ".join(f"{k} {settings[k]}" for k in SAMPLES_DEPEND_ON), flush=True)
+    write_json(
+        Path(config.out) / "header.json",
+        {
+            **header(world_size=world.size),
+            "model": str(engine.dir),
+            "settings": settings,
+            "prompts": examples,
+            "exit_text": engine.tokenizer.decode(engine.exit["exit_tokens"]),
+            "stop_ids": engine.stop_ids,
+            "rules": {"rule": "answer", "sha256": rules_sha256()},
+        },
+    )
+    print(
+        f"model {engine.dir}, {settings['dtype']} on {world.size} x {world.device.type}; {len(problems)} problems; "
+        f"settings: " + ", ".join(f"{k} {settings[k]}" for k in SAMPLES_DEPEND_ON),
+        flush=True,
+    )
     for kind, text in examples.items():
         print(f"--- prompt of the first {kind} problem\n{text}\n---", flush=True)
 
 
-def all_samples(config: Config, settings: dict, problems: list[dict], model_dir: Path | None, world: World
-                ) -> tuple[Rows, dict[int, Rows]]:
+def all_samples(
+    config: Config, settings: dict, problems: list[dict], model_dir: Path | None, world: World
+) -> tuple[Rows, dict[int, Rows]]:
     """Stored samples of every problem, and the tails of each budget: sampled now where they are missing. Collective."""
     out = Path(config.out)
     file, budgets = out / "samples.jsonl", list(config.budget_list)
     rows = read_rows(file)
     check_questions(rows, problems, settings["prompt_style"], file)
-    old = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else {"budgets": {}}
+    old = (
+        json.loads((out / "result.json").read_text())
+        if (out / "result.json").is_file()
+        else {"budgets": {}}
+    )
     if config.rescore:
-        missing = [p["id"] for p in problems if any((p["id"], i) not in rows for i in range(settings["n"]))]
+        missing = [
+            p["id"] for p in problems if any((p["id"], i) not in rows for i in range(settings["n"]))
+        ]
         if missing:
-            raise ValueError(f"--rescore: {len(missing)} problems have no stored samples, the first is {missing[0]}; "
-                             f"run it with --model to sample them")
+            raise ValueError(
+                f"--rescore: {len(missing)} problems have no stored samples, the first is {missing[0]}; "
+                f"run it with --model to sample them"
+            )
         unknown = [b for b in budgets if str(b) not in old["budgets"]]
         if unknown:
-            raise ValueError(f"--rescore --budgets {unknown[0]}: not sampled yet; run it with --model")
+            raise ValueError(
+                f"--rescore --budgets {unknown[0]}: not sampled yet; run it with --model"
+            )
         budgets = budgets or [int(b) for b in old["budgets"]]
     else:
         check_budgets(budgets, settings)
@@ -496,42 +684,68 @@ def report_speed(engine: Engine, world: World) -> None:
     parts = all_gather_objects((engine.tokens, engine.seconds))
     tokens, seconds = sum(t for t, _ in parts), max(s for _, s in parts)
     if world.is_main and tokens:
-        print(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tok/s", flush=True)
+        print(
+            f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tok/s", flush=True
+        )
 
 
 def evaluate(config: Config) -> dict | None:
     """Sample what is missing, grade everything, write and print the result. Returns it on rank 0."""
-    world, out = init(config.device, timeout_minutes=24 * 60), Path(config.out)  # a rank may wait long for the last one
+    world, out = (
+        init(config.device, timeout_minutes=24 * 60),
+        Path(config.out),
+    )  # a rank may wait long for the last one
     problems, left_out = choose_problems(config)
     model_dir = None if config.rescore else resolve_model_dir(config.model, world)
-    with main_first(world):
+    with rank0_first(world):
         if world.is_main:
             claim(config, model_dir, world)
             collect(out, "samples")
     settings = json.loads((out / "config.json").read_text())
     problems = [without_images(p) for p in problems] if settings["blind"] else problems
     rows, tails = all_samples(config, settings, problems, model_dir, world)
-    by_id, keys = {p["id"]: p for p in problems}, [(p["id"], i) for p in problems for i in range(settings["n"])]
+    by_id, keys = (
+        {p["id"]: p for p in problems},
+        [(p["id"], i) for p in problems for i in range(settings["n"])],
+    )
     with Grader(workers=config.graders, open_thought=settings["open_thought"]) as grader:
         graded = dict(zip(keys, grade([rows[k] for k in keys], by_id, settings, grader, world)))
-        points = {b: grade([tail[k] for k in keys if k in tail], by_id, settings, grader, world)
-                  for b, tail in tails.items()}
+        points = {
+            b: grade([tail[k] for k in keys if k in tail], by_id, settings, grader, world)
+            for b, tail in tails.items()
+        }
     if not world.is_main:
         return None
     grouped, curve = by_problem(problems, graded, settings["n"]), {}
     for budget, point in points.items():
         point = {(r["id"], r["sample"]): r for r in point}
-        curve[str(budget)] = budget_figures(problems, by_problem(problems, graded | point, settings["n"]), settings)
-        write_rows(out / f"budget_{budget}.jsonl", list((point | {k: r for k, r in tails[budget].items() if k not in point}
-                                                         ).values()))
+        curve[str(budget)] = budget_figures(
+            problems, by_problem(problems, graded | point, settings["n"]), settings
+        )
+        write_rows(
+            out / f"budget_{budget}.jsonl",
+            list((point | {k: r for k, r in tails[budget].items() if k not in point}).values()),
+        )
     rules = rules_sha256()
-    result = finite({
-        "settings": settings, "rules": {"rule": "answer", "sha256": rules}, "data": data_sources(config.data),
-        "limit": config.limit, **left_out, "prompts": prompts_used(problems, settings["prompt_style"]),
-        "statuses": dict(sorted(Counter(r["status"] for r in graded.values()).items())),
-        **figures_of(problems, grouped, settings), "budgets": curve,
-        "compare": compare(problems, grouped, Path(config.compare), rules) if config.compare else None})
-    write_rows(out / "samples.jsonl", [*graded.values(), *(r for k, r in rows.items() if k not in graded)])
+    result = finite(
+        {
+            "settings": settings,
+            "rules": {"rule": "answer", "sha256": rules},
+            "data": data_sources(config.data),
+            "limit": config.limit,
+            **left_out,
+            "prompts": prompts_used(problems, settings["prompt_style"]),
+            "statuses": dict(sorted(Counter(r["status"] for r in graded.values()).items())),
+            **figures_of(problems, grouped, settings),
+            "budgets": curve,
+            "compare": compare(problems, grouped, Path(config.compare), rules)
+            if config.compare
+            else None,
+        }
+    )
+    write_rows(
+        out / "samples.jsonl", [*graded.values(), *(r for k, r in rows.items() if k not in graded)]
+    )
     write_json(out / "result.json", result)
     solved = [p["id"] for p, group in zip(problems, grouped) if all(r["score"] == 1 for r in group)]
     (out / "solved.txt").write_text("".join(f"{i}\n" for i in solved), encoding="utf-8")
@@ -543,12 +757,15 @@ def evaluate(config: Config) -> dict | None:
 def prompts_used(problems: list[dict], style: str) -> dict[str, str]:
     """The instruction that stands before the question, by kind of problem."""
     bare = {"question": "", "images": []}
-    return {kind: prompt_text({**bare, "kind": kind}, style) for kind in sorted({p["kind"] for p in problems})}
+    return {
+        kind: prompt_text({**bare, "kind": kind}, style)
+        for kind in sorted({p["kind"] for p in problems})
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        with leaving(), user_errors():
+        with process_group_cleanup(), exit_on_value_error():
             evaluate(parse_config(Config, __doc__, argv))
     except KeyboardInterrupt:
         print("stopped: what was sampled is stored, the same command goes on", file=sys.stderr)
@@ -556,4 +773,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    end(main)
+    run_and_exit(main)

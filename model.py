@@ -12,6 +12,7 @@ family (QwQ-32B too) is the same decoder with one-dimensional positions and no t
 
 Shapes: T tokens in the stream, N documents, C hidden size, Hq / Hkv query / KV heads, D head size, V vocabulary.
 """
+
 from __future__ import annotations
 
 import json
@@ -22,19 +23,29 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from attention import apply_rope, attend
-from vision import VisionConfig, VisionTower
+from core.attention import apply_rope, attend
+from core.vision import VisionConfig, VisionTower
 
 SUPPORTED = "qwen2_5_vl (Qwen2.5-VL 3B, 7B, 32B, 72B) and qwen2 (text-only Qwen2, Qwen2.5, QwQ-32B)"
-CHECKPOINTING = ("none", "attn", "matmul", "full")  # what is kept for the backward pass, see `Block.forward`
+CHECKPOINTING = (
+    "none",
+    "attn",
+    "matmul",
+    "full",
+)  # what is kept for the backward pass, see `Block.forward`
 
 
 # ------------------------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class ModelConfig:
     """The numbers that shape the model, read from a checkpoint's config.json."""
+
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
@@ -44,7 +55,9 @@ class ModelConfig:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[int, int, int] | None  # frequencies per axis (time, height, width); None: text-only model
+    mrope_section: (
+        tuple[int, int, int] | None
+    )  # frequencies per axis (time, height, width); None: text-only model
     tie_word_embeddings: bool
     image_token_id: int | None
     vision_start_token_id: int | None
@@ -56,12 +69,16 @@ class ModelConfig:
         """Read `path`/config.json. Raises ValueError when it is missing, broken or of another architecture."""
         file = Path(path) / "config.json"
         if not file.is_file():
-            raise ValueError(f"{file}: not found. --model must name a Hugging Face model directory "
-                             "(config.json, *.safetensors, tokenizer files) or a hub id")
+            raise ValueError(
+                f"{file}: not found. --model must name a Hugging Face model directory "
+                "(config.json, *.safetensors, tokenizer files) or a hub id"
+            )
         try:
             raw = json.loads(file.read_text())
         except json.JSONDecodeError as e:
-            raise ValueError(f"{file}:{e.lineno}: not valid JSON ({e.msg}); fetch the file again") from e
+            raise ValueError(
+                f"{file}:{e.lineno}: not valid JSON ({e.msg}); fetch the file again"
+            ) from e
         try:
             return ModelConfig.from_dict(raw)
         except ValueError as e:
@@ -76,43 +93,65 @@ class ModelConfig:
         text = {**raw, **raw.get("text_config", {})}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _refuse_unknown_variants(text, rope)
-        needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+        needed = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "vocab_size",
+        )
         missing = [k for k in needed if k not in text]
         if missing:
             raise ValueError(f"fields {missing} are missing")
         is_vl = kind == "qwen2_5_vl"
         if is_vl and "mrope_section" not in rope:
-            raise ValueError("rope_scaling (or rope_parameters) has no mrope_section, which qwen2_5_vl needs")
+            raise ValueError(
+                "rope_scaling (or rope_parameters) has no mrope_section, which qwen2_5_vl needs"
+            )
         head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
         sections = tuple(rope["mrope_section"]) if is_vl else None
         if sections and sum(sections) != head_dim // 2:
-            raise ValueError(f"mrope_section {sections} must sum to half the head size, {head_dim // 2}")
+            raise ValueError(
+                f"mrope_section {sections} must sum to half the head size, {head_dim // 2}"
+            )
         return ModelConfig(
-            hidden_size=text["hidden_size"], num_hidden_layers=text["num_hidden_layers"],
+            hidden_size=text["hidden_size"],
+            num_hidden_layers=text["num_hidden_layers"],
             num_attention_heads=text["num_attention_heads"],
-            num_key_value_heads=text.get("num_key_value_heads") or text["num_attention_heads"], head_dim=head_dim,
-            intermediate_size=text["intermediate_size"], vocab_size=text["vocab_size"],
+            num_key_value_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+            head_dim=head_dim,
+            intermediate_size=text["intermediate_size"],
+            vocab_size=text["vocab_size"],
             rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6), mrope_section=sections,
+            rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
+            mrope_section=sections,
             # the nested form keeps the flag that counts at the top level
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+            tie_word_embeddings=bool(
+                raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+            ),
             image_token_id=raw.get("image_token_id") if is_vl else None,
             vision_start_token_id=raw.get("vision_start_token_id") if is_vl else None,
-            vision=VisionConfig.from_dict(raw["vision_config"]) if is_vl else None, raw=raw)
+            vision=VisionConfig.from_dict(raw["vision_config"]) if is_vl else None,
+            raw=raw,
+        )
 
 
 def _refuse_unknown_variants(text: dict, rope: dict) -> None:
     if text.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {text['hidden_act']!r} is not supported (only 'silu')")
     if text.get("use_sliding_window"):
-        raise ValueError("use_sliding_window is on; only full attention is supported. Set it to false in config.json")
+        raise ValueError(
+            "use_sliding_window is on; only full attention is supported. Set it to false in config.json"
+        )
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "mrope"):
         raise ValueError(f"rope scaling {kind!r} is not supported (only 'default' and 'mrope')")
 
 
 # ------------------------------------------------------------------------------------------------------ positions
-def rope_cos_sin(position_ids: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_cos_sin(
+    position_ids: torch.Tensor, config: ModelConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary angles of every token: (cos, sin), each (T, D/2) fp32, from position_ids (3, T).
 
     M-RoPE gives frequency j of D/2 to one axis: the first mrope_section[0] frequencies turn with time, the next with
@@ -123,8 +162,13 @@ def rope_cos_sin(position_ids: torch.Tensor, config: ModelConfig) -> tuple[torch
     inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
     sections = config.mrope_section or (half, 0, 0)
     # e.g. mrope_section (1, 2, 1): frequency 0 reads axis 0, 1 and 2 read axis 1, 3 reads axis 2
-    angles = torch.cat([position_ids[axis, :, None].float() * f  # (T, section)
-                        for axis, f in enumerate(inv_freq.split(sections))], dim=1)
+    angles = torch.cat(
+        [
+            position_ids[axis, :, None].float() * f  # (T, section)
+            for axis, f in enumerate(inv_freq.split(sections))
+        ],
+        dim=1,
+    )
     return angles.cos(), angles.sin()  # (T, D/2)
 
 
@@ -152,9 +196,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def qkv(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def qkv(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """x (T, C) → rotated q (T, Hq, D), rotated k (T, Hkv, D), v (T, Hkv, D); the sampler caches k and v."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
@@ -192,9 +240,20 @@ class Block(nn.Module):
         Checkpointing inside forward, not as a wrapper, keeps the parameters' names as published."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.run(x, cos, sin, cu_seqlens, max_len)
-        options = {} if self.checkpointing == "full" else {"context_fn": SELECTIVE[self.checkpointing]}
-        return checkpoint(self.run, x, cos, sin, cu_seqlens, max_len, use_reentrant=False,
-                          preserve_rng_state=False, **options)  # no dropout: there is no random state to preserve
+        options = (
+            {} if self.checkpointing == "full" else {"context_fn": SELECTIVE[self.checkpointing]}
+        )
+        return checkpoint(
+            self.run,
+            x,
+            cos,
+            sin,
+            cu_seqlens,
+            max_len,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            **options,
+        )  # no dropout: there is no random state to preserve
 
     def run(self, x, cos, sin, cu_seqlens, max_len):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_len)
@@ -203,13 +262,21 @@ class Block(nn.Module):
 
 def _saving(*names: str) -> Callable:
     """A context function for `checkpoint` that keeps the outputs of the ops whose name holds one of `names`."""
+
     def policy(ctx, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if any(n in str(op) for n in names) else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            CheckpointPolicy.MUST_SAVE
+            if any(n in str(op) for n in names)
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
+
     return lambda: create_selective_checkpoint_contexts(policy)
 
 
-SELECTIVE = {"attn": _saving("attention", "varlen_attn"),
-             "matmul": _saving("attention", "varlen_attn", "aten.mm", "aten.addmm")}
+SELECTIVE = {
+    "attn": _saving("attention", "varlen_attn"),
+    "matmul": _saving("attention", "varlen_attn", "aten.mm", "aten.addmm"),
+}
 
 
 class Decoder(nn.Module):
@@ -229,37 +296,58 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, with_vision: bool = False):
         super().__init__()
         if with_vision and config.vision is None:
-            raise ValueError("this model has no vision tower (model_type qwen2); only text can be used with it")
+            raise ValueError(
+                "this model has no vision tower (model_type qwen2); only text can be used with it"
+            )
         self.config = config
         self.visual = VisionTower(config.vision) if with_vision else None
         self.model = Decoder(config)
-        self.lm_head = (None if config.tie_word_embeddings
-                        else nn.Linear(config.hidden_size, config.vocab_size, bias=False))
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
         self.loss_chunk = 0  # rows of logits that exist at once, 0: by device, see `rows_of_logits`
-        self.banned_ids: torch.Tensor | None = None  # ids that never get probability, see `set_banned_ids`
+        self.banned_ids: torch.Tensor | None = (
+            None  # ids that never get probability, see `set_banned_ids`
+        )
 
     def set_banned_ids(self, ids: list[int]) -> None:
         """Give these ids probability zero, in training and sampling alike: vision placeholders and the padded end of
         the vocabulary would otherwise be sampled now and then and break the next forward."""
         device = self.model.embed_tokens.weight.device
-        self.banned_ids = torch.tensor(sorted(ids), dtype=torch.long, device=device) if ids else None
+        self.banned_ids = (
+            torch.tensor(sorted(ids), dtype=torch.long, device=device) if ids else None
+        )
 
     def head_weight(self) -> torch.Tensor:
         """(V, C): the output matrix, which is the embedding itself when the two are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def embed(self, tokens: torch.Tensor, pixel_values: torch.Tensor | None = None,
-              grid_thw: torch.Tensor | None = None) -> torch.Tensor:
+    def embed(
+        self,
+        tokens: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        grid_thw: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """tokens (T,) → (T, C); each image placeholder takes the next merged vision token of `pixel_values`."""
         x = self.model.embed_tokens(tokens)  # (T, C)
         if pixel_values is None:
-            return x + self._no_image() if self.visual is not None and torch.is_grad_enabled() else x
+            return (
+                x + self._no_image() if self.visual is not None and torch.is_grad_enabled() else x
+            )
         if self.visual is None:
-            raise ValueError("images given, but the model was built without its vision tower (with_vision=True)")
+            raise ValueError(
+                "images given, but the model was built without its vision tower (with_vision=True)"
+            )
         places = (tokens == self.config.image_token_id).nonzero().squeeze(1)
-        image = self.visual(pixel_values.to(x.device), grid_thw)  # (number of merged vision tokens, C)
+        image = self.visual(
+            pixel_values.to(x.device), grid_thw
+        )  # (number of merged vision tokens, C)
         if len(places) != len(image):
-            raise ValueError(f"{len(places)} image placeholders in the tokens, {len(image)} tokens from the images")
+            raise ValueError(
+                f"{len(places)} image placeholders in the tokens, {len(image)} tokens from the images"
+            )
         return x.index_copy(0, places, image.to(x.dtype))
 
     def _no_image(self) -> torch.Tensor | float:
@@ -268,14 +356,27 @@ class Model(nn.Module):
         weight = self.visual.patch_embed.proj.weight
         if not weight.requires_grad:
             return 0.0
-        blank = torch.zeros(self.visual.config.spatial_merge_size**2, weight.flatten(1).shape[1], device=weight.device)
+        blank = torch.zeros(
+            self.visual.config.spatial_merge_size**2,
+            weight.flatten(1).shape[1],
+            device=weight.device,
+        )
         side = self.visual.config.spatial_merge_size
         return self.visual(blank, torch.tensor([[1, side, side]])).sum() * 0.0
 
-    def forward(self, tokens: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, *,
-                targets: torch.Tensor | None = None, temperature: float = 1.0, entropy: bool = False,
-                pixel_values: torch.Tensor | None = None, grid_thw: torch.Tensor | None = None,
-                max_len: int | None = None):
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        *,
+        targets: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        pixel_values: torch.Tensor | None = None,
+        grid_thw: torch.Tensor | None = None,
+        max_len: int | None = None,
+    ):
         """One packed stream through the model.
 
         tokens (T,) long; position_ids (3, T) long; cu_seqlens (N+1,) int32 on the CPU; targets (T,) long, -100 where
@@ -286,8 +387,12 @@ class Model(nn.Module):
         """
         device = self.model.embed_tokens.weight.device
         max_len = max_len or int(cu_seqlens.diff().max())
-        rows = None if targets is None else (targets != -100).nonzero().squeeze(1)  # on the CPU: no wait for the GPU
-        tokens, position_ids, cu = (t.to(device, non_blocking=True) for t in (tokens, position_ids, cu_seqlens))
+        rows = (
+            None if targets is None else (targets != -100).nonzero().squeeze(1)
+        )  # on the CPU: no wait for the GPU
+        tokens, position_ids, cu = (
+            t.to(device, non_blocking=True) for t in (tokens, position_ids, cu_seqlens)
+        )
         x = self.embed(tokens, pixel_values, grid_thw)
         cos, sin = rope_cos_sin(position_ids, self.config)
         for layer in self.model.layers:
@@ -296,10 +401,19 @@ class Model(nn.Module):
             return head_logits(self.model.norm(x), self.head_weight(), 1.0, self.banned_ids)
         rows, targets = rows.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         hidden = self.model.norm(x[rows])  # only the rows that are asked for reach the head
-        logprobs, entropies = ChunkedLogProbs.apply(hidden, self.head_weight(), targets[rows], temperature, entropy,
-                                                    self.banned_ids, self.loss_chunk or rows_of_logits(self))
+        logprobs, entropies = ChunkedLogProbs.apply(
+            hidden,
+            self.head_weight(),
+            targets[rows],
+            temperature,
+            entropy,
+            self.banned_ids,
+            self.loss_chunk or rows_of_logits(self),
+        )
         full = torch.zeros(len(tokens), device=device)
-        return full.index_copy(0, rows, logprobs), full.index_copy(0, rows, entropies) if entropy else None
+        return full.index_copy(0, rows, logprobs), full.index_copy(
+            0, rows, entropies
+        ) if entropy else None
 
 
 # ------------------------------------------------------------------------------------- log-probabilities in chunks
@@ -319,8 +433,9 @@ def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float,
-                banned_ids: torch.Tensor | None) -> torch.Tensor:
+def head_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, temperature: float, banned_ids: torch.Tensor | None
+) -> torch.Tensor:
     """hidden (R, C), weight (V, C) → fp32 logits / temperature (R, V). Trainer and sampler both score with this.
 
     Banned ids get -1e30: probability exactly 0, and no NaN in 0 · log 0.
@@ -349,7 +464,9 @@ class ChunkedLogProbs(torch.autograd.Function):
             lse[s] = logits.logsumexp(-1)
             logprobs[s] = logits.gather(1, targets[s, None]).squeeze(1) - lse[s]
             if with_entropy:
-                entropies[s] = lse[s] - (logits - lse[s, None]).exp_().mul_(logits).sum(-1)  # H = lse - E[logit]
+                entropies[s] = lse[s] - (logits - lse[s, None]).exp_().mul_(logits).sum(
+                    -1
+                )  # H = lse - E[logit]
         ctx.save_for_backward(hidden, weight, targets, lse, entropies)
         ctx.options = temperature, with_entropy, banned_ids, chunk
         return logprobs, entropies
@@ -362,10 +479,18 @@ class ChunkedLogProbs(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for s in _slices(len(targets), chunk):
             # ∂logp[y]/∂z = onehot(y) - p;  ∂H/∂z = -p (log p + H). In place: a chunk of logits is the largest tensor
-            logp = head_logits(hidden[s], weight, temperature, banned_ids).sub_(lse[s, None])  # (chunk, V)
+            logp = head_logits(hidden[s], weight, temperature, banned_ids).sub_(
+                lse[s, None]
+            )  # (chunk, V)
             if with_entropy:
                 p = logp.exp()
-                d_logits = logp.add_(entropies[s, None]).mul_(d_entropies[s, None]).add_(d_logprobs[s, None]).mul_(p).neg_()
+                d_logits = (
+                    logp.add_(entropies[s, None])
+                    .mul_(d_entropies[s, None])
+                    .add_(d_logprobs[s, None])
+                    .mul_(p)
+                    .neg_()
+                )
                 del p
             else:
                 d_logits = logp.exp_().mul_(-d_logprobs[s, None])
@@ -374,7 +499,15 @@ class ChunkedLogProbs(torch.autograd.Function):
             d_hidden[s] = d_logits @ weight
             if ctx.needs_input_grad[1]:
                 add_weight_gradient(d_weight, d_logits, hidden[s])
-        return d_hidden, d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None, None, None
+        return (
+            d_hidden,
+            d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def add_weight_gradient(total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -400,8 +533,10 @@ def train_flops(config: ModelConfig, lengths: list[int] | torch.Tensor) -> tuple
     lens = torch.as_tensor(lengths, dtype=torch.float64)
     c, tokens = config, float(lens.sum())
     attention_size = c.num_attention_heads * c.head_dim
-    per_layer = (c.hidden_size * (2 * attention_size + 2 * c.num_key_value_heads * c.head_dim)
-                 + 3 * c.hidden_size * c.intermediate_size)
+    per_layer = (
+        c.hidden_size * (2 * attention_size + 2 * c.num_key_value_heads * c.head_dim)
+        + 3 * c.hidden_size * c.intermediate_size
+    )
     matmul = 6 * (c.num_hidden_layers * per_layer + c.vocab_size * c.hidden_size) * tokens
     per_pair = 6 * c.num_hidden_layers * attention_size
     return matmul + per_pair * float((lens**2).sum()), matmul + 2 * per_pair * tokens**2

@@ -32,10 +32,9 @@ from collections import Counter
 from concurrent.futures import Future
 from typing import NamedTuple
 
-import equality
-import grader
-import notation
-from grader import Pool
+from grading import equality, notation
+from grading import workers as grader
+from grading.workers import Pool
 
 RULES = ("answer", "boxed", "line")
 SCANNED = 20_000  # characters at the end of a reply in which an answer is looked for
@@ -70,7 +69,9 @@ def after_thought(text: str, open_thought: bool = False) -> str | None:
 
 
 _BOX_TOKEN = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\[\s\S]|[{}]")
-_BETWEEN = re.compile(r"(?:[\s$.]|\\[()\[\] ,;]|\\q?quad|(,|;|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b))*")
+_BETWEEN = re.compile(
+    r"(?:[\s$.]|\\[()\[\] ,;]|\\q?quad|(,|;|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b))*"
+)
 
 
 def last_boxed(text: str) -> str | None:
@@ -79,7 +80,9 @@ def last_boxed(text: str) -> str | None:
     `\boxed{17}, no: \boxed{42}` -> "42".
     """
     text = text[-SCANNED:]
-    spans: list[tuple[int, int, int]] = []  # (start of the command, start of the content, end of the content)
+    spans: list[
+        tuple[int, int, int]
+    ] = []  # (start of the command, start of the content, end of the content)
     stack: list[tuple[int, int] | str] = []  # an open box, or the open brace "{" or "\\{"
     for m in _BOX_TOKEN.finditer(text):
         token = m[0]
@@ -89,7 +92,9 @@ def last_boxed(text: str) -> str | None:
             stack.append((m.start(), m.end()))
         elif token == r"\}" and stack and stack[-1] == r"\{":
             stack.pop()
-        elif token in ("}", r"\}") and stack:  # "\}" without its "\{" is a closing brace after a stray backslash
+        elif (
+            token in ("}", r"\}") and stack
+        ):  # "\}" without its "\{" is a closing brace after a stray backslash
             while len(stack) > 1 and stack[-1] == r"\{":
                 stack.pop()
             opened = stack.pop()
@@ -108,7 +113,9 @@ def last_boxed(text: str) -> str | None:
             break
         contents.append(text[begin:end])
     contents = list(dict.fromkeys(c.strip() for c in reversed(contents)))
-    joined = re.sub(r"\\+(?:boxed|fbox)\s*\{([^{}]*)\}", r"\1", ", ".join(contents))  # a box in a box
+    joined = re.sub(
+        r"\\+(?:boxed|fbox)\s*\{([^{}]*)\}", r"\1", ", ".join(contents)
+    )  # a box in a box
     return re.sub(r"\\+(?:boxed|fbox)\s*(?=\{)", "", joined).strip()
 
 
@@ -151,7 +158,11 @@ def extract_answer(
 
 def _extract_by(rule: str, body: str, kind: str, options: list[str] | None) -> Answer | None:
     if rule == "line":
-        found = stated_letter(body[-SCANNED:], options) if kind == "choice" else _stated_value(body[-SCANNED:])
+        found = (
+            stated_letter(body[-SCANNED:], options)
+            if kind == "choice"
+            else _stated_value(body[-SCANNED:])
+        )
         return Answer(found, "line") if found else None
     content, where = (tagged(body) if rule == "answer" else None), "answer"
     if content is None:
@@ -183,13 +194,20 @@ def _letters(options: list[str] | None) -> str:
     return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options) if options else 10]
 
 
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|textnormal|mbox|rm|bf)\s*\{([^{}]*)\}")
+_WRAPPER = re.compile(
+    r"\\(?:text|textbf|textit|mathrm|mathbf|textnormal|mbox|rm|bf)\s*\{([^{}]*)\}"
+)
 
 
 def _plain(text: str) -> str:
     """Without TeX wrappers, emphasis, doubled spaces and a final dot."""
     text = unicodedata.normalize("NFKC", _WRAPPER.sub(r"\1", text)).replace("。", ".")
-    return re.sub(r"\s+", " ", re.sub(r"\$|\*\*|\\[()\[\]]|[`\"“”]", "", text)).strip().strip("*").rstrip(". ")
+    return (
+        re.sub(r"\s+", " ", re.sub(r"\$|\*\*|\\[()\[\]]|[`\"“”]", "", text))
+        .strip()
+        .strip("*")
+        .rstrip(". ")
+    )
 
 
 def choice_letter(content: str, options: list[str] | None = None) -> str | None:
@@ -202,10 +220,18 @@ def choice_letter(content: str, options: list[str] | None = None) -> str | None:
         return None
     content, letters = _plain(content), _letters(options)
     texts = [_plain(str(o)).casefold() for o in options or []][: len(letters)]
-    if (m := re.fullmatch(r"\(([A-Z])\)|([A-Z])(?:\)|\s?:)?", content)) and (m[1] or m[2]) in letters:
-        return m[1] or m[2]  # a letter of the item comes before an option that is a capital itself, such as "I" or "K"
+    if (m := re.fullmatch(r"\(([A-Z])\)|([A-Z])(?:\)|\s?:)?", content)) and (
+        m[1] or m[2]
+    ) in letters:
+        return (
+            m[1] or m[2]
+        )  # a letter of the item comes before an option that is a capital itself, such as "I" or "K"
     if content.casefold() in texts:
-        return letters[texts.index(content.casefold())] if texts.count(content.casefold()) == 1 else None
+        return (
+            letters[texts.index(content.casefold())]
+            if texts.count(content.casefold()) == 1
+            else None
+        )
     m = re.fullmatch(r"(?:\(([A-Z])\)[.:]?|([A-Z])\s?[.:)])\s*(\S.*)", content)
     letter = m and (m[1] or m[2])
     if not letter or letter not in letters:
@@ -226,7 +252,9 @@ _ANCHOR = re.compile(  # every repetition is bounded: linear time on hostile tex
     r"(?P<wrap>(?:\\[a-z]{2,10}\{|\\[(\[]|[\s*$`\"“(\[{<]){0,12})(?P<letter>[A-Z])(?![A-Za-z0-9_'’])(?P<rest>[^\n]*)"
 )
 _ANSWER_LINE = re.compile(r"(?im)^\W{0,9}answer\W{0,5}:\W{0,9}(\S[^\n]*)$")
-_HEDGE = re.compile(r"[\s*)$}\].]*(?:[/&]|,?\s*(?i:or|and|ou|oder|et|und)\b|,(?=\s*\(?[A-Z]\b))(.*)", re.S)
+_HEDGE = re.compile(
+    r"[\s*)$}\].]*(?:[/&]|,?\s*(?i:or|and|ou|oder|et|und)\b|,(?=\s*\(?[A-Z]\b))(.*)", re.S
+)
 
 
 def stated_letter(body: str, options: list[str] | None = None) -> str | None:
@@ -266,7 +294,9 @@ def grade_equality(pred: str, golds: list[str]) -> bool:
 grade_equality.warm_up = equality.warm_up  # before the worker says that it is ready
 
 
-def _settle(problem: dict, completion: str, finish_reason: str, how: dict) -> Reward | tuple[str, list[str]]:
+def _settle(
+    problem: dict, completion: str, finish_reason: str, how: dict
+) -> Reward | tuple[str, list[str]]:
     """`_settle_strictly`, but a row that breaks its assumptions (meta that is no dict) is an error too."""
     try:
         return _settle_strictly(problem, completion, finish_reason, how)
@@ -274,16 +304,31 @@ def _settle(problem: dict, completion: str, finish_reason: str, how: dict) -> Re
         return Reward(0.0, None, f"{type(e).__name__}: {e}", "error")
 
 
-def _settle_strictly(problem: dict, completion: str, finish_reason: str, how: dict) -> Reward | tuple[str, list[str]]:
+def _settle_strictly(
+    problem: dict, completion: str, finish_reason: str, how: dict
+) -> Reward | tuple[str, list[str]]:
     """All that is cheap: a Reward, or (prediction, golds) where algebra has to decide. Linear time in the text."""
     gold, kind, options = problem.get("answer"), problem.get("kind", "math"), problem.get("options")
-    golds = [str(g) for g in (gold if isinstance(gold, list) else [gold]) if g is not None and str(g).strip()]
+    golds = [
+        str(g)
+        for g in (gold if isinstance(gold, list) else [gold])
+        if g is not None and str(g).strip()
+    ]
     if not golds:
         return Reward(0.0, None, "the problem has no answer to compare with", "error")
     if options is not None and not isinstance(options, list):
-        return Reward(0.0, None, f"options must be a list of texts, got {type(options).__name__}", "error")
-    if kind == "choice" and (options is not None and not options or golds[0] not in _letters(options)):
-        return Reward(0.0, None, f"the answer of a choice must be one of its letters, got {golds[0]!r}", "error")
+        return Reward(
+            0.0, None, f"options must be a list of texts, got {type(options).__name__}", "error"
+        )
+    if kind == "choice" and (
+        options is not None and not options or golds[0] not in _letters(options)
+    ):
+        return Reward(
+            0.0,
+            None,
+            f"the answer of a choice must be one of its letters, got {golds[0]!r}",
+            "error",
+        )
     if kind not in ("math", "choice", "open"):
         return Reward(0.0, None, f"kind must be math, choice or open, got {kind!r}", "error")
     answer = extract_answer(completion, kind, options, **how)
@@ -293,7 +338,10 @@ def _settle_strictly(problem: dict, completion: str, finish_reason: str, how: di
     if answer is None:
         unclosed = after_thought(completion, how.get("open_thought", False)) is None
         return Reward(
-            0.0, None, "the thought is never closed" if unclosed else "no answer in the place asked for", "no_answer"
+            0.0,
+            None,
+            "the thought is never closed" if unclosed else "no answer in the place asked for",
+            "no_answer",
         )
     if kind == "choice":
         return _verdict(text == golds[0], text)
@@ -310,16 +358,28 @@ _BIG = re.compile(r"\\(?:sum|prod|int|lim|bigcup|bigcap)(?![a-zA-Z])|[∑∏∫]
 def _settle_value(problem: dict, text: str, golds: list[str]) -> Reward | tuple[str, list[str]]:
     meta = problem.get("meta") or {}
     if unit := meta.get("unit"):
-        text_bare = re.sub(rf"\s*(?:\\text\{{\s*)?{re.escape(str(unit))}\s*\}}?\s*\.?$", "", text) or text
+        text_bare = (
+            re.sub(rf"\s*(?:\\text\{{\s*)?{re.escape(str(unit))}\s*\}}?\s*\.?$", "", text) or text
+        )
     else:
         text_bare = text
     golds = [last_boxed(g) or g if "boxed" in g else g for g in golds]
-    if _BIG.search(text) and not any(_BIG.search(g) for g in golds) and _BIG.search(problem.get("question", "")):
+    if (
+        _BIG.search(text)
+        and not any(_BIG.search(g) for g in golds)
+        and _BIG.search(problem.get("question", ""))
+    ):
         return Reward(
-            0.0, text, "an unevaluated sum, product, integral or limit of the question isn't an answer", "ok"
+            0.0,
+            text,
+            "an unevaluated sum, product, integral or limit of the question isn't an answer",
+            "ok",
         )
     if meta.get("precision") is not None:
-        pair = [notation.read_number(notation.normalise(t)) if len(t) < 300 else None for t in (text_bare, golds[0])]
+        pair = [
+            notation.read_number(notation.normalise(t)) if len(t) < 300 else None
+            for t in (text_bare, golds[0])
+        ]
         if all(pair):
             places = int(meta["precision"])
             return _verdict(round(pair[0].value, places) == round(pair[1].value, places), text)
@@ -348,9 +408,13 @@ def _from_user(outcome: grader.Outcome) -> Reward:
     value = outcome.value if isinstance(outcome.value, dict) else {"score": outcome.value}
     score = value.get("score")
     if not isinstance(score, int | float) or not math.isfinite(score):
-        return Reward(0.0, None, f"the reward function returned {score!r}, not a finite number", "error")
+        return Reward(
+            0.0, None, f"the reward function returned {score!r}, not a finite number", "error"
+        )
     answer, why = value.get("answer"), value.get("why")
-    return Reward(float(score), None if answer is None else str(answer), str(why or "user rule"), "ok")
+    return Reward(
+        float(score), None if answer is None else str(answer), str(why or "user rule"), "ok"
+    )
 
 
 _default_pool: Pool | None = None
@@ -394,13 +458,26 @@ def reward(
     `extract_answer`. Bad golds and unknown kinds are a Reward with status "error", so one bad row never ends a
     run.
     """
-    settled = _settle(problem, completion, finish_reason, dict(rule=rule, open_thought=open_thought, lenient=lenient))
-    return settled if isinstance(settled, Reward) else _from_outcome(_equal_somewhere(*settled), settled[0])
+    settled = _settle(
+        problem,
+        completion,
+        finish_reason,
+        dict(rule=rule, open_thought=open_thought, lenient=lenient),
+    )
+    return (
+        settled
+        if isinstance(settled, Reward)
+        else _from_outcome(_equal_somewhere(*settled), settled[0])
+    )
 
 
 def unverifiable(problem: dict) -> str | None:
     """Why a problem's gold can't be verified (put in a box it must score 1), or None."""
-    golds = problem.get("answer") if isinstance(problem.get("answer"), list) else [problem.get("answer")]
+    golds = (
+        problem.get("answer")
+        if isinstance(problem.get("answer"), list)
+        else [problem.get("answer")]
+    )
     for gold in golds:
         inner = last_boxed(gold) or gold if isinstance(gold, str) and "boxed" in gold else gold
         graded = reward(problem, rf"\boxed{{{inner}}}", "stop")
@@ -457,7 +534,9 @@ class Grader:
             future.set_result(settled)
             return future
         inner = self.pool.submit(*settled)
-        inner.add_done_callback(lambda f: self._finish(future, f, lambda outcome: _from_outcome(outcome, settled[0])))
+        inner.add_done_callback(
+            lambda f: self._finish(future, f, lambda outcome: _from_outcome(outcome, settled[0]))
+        )
         return future
 
     def _finish(self, future: Future, inner: Future, convert) -> None:
@@ -470,11 +549,24 @@ class Grader:
 
     def _count(self, result: Reward, where: str) -> None:
         with self._lock:
-            self._counts.update([where, "graded", result.status, "correct" if result.score > 0 else "wrong"])
+            self._counts.update(
+                [where, "graded", result.status, "correct" if result.score > 0 else "wrong"]
+            )
 
     def counters(self) -> dict[str, int]:
         """Since the start: graded, here, in_worker, correct, wrong, ok, no_answer, truncated, timeout, error, kills."""
-        keys = ("graded", "here", "in_worker", "correct", "wrong", "ok", "no_answer", "truncated", "timeout", "error")
+        keys = (
+            "graded",
+            "here",
+            "in_worker",
+            "correct",
+            "wrong",
+            "ok",
+            "no_answer",
+            "truncated",
+            "timeout",
+            "error",
+        )
         with self._lock:
             return {k: self._counts[k] for k in keys} | {"kills": self.pool.counters["kills"]}
 
@@ -501,10 +593,14 @@ def read_rows(path: str) -> list[dict]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as e:
-                raise SystemExit(f"{path}:{number}: not JSON ({e}); every line must be one JSON object") from None
+                raise SystemExit(
+                    f"{path}:{number}: not JSON ({e}); every line must be one JSON object"
+                ) from None
             for names in (("pred", "completion"), ("gold", "answer")):
                 if not any(isinstance(row.get(n), str) for n in names):
-                    raise SystemExit(f"{path}:{number}: needs a string field {names[0]!r} or {names[1]!r}")
+                    raise SystemExit(
+                        f"{path}:{number}: needs a string field {names[0]!r} or {names[1]!r}"
+                    )
             rows.append(row)
     return rows
 
@@ -524,13 +620,21 @@ def as_job(row: dict, rule: str) -> tuple[dict, str, str]:
     problem |= {k: row[k] for k in ("options", "meta", "question") if k in row}
     if "completion" in row:
         return problem, row["completion"], rule
-    if kind == "text" or re.search(r"<think>|</think>", row["pred"]) or (kind != "math" and r"\boxed" in row["pred"]):
+    if (
+        kind == "text"
+        or re.search(r"<think>|</think>", row["pred"])
+        or (kind != "math" and r"\boxed" in row["pred"])
+    ):
         return problem, row["pred"], "boxed"
     return problem, rf"\boxed{{{row['pred']}}}", "boxed"
 
 
 def expected(row: dict) -> bool | None:
-    return row.get("expected_boxed_only", row.get("expected")) if row.get("kind") == "text" else row.get("expected")
+    return (
+        row.get("expected_boxed_only", row.get("expected"))
+        if row.get("kind") == "text"
+        else row.get("expected")
+    )
 
 
 def grade_rows(
@@ -545,7 +649,11 @@ def grade_rows(
             if row_rule not in graders:
                 graders[row_rule] = Grader(workers, deadline, reward=user, rule=row_rule)
             begin = time.perf_counter()
-            result = graders[row_rule].submit(problem, completion, row.get("finish_reason", "stop")).result()
+            result = (
+                graders[row_rule]
+                .submit(problem, completion, row.get("finish_reason", "stop"))
+                .result()
+            )
             graded.append((result, 1e3 * (time.perf_counter() - begin)))
         return graded
     finally:
@@ -560,12 +668,17 @@ def table(rows: list[dict], graded: list[tuple[Reward, float]]) -> str:
     ]
     kinds = sorted({r.get("kind", "math") for r in rows})
     for kind in [*kinds, "all"]:
-        part = [(r, g, ms) for r, (g, ms) in zip(rows, graded) if kind in ("all", r.get("kind", "math"))]
+        part = [
+            (r, g, ms) for r, (g, ms) in zip(rows, graded) if kind in ("all", r.get("kind", "math"))
+        ]
         labelled = [(expected(r), g.score > 0) for r, g, _ in part if expected(r) is not None]
         agree = sum(e == got for e, got in labelled)
         times = sorted(ms for *_, ms in part)
         share = f"{agree}/{len(labelled)} {100 * agree / len(labelled):5.1f}%" if labelled else "-"
-        positive, negative = sum(got and not e for e, got in labelled), sum(e and not got for e, got in labelled)
+        positive, negative = (
+            sum(got and not e for e, got in labelled),
+            sum(e and not got for e, got in labelled),
+        )
         p99 = times[min(len(times) - 1, int(0.99 * len(times)))]
         lines.append(
             f"{kind:14}{len(part):6}{sum(g.score > 0 for _, g, _ in part):9}{share:>14}{positive:5}{negative:5}"
@@ -578,12 +691,18 @@ def table(rows: list[dict], graded: list[tuple[Reward, float]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "file", help="jsonl rows: pred or completion, gold; optional kind, options, meta, expected, finish_reason"
+        "file",
+        help="jsonl rows: pred or completion, gold; optional kind, options, meta, expected, finish_reason",
     )
     parser.add_argument(
-        "--rule", choices=RULES, default="answer", help="where completions were asked to put the answer"
+        "--rule",
+        choices=RULES,
+        default="answer",
+        help="where completions were asked to put the answer",
     )
-    parser.add_argument("--reward", default="", metavar="module:function", help="a rule of your own")
+    parser.add_argument(
+        "--reward", default="", metavar="module:function", help="a rule of your own"
+    )
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=5.0, help="seconds per answer")
     args = parser.parse_args(argv)
@@ -595,7 +714,11 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as e:
         raise SystemExit(str(e)) from None
     print(table(rows, graded))
-    wrong = [(r, g) for r, (g, _) in zip(rows, graded) if expected(r) is not None and expected(r) != (g.score > 0)]
+    wrong = [
+        (r, g)
+        for r, (g, _) in zip(rows, graded)
+        if expected(r) is not None and expected(r) != (g.score > 0)
+    ]
     for row, g in wrong:
         text, gold = row.get("completion", row.get("pred")), row.get("gold", row.get("answer"))[:80]
         shown = text if len(text) < 100 else "…" + text[-100:]

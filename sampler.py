@@ -17,6 +17,7 @@ Read in this order: `decode_step` (choose a token from the last hidden state, ru
 
 Shapes: B live samples, S slots, L layers, C hidden size, Hq / Hkv heads, D head size, V vocabulary, P prompt tokens.
 """
+
 from __future__ import annotations
 
 import math
@@ -32,15 +33,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from attention import attend
-from decode_kernels import Graphs, decode_attend, plan_attention
+from core.attention import attend
+from core.decode_kernels import Graphs, decode_attend, plan_attention
+from core.vision import mrope_positions
 from model import Model, head_logits, rope_cos_sin
 from sampling import force_exit, sample_key, sample_token, uniform
-from vision import mrope_positions
 
 
 class PromptLike(Protocol):
     """What the sampler continues (`data.Prompt`)."""
+
     tokens: list[int]  # image placeholders already repeated
     pixel_values: torch.Tensor | None  # (patches, 1176)
     grid_thw: torch.Tensor | None  # (images, 3)
@@ -49,6 +51,7 @@ class PromptLike(Protocol):
 @dataclass(frozen=True)
 class SamplingParams:
     """How to continue every prompt of a call."""
+
     n: int = 1  # samples a prompt
     temperature: float = 1.0  # 0: greedy; its log-probabilities are those at temperature 1
     top_p: float = 1.0  # for evaluation only: training must sample what it scores
@@ -58,36 +61,54 @@ class SamplingParams:
     seed: int = 0
     think_budget: int | None = None  # sampled tokens before thinking is ended by force; None: never
     exit_tokens: Sequence[int] = ()  # what is then inserted; see `sampling.think_exit`
-    close_table: torch.Tensor | None = field(default=None, repr=False, compare=False)  # finds the model's own close
-    answer_budget: int | None = None  # tokens reserved for the answer after a forced exit; None: what is left
+    close_table: torch.Tensor | None = field(
+        default=None, repr=False, compare=False
+    )  # finds the model's own close
+    answer_budget: int | None = (
+        None  # tokens reserved for the answer after a forced exit; None: what is left
+    )
     banned_ids: Sequence[int] | None = None  # never sampled; None: the model's own `banned_ids`
 
     def __post_init__(self):
-        for name, ok, rule in [("n", self.n >= 1, "≥ 1"), ("temperature", self.temperature >= 0, "≥ 0"),
-                               ("top_p", 0 < self.top_p <= 1, "in (0, 1]"), ("top_k", self.top_k >= 0, "≥ 0"),
-                               ("max_new_tokens", self.max_new_tokens >= 1, "≥ 1")]:
+        for name, ok, rule in [
+            ("n", self.n >= 1, "≥ 1"),
+            ("temperature", self.temperature >= 0, "≥ 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "≥ 0"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "≥ 1"),
+        ]:
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be {rule}")
         if self.think_budget is None:
             return
         if self.think_budget < 0 or not len(self.exit_tokens) or self.close_table is None:
-            raise ValueError("think_budget must be ≥ 0 and needs exit_tokens and close_table: "
-                             "SamplingParams(think_budget=…, **sampling.think_exit(tokenizer, vocab_size))")
+            raise ValueError(
+                "think_budget must be ≥ 0 and needs exit_tokens and close_table: "
+                "SamplingParams(think_budget=…, **sampling.think_exit(tokenizer, vocab_size))"
+            )
         # an exit can be held up while the model is closing by itself, a token a character of the close at most
-        held, answer = len(self.close_table) - 1, 1 if self.answer_budget is None else self.answer_budget
+        held, answer = (
+            len(self.close_table) - 1,
+            1 if self.answer_budget is None else self.answer_budget,
+        )
         most = self.max_new_tokens - len(self.exit_tokens) - held - answer
         if self.think_budget > most:
-            raise ValueError(f"think_budget {self.think_budget} leaves no room in max_new_tokens {self.max_new_tokens} "
-                             f"for {len(self.exit_tokens)} exit tokens and {answer} of the answer; at most {most}")
+            raise ValueError(
+                f"think_budget {self.think_budget} leaves no room in max_new_tokens {self.max_new_tokens} "
+                f"for {len(self.exit_tokens)} exit tokens and {answer} of the answer; at most {most}"
+            )
 
 
 @dataclass
 class Rollout:
     """One finished completion."""
+
     prompt_index: int
     sample_index: int
     tokens: list[int]  # the stop token included
-    logprobs: np.ndarray  # (len(tokens),) fp32, the model's own at the sampling temperature, forced tokens too
+    logprobs: (
+        np.ndarray
+    )  # (len(tokens),) fp32, the model's own at the sampling temperature, forced tokens too
     mask: np.ndarray  # (len(tokens),) bool: True sampled, False forced
     finish_reason: str  # stop | length | forced+stop | forced+length
     prompt_tokens: int
@@ -98,13 +119,17 @@ class Rollout:
 
 
 # ------------------------------------------------------------------------------------------------ the decode step
-STATE = ("length",  # tokens whose KV is cached
-         "delta",  # M-RoPE: position of a new token - its index
-         "count", "limit",  # tokens of the completion, and the most it may have
-         "close", "hold",  # characters of the close at the end of the text; 1: and the last token added to them
-         "exit_at",  # token at which the forced exit began, -1: none
-         "done",  # 1: finished or empty, the row runs along and changes nothing
-         "key")  # of its random numbers
+STATE = (
+    "length",  # tokens whose KV is cached
+    "delta",  # M-RoPE: position of a new token - its index
+    "count",
+    "limit",  # tokens of the completion, and the most it may have
+    "close",
+    "hold",  # characters of the close at the end of the text; 1: and the last token added to them
+    "exit_at",  # token at which the forced exit began, -1: none
+    "done",  # 1: finished or empty, the row runs along and changes nothing
+    "key",
+)  # of its random numbers
 
 
 class Slots:
@@ -113,17 +138,25 @@ class Slots:
     def __init__(self, slots: int, capacity: int, config, dtype: torch.dtype, device: torch.device):
         c = config
         size = (2, c.num_hidden_layers, slots, capacity, c.num_key_value_heads, c.head_dim)
-        if device.type == "cpu":  # the same order of dimensions, but each head's rows side by side: SDPA is faster
+        if (
+            device.type == "cpu"
+        ):  # the same order of dimensions, but each head's rows side by side: SDPA is faster
             size = (*size[:3], size[4], size[3], size[5])
         # zeros, since a masked NaN would still reach the output through 0 · NaN
         kv = torch.zeros(size, dtype=dtype, device=device)
         self.kv = kv.transpose(3, 4) if device.type == "cpu" else kv  # (2, L, S, capacity, Hkv, D)
-        self.hidden = torch.zeros(slots, c.hidden_size, dtype=dtype, device=device)  # after the final norm
+        self.hidden = torch.zeros(
+            slots, c.hidden_size, dtype=dtype, device=device
+        )  # after the final norm
         self.state = torch.zeros(len(STATE), slots, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(slots, capacity + 1, dtype=torch.int64, device=device)  # the last column is scratch:
+        self.tokens = torch.zeros(
+            slots, capacity + 1, dtype=torch.int64, device=device
+        )  # the last column is scratch:
         self.logprobs = torch.zeros(slots, capacity + 1, device=device)  # finished rows write there
         self.rows = torch.arange(slots, device=device)
-        self.reach = [0] * slots  # how much of each row's KV may not be zero: of a live row, its limit
+        self.reach = [
+            0
+        ] * slots  # how much of each row's KV may not be zero: of a live row, its limit
         self.clear()
 
     def clear(self) -> None:
@@ -131,16 +164,21 @@ class Slots:
 
     def first(self, rows: int) -> SimpleNamespace:
         """Views of slots 0 … rows - 1, the fields of the state by their names."""
-        return SimpleNamespace(**dict(zip(STATE, self.state[:, :rows].unbind(0))), kv=self.kv[:, :, :rows],
-                               hidden=self.hidden[:rows], tokens=self.tokens[:rows], logprobs=self.logprobs[:rows],
-                               rows=self.rows[:rows])
+        return SimpleNamespace(
+            **dict(zip(STATE, self.state[:, :rows].unbind(0))),
+            kv=self.kv[:, :, :rows],
+            hidden=self.hidden[:rows],
+            tokens=self.tokens[:rows],
+            logprobs=self.logprobs[:rows],
+            rows=self.rows[:rows],
+        )
 
     def set_kv(self, slot: int, kv: torch.Tensor, reach: int) -> None:
         """Start a row with kv (2, L, P, Hkv, D); its sample will write up to `reach`. No trace of the last sample may
         stay, above all no NaN."""
         length = kv.shape[2]
         self.kv[:, :, slot, :length] = kv
-        self.kv[:, :, slot, length:self.reach[slot]] = 0
+        self.kv[:, :, slot, length : self.reach[slot]] = 0
         self.reach[slot] = reach
 
     def ended(self, slot: int, length: int) -> None:
@@ -184,8 +222,13 @@ def choose(s: SimpleNamespace, head: torch.Tensor, p: SimpleNamespace) -> torch.
     return token
 
 
-def through(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Callable
-            ) -> torch.Tensor:
+def through(
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    attention: Callable,
+) -> torch.Tensor:
     """`model.Block` with another attention: x (R, C) → (R, C); attention(q (R, Hq, D), k, v (R, Hkv, D)) → (R, Hq, D).
     Calls the block's parts and not the block, on whose call FSDP would gather."""
     q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
@@ -193,18 +236,27 @@ def through(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: tor
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
-def decode_step(model: Model, angles: tuple[torch.Tensor, torch.Tensor], s: SimpleNamespace, p: SimpleNamespace,
-                bounds: list[int] | None = None) -> None:
+def decode_step(
+    model: Model,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    s: SimpleNamespace,
+    p: SimpleNamespace,
+    bounds: list[int] | None = None,
+) -> None:
     """One token for every row of `s`, in place; no value is read by the host, so a CUDA graph can hold all of it.
     angles: cos and sin by position, (max_len, D/2) each; p: constants of the call; bounds: see `plan_attention`."""
     x = model.model.embed_tokens(choose(s, model.head_weight(), p))  # (B, C)
-    cos, sin = (a[s.length + s.delta] for a in angles)  # one position for all three axes: the new token is text
+    cos, sin = (
+        a[s.length + s.delta] for a in angles
+    )  # one position for all three axes: the new token is text
     plan = plan_attention(s.length, s.kv.shape[3], bounds)
     for layer, keys, values in zip(model.model.layers, *s.kv):  # (B, capacity, Hkv, D) each
+
         def attention(q, k, v, keys=keys, values=values):
             keys.index_put_((s.rows, s.length), k)
             values.index_put_((s.rows, s.length), v)
             return decode_attend(q, keys, values, plan)
+
         x = through(layer, x, cos, sin, attention)
     s.hidden.copy_(model.model.norm(x))
     s.length += 1 - s.done
@@ -214,6 +266,7 @@ def decode_step(model: Model, angles: tuple[torch.Tensor, torch.Tensor], s: Simp
 @dataclass
 class Staged:
     """A prefilled prompt whose samples have not all started."""
+
     prompt: int
     kv: torch.Tensor  # (2, L, P, Hkv, D)
     hidden: torch.Tensor  # (C,) of its last token
@@ -224,6 +277,7 @@ class Staged:
 @dataclass
 class Live:
     """The host's knowledge of a slot's sample."""
+
     prompt: int
     sample: int
     length: int  # cached tokens, exact until the sample has ended
@@ -233,9 +287,18 @@ class Live:
 class Sampler:
     """Weights, KV memory and graphs that outlive a call. See the module's docstring."""
 
-    def __init__(self, model: Model, *, max_len: int, slots: int | None = None, kv_gb: float | None = None,
-                 dtype: torch.dtype | None = None, sync_every: int | None = None, prefill_tokens: int | None = None,
-                 min_rows: int = 1):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_len: int,
+        slots: int | None = None,
+        kv_gb: float | None = None,
+        dtype: torch.dtype | None = None,
+        sync_every: int | None = None,
+        prefill_tokens: int | None = None,
+        min_rows: int = 1,
+    ):
         """max_len: longest prompt + completion. slots: samples decoded at once (256 on CUDA, 64 on CPU if they fit).
         kv_gb: KV memory, by default 80% of what is free. dtype: of weights and cache, by default the model's own.
         sync_every: decode steps between two looks of the host (8 on CUDA, 1 on CPU). prefill_tokens: prompt tokens a
@@ -244,9 +307,13 @@ class Sampler:
         self.model, self.config, self.capacity = model, model.config, max_len
         self.wanted_slots, self.kv_gb, self.dtype, self.min_rows = slots, kv_gb, dtype, min_rows
         self.sync_every, self.prefill_tokens = sync_every, prefill_tokens
-        self.decoder: Model | None = None  # whose weights decode: `model` itself, or a copy of its language model
+        self.decoder: Model | None = (
+            None  # whose weights decode: `model` itself, or a copy of its language model
+        )
         self.angles = self.slots = self.graphs = self.graphs_for = self.addresses = None
-        self.stats: dict[str, float] = {}  # of the last call: seconds and tokens of prefill and decode
+        self.stats: dict[
+            str, float
+        ] = {}  # of the last call: seconds and tokens of prefill and decode
 
     # weights ------------------------------------------------------------------------------------------------------
     @torch.inference_mode()
@@ -258,7 +325,9 @@ class Sampler:
         if isinstance(weight, DTensor):
             raise ValueError("the model is sharded: sample inside `with parallel.gathered(model):`")
         self.device, dtype = weight.device, self.dtype or weight.dtype
-        if dtype == weight.dtype and not (self.device.type == "cuda" and isinstance(self.model, FSDPModule)):
+        if dtype == weight.dtype and not (
+            self.device.type == "cuda" and isinstance(self.model, FSDPModule)
+        ):
             self.decoder = self.model
         else:
             if self.decoder in (None, self.model):
@@ -271,7 +340,9 @@ class Sampler:
         if addresses != self.addresses:
             self.addresses, self.graphs = addresses, None  # they read the old ones
         if self.angles is None:  # of every position that a new token can have
-            self.angles = rope_cos_sin(torch.arange(self.capacity, device=self.device).expand(3, -1), self.config)
+            self.angles = rope_cos_sin(
+                torch.arange(self.capacity, device=self.device).expand(3, -1), self.config
+            )
 
     def release(self) -> None:
         """Give back all memory: KV cache, copied weights, graphs. The next `generate` takes it again."""
@@ -285,7 +356,11 @@ class Sampler:
         if self.slots is not None:
             self.slots.clear()
             return
-        c, dtype, cuda = self.config, self.dtype or self.model.model.embed_tokens.weight.dtype, self.device.type == "cuda"
+        c, dtype, cuda = (
+            self.config,
+            self.dtype or self.model.model.embed_tokens.weight.dtype,
+            self.device.type == "cuda",
+        )
         token_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
         budget = math.inf  # on a CPU pages that are never touched cost nothing
         if self.kv_gb is not None:
@@ -294,30 +369,46 @@ class Sampler:
             budget = 0.8 * torch.cuda.mem_get_info(self.device)[0]
         fitting = int(min(budget / (token_bytes * self.capacity), 256 if cuda else 64))
         if (self.wanted_slots or 1) * token_bytes * self.capacity > budget:
-            raise ValueError(f"{self.wanted_slots or 1} slot(s) of {self.capacity} tokens, {token_bytes} bytes of KV each: "
-                             f"{fitting} would fit in {budget / 1e9:.3g} GB. Pass fewer slots, a smaller max_len "
-                             "or more kv_gb")
+            raise ValueError(
+                f"{self.wanted_slots or 1} slot(s) of {self.capacity} tokens, {token_bytes} bytes of KV each: "
+                f"{fitting} would fit in {budget / 1e9:.3g} GB. Pass fewer slots, a smaller max_len "
+                "or more kv_gb"
+            )
         self.usable = self.wanted_slots or fitting
         self.slots = Slots(max(self.usable, self.min_rows), self.capacity, c, dtype, self.device)
         self.graphs = None
 
     def _constants(self, params: SamplingParams) -> SimpleNamespace:
         """The call's parameters as `choose` wants them: lists as tensors on the device."""
+
         def ids(x):
             return torch.tensor(list(x), device=self.device) if len(x) else None
+
         thinks = params.think_budget is not None
         return SimpleNamespace(
-            temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, stop=ids(params.stop_ids),
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            stop=ids(params.stop_ids),
             banned=self.model.banned_ids if params.banned_ids is None else ids(params.banned_ids),
-            think_budget=params.think_budget, answer_budget=params.answer_budget, exit=ids(params.exit_tokens),
+            think_budget=params.think_budget,
+            answer_budget=params.answer_budget,
+            exit=ids(params.exit_tokens),
             close_table=params.close_table.to(self.device) if thinks else None,
-            closed=len(params.close_table) - 1 if thinks else 0)
+            closed=len(params.close_table) - 1 if thinks else 0,
+        )
 
     # one call -----------------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[PromptLike], params: SamplingParams, *,
-                 sample_ids: Sequence[int] | None = None, on_finish: Callable[[Rollout], None] | None = None,
-                 progress: bool = False) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        params: SamplingParams,
+        *,
+        sample_ids: Sequence[int] | None = None,
+        on_finish: Callable[[Rollout], None] | None = None,
+        progress: bool = False,
+    ) -> list[Rollout]:
         """params.n completions of each prompt, ordered by (prompt, sample).
 
         sample_ids: a number a prompt that, with the seed and the sample's index, decides its random numbers; by default
@@ -331,8 +422,19 @@ class Sampler:
             return []
         self.update_weights()
         self._allocate()
-        run = Run(prompts, params, ids, self._constants(params), on_finish, tqdm(
-            total=len(prompts) * params.n, disable=not progress, unit="sample", dynamic_ncols=True))
+        run = Run(
+            prompts,
+            params,
+            ids,
+            self._constants(params),
+            on_finish,
+            tqdm(
+                total=len(prompts) * params.n,
+                disable=not progress,
+                unit="sample",
+                dynamic_ncols=True,
+            ),
+        )
         every = self.sync_every or (8 if self.device.type == "cuda" else 1)
         try:
             self._record_graphs(run)
@@ -345,8 +447,10 @@ class Sampler:
                 run.decode_seconds += time.perf_counter() - begin
         except (KeyboardInterrupt, torch.OutOfMemoryError) as e:
             if isinstance(e, torch.OutOfMemoryError):
-                e.add_note(f"sampling with {self.usable} slots of {self.capacity} tokens, "
-                           f"{self.slots.kv.nbytes / 1e9:.3g} GB of KV cache; slots={self.usable // 2} frees half of it")
+                e.add_note(
+                    f"sampling with {self.usable} slots of {self.capacity} tokens, "
+                    f"{self.slots.kv.nbytes / 1e9:.3g} GB of KV cache; slots={self.usable // 2} frees half of it"
+                )
             e.rollouts = run.finished
             raise
         finally:
@@ -362,29 +466,46 @@ class Sampler:
             if not len(prompt.tokens):
                 raise ValueError(f"prompt {i} is empty; it needs one token at least")
             if len(prompt.tokens) + params.max_new_tokens > self.capacity:
-                raise ValueError(f"prompt {i}: {len(prompt.tokens)} tokens + max_new_tokens {params.max_new_tokens} "
-                                 f"are more than the sampler's max_len {self.capacity}")
+                raise ValueError(
+                    f"prompt {i}: {len(prompt.tokens)} tokens + max_new_tokens {params.max_new_tokens} "
+                    f"are more than the sampler's max_len {self.capacity}"
+                )
             if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab:
-                raise ValueError(f"prompt {i} holds token ids outside 0 … {vocab - 1}; wrong tokenizer?")
+                raise ValueError(
+                    f"prompt {i} holds token ids outside 0 … {vocab - 1}; wrong tokenizer?"
+                )
             if prompt.pixel_values is not None and not images:
-                raise ValueError(f"prompt {i} has images, but the model was built without its vision tower; build it "
-                                 "with with_vision=True")
+                raise ValueError(
+                    f"prompt {i} has images, but the model was built without its vision tower; build it "
+                    "with with_vision=True"
+                )
 
     def _record_graphs(self, run: "Run") -> None:
         if self.device.type != "cuda":
             return
-        values = [x.tolist() if isinstance(x, torch.Tensor) else x for x in vars(run.constants).values()]
+        values = [
+            x.tolist() if isinstance(x, torch.Tensor) else x for x in vars(run.constants).values()
+        ]
         if self.graphs is None or self.graphs_for[0] != values:
-            self.graphs, self.graphs_for = None, (values, run.constants)  # whose tensors the graphs read
-            self.graphs = Graphs(lambda rows: decode_step(self.decoder, self.angles, self.slots.first(rows),
-                                                          run.constants), len(self.slots.rows))
+            self.graphs, self.graphs_for = (
+                None,
+                (values, run.constants),
+            )  # whose tensors the graphs read
+            self.graphs = Graphs(
+                lambda rows: decode_step(
+                    self.decoder, self.angles, self.slots.first(rows), run.constants
+                ),
+                len(self.slots.rows),
+            )
 
     def _prefill(self, run: "Run") -> None:
         """Stage the next prompts: as many as fit a packed pass of `prefill_tokens`, one at least."""
         begin, c = time.perf_counter(), self.config
         budget = self.prefill_tokens or (16384 if self.device.type == "cuda" else 1024)
         chosen, room = [run.next_prompt], budget - len(run.prompts[run.next_prompt].tokens)
-        while (n := chosen[-1] + 1) < len(run.prompts) and (room := room - len(run.prompts[n].tokens)) >= 0:
+        while (n := chosen[-1] + 1) < len(run.prompts) and (
+            room := room - len(run.prompts[n].tokens)
+        ) >= 0:
             chosen.append(n)
         run.next_prompt = n
         prompts = [run.prompts[i] for i in chosen]
@@ -392,33 +513,46 @@ class Sampler:
         positions, deltas = zip(*(self._positions(p) for p in prompts))
         cu = torch.tensor([0, *(len(p.tokens) for p in prompts)]).cumsum(0).int()
         pictured = [p for p in prompts if p.pixel_values is not None]
-        images = [torch.cat([getattr(p, name) for p in pictured]) for name in ("pixel_values", "grid_thw") if pictured]
+        images = [
+            torch.cat([getattr(p, name) for p in pictured])
+            for name in ("pixel_values", "grid_thw")
+            if pictured
+        ]
         m, longest, on_device = self.decoder.model, int(cu.diff().max()), cu.to(self.device)
         x = self.model.embed(tokens.to(self.device), *images).to(self.slots.kv.dtype)  # (T, C)
         cos, sin = rope_cos_sin(torch.cat(positions, dim=1).to(self.device), c)
         kv = x.new_empty(2, len(m.layers), len(tokens), c.num_key_value_heads, c.head_dim)
         for i, layer in enumerate(m.layers):
+
             def attention(q, k, v, i=i):
                 kv[0, i], kv[1, i] = k, v
                 return attend(q, k, v, on_device, longest, causal=True)
+
             x = through(layer, x, cos, sin, attention)
         last = m.norm(x[on_device[1:].long() - 1])  # (prompts, C)
-        run.staged.extend(Staged(i, kv[:, :, a:b], h, d)
-                          for i, a, b, h, d in zip(chosen, cu[:-1].tolist(), cu[1:].tolist(), last, deltas))
+        run.staged.extend(
+            Staged(i, kv[:, :, a:b], h, d)
+            for i, a, b, h, d in zip(chosen, cu[:-1].tolist(), cu[1:].tolist(), last, deltas)
+        )
         run.prefill_seconds += time.perf_counter() - begin
         run.prefill_tokens += len(tokens)
 
     def _positions(self, prompt: PromptLike) -> tuple[torch.Tensor, int]:
         if prompt.grid_thw is None:
             return torch.arange(len(prompt.tokens)).expand(3, -1), 0
-        return mrope_positions(torch.as_tensor(prompt.tokens), prompt.grid_thw,
-                               image_token_id=self.config.image_token_id,
-                               merge_size=self.config.vision.spatial_merge_size)
+        return mrope_positions(
+            torch.as_tensor(prompt.tokens),
+            prompt.grid_thw,
+            image_token_id=self.config.image_token_id,
+            merge_size=self.config.vision.spatial_merge_size,
+        )
 
     def _admit(self, run: "Run") -> None:
         """Fill free slots with waiting samples, then close the holes that are left."""
         s, rows, p = self.slots, [], run.params
-        free = [i for i, x in enumerate(run.live) if x is None] + list(range(len(run.live), self.usable))
+        free = [i for i, x in enumerate(run.live) if x is None] + list(
+            range(len(run.live), self.usable)
+        )
         while free and run.waiting:
             if not run.staged:
                 self._prefill(run)
@@ -428,8 +562,22 @@ class Sampler:
             s.set_kv(slot, staged.kv, length + p.max_new_tokens)
             s.hidden[slot] = staged.hidden
             key = sample_key(p.seed, run.ids[staged.prompt], staged.started)
-            rows.append((slot, dict(length=length, delta=staged.delta, count=0, limit=p.max_new_tokens, close=0, hold=0,
-                                    exit_at=-1, done=0, key=key)))
+            rows.append(
+                (
+                    slot,
+                    dict(
+                        length=length,
+                        delta=staged.delta,
+                        count=0,
+                        limit=p.max_new_tokens,
+                        close=0,
+                        hold=0,
+                        exit_at=-1,
+                        done=0,
+                        key=key,
+                    ),
+                )
+            )
             if slot == len(run.live):
                 run.live.append(None)
             run.live[slot] = Live(staged.prompt, staged.started, length, length)
@@ -438,7 +586,9 @@ class Sampler:
                 run.staged.popleft()
         if rows:
             at = torch.tensor([slot for slot, _ in rows], device=self.device)
-            s.state[:, at] = torch.tensor([[r[name] for _, r in rows] for name in STATE], device=self.device)
+            s.state[:, at] = torch.tensor(
+                [[r[name] for _, r in rows] for name in STATE], device=self.device
+            )
         while None in run.live:
             hole, last = run.live.index(None), run.live.pop()
             if last is not None:
@@ -464,9 +614,12 @@ class Sampler:
         if not ended:
             return
         at, longest = torch.tensor(ended, device=self.device), max(count[i] for i in ended)
-        tokens, logprobs = s.tokens[at, :longest].cpu().numpy(), s.logprobs[at, :longest].cpu().numpy()
+        tokens, logprobs = (
+            s.tokens[at, :longest].cpu().numpy(),
+            s.logprobs[at, :longest].cpu().numpy(),
+        )
         for i, t, l in zip(ended, tokens, logprobs):
-            run.finish(run.live[i], t[:count[i]], l[:count[i]], exit_at[i])
+            run.finish(run.live[i], t[: count[i]], l[: count[i]], exit_at[i])
             self.slots.ended(i, run.live[i].length)
             run.live[i] = None
 
@@ -474,7 +627,15 @@ class Sampler:
 class Run:
     """Where a call of `generate` stands."""
 
-    def __init__(self, prompts, params: SamplingParams, ids: list[int], constants: SimpleNamespace, on_finish, bar):
+    def __init__(
+        self,
+        prompts,
+        params: SamplingParams,
+        ids: list[int],
+        constants: SimpleNamespace,
+        on_finish,
+        bar,
+    ):
         self.prompts, self.params, self.ids, self.constants = prompts, params, ids, constants
         self.on_finish, self.bar = on_finish, bar
         self.next_prompt = 0  # the first that has not been prefilled
@@ -498,10 +659,17 @@ class Run:
         """tokens, logprobs (count,) of an ended sample; exit_at: where its forced tokens begin, -1: none."""
         mask = np.ones(len(tokens), dtype=bool)
         if exit_at >= 0:
-            mask[exit_at:exit_at + len(self.params.exit_tokens)] = False
+            mask[exit_at : exit_at + len(self.params.exit_tokens)] = False
         reason = "stop" if tokens[-1] in self.params.stop_ids and mask[-1] else "length"
-        rollout = Rollout(live.prompt, live.sample, tokens.tolist(), logprobs.copy(), mask,
-                          reason if exit_at < 0 else "forced+" + reason, live.prompt_tokens)
+        rollout = Rollout(
+            live.prompt,
+            live.sample,
+            tokens.tolist(),
+            logprobs.copy(),
+            mask,
+            reason if exit_at < 0 else "forced+" + reason,
+            live.prompt_tokens,
+        )
         self.finished.append(rollout)
         self.decode_tokens += len(tokens)
         speed = self.decode_tokens / (time.perf_counter() - self.start)
@@ -511,6 +679,10 @@ class Run:
             self.on_finish(rollout)
 
     def stats(self) -> dict[str, float]:
-        return {"seconds": time.perf_counter() - self.start, "prefill_seconds": self.prefill_seconds,
-                "decode_seconds": self.decode_seconds, "prefill_tokens": self.prefill_tokens,
-                "decode_tokens": self.decode_tokens}
+        return {
+            "seconds": time.perf_counter() - self.start,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+            "prefill_tokens": self.prefill_tokens,
+            "decode_tokens": self.decode_tokens,
+        }

@@ -6,6 +6,7 @@
 
 Functions of tensors; no generator, no value that the host must read. Shapes: B rows, V vocabulary.
 """
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -33,16 +34,22 @@ def sample_key(seed: int, prompt_id: int, sample_index: int) -> int:
 
 def uniform(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """(B,) int64 keys and positions → (B,) fp32 in (0, 1), the same on every device: splitmix64 at `position`."""
+
     def shifted(x, bits):  # logical shift right: torch's own carries the sign along
         return (x >> bits) & ((1 << 64 - bits) - 1)
+
     x = key + (position + 1) * _signed(_GOLDEN)
     x = (x ^ shifted(x, 30)) * _signed(_MIX1)
     x = (x ^ shifted(x, 27)) * _signed(_MIX2)
     x = x ^ shifted(x, 31)
-    return shifted(x, 41).float() * 2.0**-23 + 2.0**-24  # 23 bits, so that neither 0 nor 1 comes out
+    return (
+        shifted(x, 41).float() * 2.0**-23 + 2.0**-24
+    )  # 23 bits, so that neither 0 nor 1 comes out
 
 
-def sample_token(logits: torch.Tensor, u: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_token(
+    logits: torch.Tensor, u: torch.Tensor, top_k: int, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (B, V) fp32, u (B,) in (0, 1) → tokens (B,) by inverse CDF, and logsumexp(logits) (B,).
 
     Token i is taken when u · total lies in [cdf[i-1], cdf[i]): one random number a row, and an id of probability 0,
@@ -55,9 +62,13 @@ def sample_token(logits: torch.Tensor, u: torch.Tensor, top_k: int, top_p: float
         p = truncate(p, top_k, top_p)
     cdf = p.cumsum(-1)
     total = cdf[:, -1:]
-    at = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))  # rounding must not reach the end
+    at = torch.minimum(
+        u[:, None] * total, total.nextafter(torch.zeros_like(total))
+    )  # rounding must not reach the end
     token = torch.searchsorted(cdf, at, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
-    if p.is_cuda:  # a parallel scan is monotone up to rounding only, which could let an impossible id through
+    if (
+        p.is_cuda
+    ):  # a parallel scan is monotone up to rounding only, which could let an impossible id through
         token = torch.where(p.gather(1, token[:, None]).squeeze(1) > 0, token, p.argmax(-1))
     return token, lse
 
@@ -76,12 +87,17 @@ def truncate(p: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- forced exit
-def think_exit(tokenizer, vocab_size: int, text: str = "</think>\n", close: str = "</think>") -> dict:
+def think_exit(
+    tokenizer, vocab_size: int, text: str = "</think>\n", close: str = "</think>"
+) -> dict:
     """What SamplingParams needs for a forced exit: {"exit_tokens": ids of `text`, "close_table": finder of `close`}.
     The newline stands where training data have it; in Qwen's vocabulary it belongs to the last token of the close."""
     pieces = [tokenizer.decode([i]) for i in range(min(len(tokenizer), vocab_size))]
     pieces += [""] * (vocab_size - len(pieces))
-    return {"exit_tokens": tokenizer.encode(text, add_special_tokens=False), "close_table": close_table(pieces, close)}
+    return {
+        "exit_tokens": tokenizer.encode(text, add_special_tokens=False),
+        "close_table": close_table(pieces, close),
+    }
 
 
 def close_table(pieces: list[str], close: str) -> torch.Tensor:
@@ -92,6 +108,7 @@ def close_table(pieces: list[str], close: str) -> torch.Tensor:
     so it is followed as text. For close "</t>", pieces ["</", "t", ">\\n", "a"]: from state 0 "</" leads to 2,
     from 2 "t" to 3, from 3 ">\\n" to 4 (closed); "a" leads back to 0 from everywhere but 4.
     """
+
     def advance(state: int, piece: str) -> int:
         text = close[:state] + piece
         if close in text:
@@ -103,7 +120,9 @@ def close_table(pieces: list[str], close: str) -> torch.Tensor:
     for i, piece in enumerate(pieces):
         if not piece:  # says nothing: the state stays
             table[:, i] = torch.arange(len(close) + 1)
-        elif piece[-1] in letters or piece[0] in letters:  # no other piece can lead anywhere but to 0
+        elif (
+            piece[-1] in letters or piece[0] in letters
+        ):  # no other piece can lead anywhere but to 0
             table[:, i] = torch.tensor([advance(s, piece) for s in range(len(close) + 1)])
         elif close in piece:
             table[:, i] = len(close)
@@ -111,14 +130,22 @@ def close_table(pieces: list[str], close: str) -> torch.Tensor:
     return table
 
 
-def force_exit(s: SimpleNamespace, token: torch.Tensor, p: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+def force_exit(
+    s: SimpleNamespace, token: torch.Tensor, p: SimpleNamespace
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace sampled tokens (B,) by the exit's where thinking is over its budget → (tokens, which are forced (B,)).
 
     Thinking is everything until the close has been written, whether prompt or completion opened it. The exit waits
     while the model is closing by itself: each token must bring the close further, so it waits len(close) - 1 tokens
     at most. After the exit `answer_budget` tokens are left.
     """
-    starts = (s.count >= p.think_budget) & (s.close < p.closed) & (s.hold == 0) & (s.exit_at < 0) & (s.done == 0)
+    starts = (
+        (s.count >= p.think_budget)
+        & (s.close < p.closed)
+        & (s.hold == 0)
+        & (s.exit_at < 0)
+        & (s.done == 0)
+    )
     s.exit_at.copy_(torch.where(starts, s.count, s.exit_at))
     if p.answer_budget is not None:
         s.limit.copy_(torch.where(starts, s.count + len(p.exit) + p.answer_budget, s.limit))

@@ -11,6 +11,7 @@ Prints a table and, as the last line, one JSON object. A section that fails is a
 Limits: matrix work at the GPU's dense bf16 peak; decode by what it must read, weights once and each row's KV cache, at
 the memory bandwidth, or compute, whichever is slower.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,35 +26,85 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-import attention  # noqa: E402
-from experiment import PEAK_FLOPS, header  # noqa: E402
+from core import attention  # noqa: E402
+from core.optim import adamw, guarded_step  # noqa: E402
+from core.parallel import gathered, init, shard, shutdown  # noqa: E402
+from core.run import PEAK_FLOPS, header  # noqa: E402
 from model import CHECKPOINTING, Model, ModelConfig, train_flops  # noqa: E402
-from optim import adamw, guarded_step  # noqa: E402
-from parallel import gathered, init, shard, shutdown  # noqa: E402
 from sampler import Sampler, SamplingParams  # noqa: E402
 
-BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "B200": 8e12}  # bytes/s, vendor's figure
+BANDWIDTH = {
+    "H200": 4.8e12,
+    "H100": 3.35e12,
+    "A100": 2.0e12,
+    "B200": 8e12,
+}  # bytes/s, vendor's figure
 
-VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, in_chans=3, patch_size=14,
-              spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+VISION = dict(
+    depth=32,
+    hidden_size=1280,
+    intermediate_size=3420,
+    num_heads=16,
+    in_chans=3,
+    patch_size=14,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    window_size=112,
+    fullatt_block_indexes=[7, 15, 23, 31],
+)
 SIZES = {  # config.json of the published checkpoints, and one that a CPU runs in a moment
-    "7b": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_hidden_layers=28,
-               num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
-               rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]), vision_config=VISION | dict(out_hidden_size=3584)),
-    "3b": dict(hidden_size=2048, intermediate_size=11008, num_attention_heads=16, num_hidden_layers=36,
-               num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
-               rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]), vision_config=VISION | dict(out_hidden_size=2048)),
-    "tiny": dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=2,
-                 num_key_value_heads=2, vocab_size=320, tie_word_embeddings=True,
-                 rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3]),
-                 vision_config=VISION | dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2,
-                                             fullatt_block_indexes=[1], out_hidden_size=64)),
+    "7b": dict(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_attention_heads=28,
+        num_hidden_layers=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        vision_config=VISION | dict(out_hidden_size=3584),
+    ),
+    "3b": dict(
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_attention_heads=16,
+        num_hidden_layers=36,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        vision_config=VISION | dict(out_hidden_size=2048),
+    ),
+    "tiny": dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        vocab_size=320,
+        tie_word_embeddings=True,
+        rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3]),
+        vision_config=VISION
+        | dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            fullatt_block_indexes=[1],
+            out_hidden_size=64,
+        ),
+    ),
 }
 
 
 def model_config(size: str) -> ModelConfig:
-    image = dict(image_token_id=310 if size == "tiny" else 151655, vision_start_token_id=311 if size == "tiny" else 151652)
-    return ModelConfig.from_dict(dict(model_type="qwen2_5_vl", rope_theta=1e6, rms_norm_eps=1e-6, **image, **SIZES[size]))
+    image = dict(
+        image_token_id=310 if size == "tiny" else 151655,
+        vision_start_token_id=311 if size == "tiny" else 151652,
+    )
+    return ModelConfig.from_dict(
+        dict(model_type="qwen2_5_vl", rope_theta=1e6, rms_norm_eps=1e-6, **image, **SIZES[size])
+    )
 
 
 @torch.no_grad()
@@ -82,16 +133,38 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.world = args, init("cpu" if args.dry else "auto", timeout_minutes=10)
-        self.dry, self.config, self.rows = args.dry, model_config("tiny" if args.dry else args.size), []
+        self.dry, self.config, self.rows = (
+            args.dry,
+            model_config("tiny" if args.dry else args.size),
+            [],
+        )
         name = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "CPU"
         self.name = name
         self.peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
         self.bandwidth = next((v for k, v in BANDWIDTH.items() if k in name), None)
         self.dtype = torch.float32 if args.dry else torch.bfloat16
 
-    def row(self, section: str, name: str, value: float, unit: str, limit: float | None = None, note: str = "") -> None:
+    def row(
+        self,
+        section: str,
+        name: str,
+        value: float,
+        unit: str,
+        limit: float | None = None,
+        note: str = "",
+    ) -> None:
         share = None if not limit else value / limit
-        self.rows.append(dict(section=section, name=name, value=value, unit=unit, limit=limit, share=share, note=note))
+        self.rows.append(
+            dict(
+                section=section,
+                name=name,
+                value=value,
+                unit=unit,
+                limit=limit,
+                share=share,
+                note=note,
+            )
+        )
         beside = f"  of {limit:,.4g} = {share:.0%}" if limit else ""
         print(f"{section:8} {name:44} {value:>12,.4g} {unit}{beside}  {note}", flush=True)
 
@@ -122,6 +195,7 @@ class Bench:
 
     def free(self) -> None:
         import gc
+
         gc.collect()
         self.memory()
 
@@ -129,7 +203,12 @@ class Bench:
 def stream(config: ModelConfig, lengths: list[int], seed: int = 0):
     """A packed stream of random documents: tokens, positions, cu_seqlens."""
     g = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, min(config.vocab_size, 300 if config.vocab_size < 400 else 150000), (sum(lengths),), generator=g)
+    tokens = torch.randint(
+        0,
+        min(config.vocab_size, 300 if config.vocab_size < 400 else 150000),
+        (sum(lengths),),
+        generator=g,
+    )
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(3, -1)
     return tokens, positions, torch.tensor([0, *lengths]).cumsum(0).int()
 
@@ -148,41 +227,71 @@ def check(b: Bench) -> None:
         out = attention.attend(*inputs, cu.to(device), max(lengths), causal=True)
         (out * weight.to(device, dtype)).sum().backward()
         return [out.detach().float().cpu(), *(x.grad.float().cpu() for x in inputs)]
-    for name, ours, exact in zip(("output", "dq", "dk", "dv"), run(b.world.device, b.dtype), run("cpu", torch.float32)):
-        b.row("check", f"attend {name}, relative error", ((ours - exact).norm() / exact.norm()).item(), "",
-              note="bf16: ≤ 1e-2")
+
+    for name, ours, exact in zip(
+        ("output", "dq", "dk", "dv"), run(b.world.device, b.dtype), run("cpu", torch.float32)
+    ):
+        b.row(
+            "check",
+            f"attend {name}, relative error",
+            ((ours - exact).norm() / exact.norm()).item(),
+            "",
+            note="bf16: ≤ 1e-2",
+        )
     small = Bench.__new__(Bench)
     small.__dict__.update(b.__dict__, config=model_config("tiny"))
     reference, model = plain_model(small, torch.float32, device="cpu"), plain_model(small, b.dtype)
     for p, r in zip(model.parameters(), reference.parameters()):
         p.copy_(r)
-    prompts = [SimpleNamespace(tokens=stream(small.config, [n], n)[0].tolist(), pixel_values=None, grid_thw=None)
-               for n in (5, 17, 40, 3, 64, 9)]
-    rollouts = Sampler(model, max_len=128, slots=4).generate(prompts, SamplingParams(n=3, max_new_tokens=32, seed=1))
+    prompts = [
+        SimpleNamespace(
+            tokens=stream(small.config, [n], n)[0].tolist(), pixel_values=None, grid_thw=None
+        )
+        for n in (5, 17, 40, 3, 64, 9)
+    ]
+    rollouts = Sampler(model, max_len=128, slots=4).generate(
+        prompts, SamplingParams(n=3, max_new_tokens=32, seed=1)
+    )
     gaps = []
     for r in rollouts:  # decode with cache, graphs and splits against one teacher-forced forward
         tokens = torch.tensor(prompts[r.prompt_index].tokens + r.tokens)
         start, end = len(prompts[r.prompt_index].tokens), len(tokens)
         with torch.no_grad():
             logits = model(tokens, torch.arange(end).expand(3, -1), torch.tensor([0, end]).int())
-        scored = logits.log_softmax(-1)[start - 1:-1].gather(1, tokens[start:, None].to(logits.device)).squeeze(1)
+        scored = (
+            logits.log_softmax(-1)[start - 1 : -1]
+            .gather(1, tokens[start:, None].to(logits.device))
+            .squeeze(1)
+        )
         gaps.append((scored.cpu() - torch.as_tensor(r.logprobs)).abs())
     gap = torch.cat(gaps)
-    b.row("check", "sampler - trainer log-probability, mean", gap.mean().item(), "", note="bf16: ≤ 1e-2")
+    b.row(
+        "check",
+        "sampler - trainer log-probability, mean",
+        gap.mean().item(),
+        "",
+        note="bf16: ≤ 1e-2",
+    )
     b.row("check", "sampler - trainer log-probability, max", gap.max().item(), "")
 
 
 def sft(b: Bench) -> None:
     """One optimizer step of train_sft's inner loop on one packed micro-batch, fp32 masters, bf16 compute."""
     from train_sft import accumulate_gradients
-    for context in ([96] if b.dry else b.args.contexts):
-        for mode in (CHECKPOINTING if b.args.all_modes else ("full", "matmul")):
-            for compiled in ((False,) if b.dry else (False, True)):
+
+    for context in [96] if b.dry else b.args.contexts:
+        for mode in CHECKPOINTING if b.args.all_modes else ("full", "matmul"):
+            for compiled in (False,) if b.dry else (False, True):
                 try:
                     sft_case(b, accumulate_gradients, context, mode, compiled)
                 except torch.OutOfMemoryError:
-                    b.row("sft", f"{context} {mode}{' compiled' if compiled else ''}", float("nan"), "tok/s",
-                          note="out of memory")
+                    b.row(
+                        "sft",
+                        f"{context} {mode}{' compiled' if compiled else ''}",
+                        float("nan"),
+                        "tok/s",
+                        note="out of memory",
+                    )
                 b.free()
 
 
@@ -202,18 +311,32 @@ def sft_case(b: Bench, accumulate_gradients, context: int, mode: str, compiled: 
     tokens, positions, cu = stream(b.config, lengths)
     targets = tokens.roll(-1)
     targets[cu[1:].long() - 1] = -100
-    batch = SimpleNamespace(tokens=tokens, position_ids=positions, cu_seqlens=cu, targets=targets, pixel_values=None,
-                            grid_thw=None)
+    batch = SimpleNamespace(
+        tokens=tokens,
+        position_ids=positions,
+        cu_seqlens=cu,
+        targets=targets,
+        pixel_values=None,
+        grid_thw=None,
+    )
 
     def step():
         loss = accumulate_gradients(model, [batch], context, b.world)
         guarded_step(model, optimizer, lr=1e-5, max_norm=1.0, loss=loss)
+
     with profiler(b, "sft"):
         seconds = b.seconds(step, repeats=3)
     strict, _ = train_flops(b.config, lengths)
     name = f"{context} tokens, keep {mode}{', compiled' if compiled else ''}"
     limit = b.peak and context * b.peak / strict
-    b.row("sft", name, context / seconds, "tok/s", limit, note=f"peak {b.memory():.1f} GiB; share is strict MFU")
+    b.row(
+        "sft",
+        name,
+        context / seconds,
+        "tok/s",
+        limit,
+        note=f"peak {b.memory():.1f} GiB; share is strict MFU",
+    )
 
 
 def decode_limit(b: Bench, rows: int, context: int) -> float | None:
@@ -221,7 +344,9 @@ def decode_limit(b: Bench, rows: int, context: int) -> float | None:
     if not b.bandwidth:
         return None
     c = b.config
-    weights = sum(p.numel() for n, p in meta_parameters(c) if "embed_tokens" not in n or c.tie_word_embeddings)
+    weights = sum(
+        p.numel() for n, p in meta_parameters(c) if "embed_tokens" not in n or c.tie_word_embeddings
+    )
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 2 * context
     return rows / max((2 * weights + rows * kv) / b.bandwidth, 2 * weights * rows / b.peak)
 
@@ -234,16 +359,26 @@ def meta_parameters(config: ModelConfig):
 def prefill(b: Bench) -> None:
     """Forward of packed prompts, last token's logits only, as the sampler does it."""
     model = plain_model(b, b.dtype)
-    for length in ([32] if b.dry else (512, 2048)):
+    for length in [32] if b.dry else (512, 2048):
         count = 2 if b.dry else 16384 // length
-        prompts = [SimpleNamespace(tokens=stream(b.config, [length], i)[0].tolist(), pixel_values=None, grid_thw=None)
-                   for i in range(count)]
+        prompts = [
+            SimpleNamespace(
+                tokens=stream(b.config, [length], i)[0].tolist(), pixel_values=None, grid_thw=None
+            )
+            for i in range(count)
+        ]
         sampler = Sampler(model, max_len=length + 1, slots=count)
         params = SamplingParams(n=1, max_new_tokens=1)
         seconds = b.seconds(lambda s=sampler, p=prompts, q=params: s.generate(p, q), repeats=3)
         flops = train_flops(b.config, [length] * count)[0] / 3
-        b.row("prefill", f"{count} prompts of {length}", count * length / seconds, "tok/s",
-              b.peak and count * length * b.peak / flops, note="setting up and one token included")
+        b.row(
+            "prefill",
+            f"{count} prompts of {length}",
+            count * length / seconds,
+            "tok/s",
+            b.peak and count * length * b.peak / flops,
+            note="setting up and one token included",
+        )
         sampler.release()
     b.free()
 
@@ -251,18 +386,33 @@ def prefill(b: Bench) -> None:
 def decode(b: Bench) -> None:
     """Steady decode: B samples a batch, from a context of about `context` tokens on, no stop."""
     model = plain_model(b, b.dtype)
-    for rows, context in ([(4, 32)] if b.dry else [(64, 1024), (128, 1024), (256, 1024), (64, 4096), (128, 4096)]):
+    for rows, context in (
+        [(4, 32)] if b.dry else [(64, 1024), (128, 1024), (256, 1024), (64, 4096), (128, 4096)]
+    ):
         new = 8 if b.dry else 256
-        prompt = [SimpleNamespace(tokens=stream(b.config, [context - new // 2], 0)[0].tolist(), pixel_values=None,
-                                  grid_thw=None)]
+        prompt = [
+            SimpleNamespace(
+                tokens=stream(b.config, [context - new // 2], 0)[0].tolist(),
+                pixel_values=None,
+                grid_thw=None,
+            )
+        ]
         sampler = Sampler(model, max_len=context + new, slots=rows)
         params = SamplingParams(n=rows, max_new_tokens=new, seed=0)
         sampler.generate(prompt, params)  # records the graphs
         with profiler(b, "decode"):
             sampler.generate(prompt, params)
-        speed = sampler.stats.get("decode_tok_per_s") or rows * new / sampler.stats["decode_seconds"]
-        b.row("decode", f"B = {rows}, context {context}", speed, "tok/s", decode_limit(b, rows, context),
-              note=f"peak {b.memory():.1f} GiB")
+        speed = (
+            sampler.stats.get("decode_tok_per_s") or rows * new / sampler.stats["decode_seconds"]
+        )
+        b.row(
+            "decode",
+            f"B = {rows}, context {context}",
+            speed,
+            "tok/s",
+            decode_limit(b, rows, context),
+            note=f"peak {b.memory():.1f} GiB",
+        )
         sampler.release()
     b.free()
 
@@ -274,8 +424,17 @@ def grpo(b: Bench) -> None:
     import train_grpo
     from roller import Rollouts
     from rollouts import Sample
-    config = train_grpo.Config(model="-", data=["-"], out="-", kl_coef=0.0, prompts=2 if b.dry else 8, group=2 if b.dry else 64,
-                               max_new_tokens=8 if b.dry else 1536, checkpointing="full")
+
+    config = train_grpo.Config(
+        model="-",
+        data=["-"],
+        out="-",
+        kl_coef=0.0,
+        prompts=2 if b.dry else 8,
+        group=2 if b.dry else 64,
+        max_new_tokens=8 if b.dry else 1536,
+        checkpointing="full",
+    )
     with torch.device("meta"):
         model = Model(b.config)
     for block in model.model.layers:
@@ -283,29 +442,60 @@ def grpo(b: Bench) -> None:
     shard(model, b.world, compute_dtype=b.dtype)
     model.to_empty(device=b.world.device)
     fill(model)
-    optimizer = adamw(model, lr=1e-6, weight_decay=0.0, state_dtype=torch.bfloat16 if not b.dry else torch.float32)
-    prompts = [SimpleNamespace(tokens=stream(b.config, [16 if b.dry else 256], i)[0].tolist(), pixel_values=None, grid_thw=None)
-               for i in range(config.prompts)]
-    sampler = Sampler(model, max_len=(16 if b.dry else 256) + config.max_new_tokens, slots=None if not b.dry else 4)
+    optimizer = adamw(
+        model, lr=1e-6, weight_decay=0.0, state_dtype=torch.bfloat16 if not b.dry else torch.float32
+    )
+    prompts = [
+        SimpleNamespace(
+            tokens=stream(b.config, [16 if b.dry else 256], i)[0].tolist(),
+            pixel_values=None,
+            grid_thw=None,
+        )
+        for i in range(config.prompts)
+    ]
+    sampler = Sampler(
+        model,
+        max_len=(16 if b.dry else 256) + config.max_new_tokens,
+        slots=None if not b.dry else 4,
+    )
     rng, parts = np.random.default_rng(0), {}
 
     def step():
         begin = time.perf_counter()
         with gathered(model):
-            rollouts = sampler.generate(prompts, SamplingParams(n=config.group, max_new_tokens=config.max_new_tokens))
+            rollouts = sampler.generate(
+                prompts, SamplingParams(n=config.group, max_new_tokens=config.max_new_tokens)
+            )
             sampler.release()
-        samples = [Sample(r.prompt_index, r.sample_index, list(r.tokens), np.asarray(r.logprobs), np.asarray(r.mask),
-                          r.finish_reason, "", float(rng.integers(2))) for r in rollouts]
+        samples = [
+            Sample(
+                r.prompt_index,
+                r.sample_index,
+                list(r.tokens),
+                np.asarray(r.logprobs),
+                np.asarray(r.mask),
+                r.finish_reason,
+                "",
+                float(rng.integers(2)),
+            )
+            for r in rollouts
+        ]
         train_grpo.set_advantages(samples, config)
         rolled = Rollouts([], prompts, samples, 0)
         b.synchronize()
         parts["sample"] = time.perf_counter() - begin
         train_grpo.train_on(model, None, optimizer, rolled, 1e-6, config, b.world)
         parts["tokens"] = sum(len(s.tokens) for s in samples)
+
     with profiler(b, "grpo"):
         seconds = b.seconds(step, repeats=1, warm=1)
-    b.row("grpo", f"{config.prompts} × {config.group}, ≤ {config.max_new_tokens} tokens", parts["tokens"] / seconds, "tok/s",
-          note=f"sampling {parts['sample']:.1f} of {seconds:.1f} s, peak {b.memory():.1f} GiB")
+    b.row(
+        "grpo",
+        f"{config.prompts} × {config.group}, ≤ {config.max_new_tokens} tokens",
+        parts["tokens"] / seconds,
+        "tok/s",
+        note=f"sampling {parts['sample']:.1f} of {seconds:.1f} s, peak {b.memory():.1f} GiB",
+    )
     b.free()
 
 
@@ -324,25 +514,48 @@ def vision(b: Bench) -> None:
 def peer(b: Bench) -> None:
     """transformers' generate on the same architecture, batch, prompt and number of new tokens."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
     c = b.config
     with torch.device(b.world.device):
-        theirs = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads, tie_word_embeddings=c.tie_word_embeddings)).to(b.dtype)
+        theirs = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=c.vocab_size,
+                hidden_size=c.hidden_size,
+                intermediate_size=c.intermediate_size,
+                num_hidden_layers=c.num_hidden_layers,
+                num_attention_heads=c.num_attention_heads,
+                num_key_value_heads=c.num_key_value_heads,
+                tie_word_embeddings=c.tie_word_embeddings,
+            )
+        ).to(b.dtype)
     rows, context, new = (4, 32, 8) if b.dry else (64, 1024, 128)
     tokens = torch.randint(0, 300, (rows, context - new // 2), device=b.world.device)
 
     def generate():
-        theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=True, min_new_tokens=new, max_new_tokens=new,
-                        pad_token_id=0)
+        theirs.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=True,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            pad_token_id=0,
+        )
+
     seconds = b.seconds(generate, repeats=1, warm=1)
-    b.row("peer", f"HF generate, B = {rows}, context {context}", rows * new / seconds, "tok/s",
-          decode_limit(b, rows, context), note="prefill included")
+    b.row(
+        "peer",
+        f"HF generate, B = {rows}, context {context}",
+        rows * new / seconds,
+        "tok/s",
+        decode_limit(b, rows, context),
+        note="prefill included",
+    )
     b.free()
 
 
-SECTIONS = dict(check=check, sft=sft, prefill=prefill, decode=decode, grpo=grpo, vision=vision, peer=peer)
+SECTIONS = dict(
+    check=check, sft=sft, prefill=prefill, decode=decode, grpo=grpo, vision=vision, peer=peer
+)
 
 
 class profiler:
@@ -355,7 +568,10 @@ class profiler:
     def __enter__(self):
         if self.file:
             from torch.profiler import ProfilerActivity, profile
-            self.profile = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda)
+
+            self.profile = profile(
+                activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
+            )
             self.profile.__enter__()
 
     def __exit__(self, *error):
@@ -363,35 +579,65 @@ class profiler:
             self.profile.__exit__(*error)
             key = "self_cuda_time_total" if self.cuda else "self_cpu_time_total"
             with open(self.file, "a") as f:
-                f.write(f"== {self.section}\n{self.profile.key_averages().table(sort_by=key, row_limit=40)}\n")
+                f.write(
+                    f"== {self.section}\n{self.profile.key_averages().table(sort_by=key, row_limit=40)}\n"
+                )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=[*SIZES], default="7b")
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS], default=[*SECTIONS])
-    parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 16384], help="packed tokens of the SFT cases")
-    parser.add_argument("--all_modes", action="store_true", help="every checkpointing mode, not only full and matmul")
-    parser.add_argument("--bf16_adam", action="store_true", help="bf16 Adam states (32k contexts need them on one GPU)")
-    parser.add_argument("--profile", help="append the top kernels of sft, decode and grpo to this file")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes on CPU, to see that the script runs")
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        type=int,
+        default=[4096, 16384],
+        help="packed tokens of the SFT cases",
+    )
+    parser.add_argument(
+        "--all_modes",
+        action="store_true",
+        help="every checkpointing mode, not only full and matmul",
+    )
+    parser.add_argument(
+        "--bf16_adam",
+        action="store_true",
+        help="bf16 Adam states (32k contexts need them on one GPU)",
+    )
+    parser.add_argument(
+        "--profile", help="append the top kernels of sft, decode and grpo to this file"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="tiny sizes on CPU, to see that the script runs"
+    )
     args = parser.parse_args(argv)
     if not args.dry and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device; --dry runs the script with tiny sizes on CPU (its figures mean nothing)")
+        raise SystemExit(
+            "no CUDA device; --dry runs the script with tiny sizes on CPU (its figures mean nothing)"
+        )
     b = Bench(args)
     failed = 0
     try:
         for name in args.only:
             try:
                 SECTIONS[name](b)
-            except Exception as e:  # one section's failure is a row, not the end of a lent machine's time
+            except (
+                Exception
+            ) as e:  # one section's failure is a row, not the end of a lent machine's time
                 failed += 1
                 traceback.print_exc()
                 b.rows.append(dict(section=name, name="error", note=f"{type(e).__name__}: {e}"))
                 b.free()
     finally:
         shutdown()
-    info = header(size="tiny" if args.dry else args.size, gpu=b.name, attention=attention.backend(b.world.device, b.dtype))
+    info = header(
+        size="tiny" if args.dry else args.size,
+        gpu=b.name,
+        attention=attention.backend(b.world.device, b.dtype),
+    )
     print(json.dumps({"dry": args.dry, "failed_sections": failed, "rows": b.rows, "header": info}))
     raise SystemExit(1 if failed else 0)
 

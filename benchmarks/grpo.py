@@ -1,9 +1,10 @@
 """GRPO measured: beside TRL's GRPOTrainer, how it learns, and what kill -9 does to it. All on CPU with tiny models.
 
-    python benchmarks/grpo.py trl [--pairs 3] [--steps 6]       seconds a step, ours and TRL's in turn
-    python benchmarks/grpo.py learn [--seeds 3] [--steps 100]   solve rate from about 20% upwards, and with a coin as reward
-    python benchmarks/grpo.py kills [--kills 24]                runs killed in every phase, against one that never was
+python benchmarks/grpo.py trl [--pairs 3] [--steps 6]       seconds a step, ours and TRL's in turn
+python benchmarks/grpo.py learn [--seeds 3] [--steps 100]   solve rate from about 20% upwards, and with a coin as reward
+python benchmarks/grpo.py kills [--kills 24]                runs killed in every phase, against one that never was
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
@@ -27,7 +28,16 @@ import torch  # noqa: E402
 from arithmetic import make_model, warm_up, write_problems  # noqa: E402
 from nursery import PHASES, Nursery  # noqa: E402
 
-COMMON = ["--prompt_style", "plain", "--graders", 1, "--reward", "strange_rewards:exact", "--checkpointing", "none"]
+COMMON = [
+    "--prompt_style",
+    "plain",
+    "--graders",
+    1,
+    "--reward",
+    "strange_rewards:exact",
+    "--checkpointing",
+    "none",
+]
 
 
 def flags(folder: Path, *more) -> list:
@@ -70,19 +80,26 @@ def talker(model_dir: Path, mean: int) -> None:
     from arithmetic import logprobs_of
     from safetensors.torch import save_file
 
-    from checkpoint import load_hf
+    from core.checkpoint import load_hf
     from model import Model, ModelConfig
+
     model, rng = Model(ModelConfig.from_dir(model_dir)), np.random.default_rng(0)
     load_hf(model, model_dir)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
-        texts = [[*rng.integers(10, 20, min(400, rng.geometric(1 / mean))).tolist(), 304] for _ in range(16)]
+        texts = [
+            [*rng.integers(10, 20, min(400, rng.geometric(1 / mean))).tolist(), 304]
+            for _ in range(16)
+        ]
         logprobs, count, _ = logprobs_of(model, [[306, 10, 28, 10, 304]] * 16, texts)
         (-logprobs.sum() / count).backward()
         optimizer.step()
         optimizer.zero_grad()
-    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, model_dir / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {n: p.detach().contiguous() for n, p in model.named_parameters()},
+        model_dir / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def trl(args, folder: Path) -> None:
@@ -94,24 +111,71 @@ def trl(args, folder: Path) -> None:
     for length in args.lengths:
         for pair in range(args.pairs):
             out = folder / f"{length}_{pair}"
-            theirs = subprocess.run([sys.executable, "-c", TRL, folder / "m", folder / "p.jsonl", f"{out}_trl",
-                                     str(args.steps), str(args.prompts), str(args.group), str(length)],
-                                    capture_output=True, text=True, cwd=folder)
+            theirs = subprocess.run(
+                [
+                    sys.executable,
+                    "-c",
+                    TRL,
+                    folder / "m",
+                    folder / "p.jsonl",
+                    f"{out}_trl",
+                    str(args.steps),
+                    str(args.prompts),
+                    str(args.group),
+                    str(length),
+                ],
+                capture_output=True,
+                text=True,
+                cwd=folder,
+            )
             lines = [line for line in theirs.stdout.splitlines() if line.startswith("RESULT")]
             if not lines:
                 raise SystemExit(theirs.stderr[-2000:])
             theirs = json.loads(lines[0][7:])
             env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-            subprocess.run([sys.executable, ROOT / "train_grpo.py", *map(str, flags(
-                folder, "--out", out, "--steps", args.steps, "--prompts", args.prompts, "--group", args.group,
-                "--max_new_tokens", length, "--save_every", 0))], check=True, capture_output=True, env=env)
+            subprocess.run(
+                [
+                    sys.executable,
+                    ROOT / "train_grpo.py",
+                    *map(
+                        str,
+                        flags(
+                            folder,
+                            "--out",
+                            out,
+                            "--steps",
+                            args.steps,
+                            "--prompts",
+                            args.prompts,
+                            "--group",
+                            args.group,
+                            "--max_new_tokens",
+                            length,
+                            "--save_every",
+                            0,
+                        ),
+                    ),
+                ],
+                check=True,
+                capture_output=True,
+                env=env,
+            )
             ours = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            a, b = statistics.median(theirs["step_s"][1:]), statistics.median(m["step_s"] for m in ours[1:])
+            a, b = (
+                statistics.median(theirs["step_s"][1:]),
+                statistics.median(m["step_s"] for m in ours[1:]),
+            )
             ratios.append(a / b)
-            print(f"{args.prompts} prompts × {args.group}, ≤ {length} tokens, pair {pair + 1}: TRL {a:.3f} s a step (mean "
-                  f"length {np.mean(theirs['length']):.0f}), ours {b:.3f} s ({np.mean([m['length_mean'] for m in ours]):.0f})"
-                  f": {a / b:.1f} ×", flush=True)
-        print(f"≤ {length} tokens: median of {args.pairs} pairs {statistics.median(ratios[-args.pairs:]):.1f} ×", flush=True)
+            print(
+                f"{args.prompts} prompts × {args.group}, ≤ {length} tokens, pair {pair + 1}: TRL {a:.3f} s a step (mean "
+                f"length {np.mean(theirs['length']):.0f}), ours {b:.3f} s ({np.mean([m['length_mean'] for m in ours]):.0f})"
+                f": {a / b:.1f} ×",
+                flush=True,
+            )
+        print(
+            f"≤ {length} tokens: median of {args.pairs} pairs {statistics.median(ratios[-args.pairs :]):.1f} ×",
+            flush=True,
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
@@ -126,30 +190,92 @@ def learn(args, folder: Path) -> None:
             start = warm_up(here / "m", problems)
             for reward in ("exact", "coin"):
                 begin, out = time.time(), here / reward
-                code, said = nursery.run(["--model", here / "m", "--data", problems, *COMMON, "--reward",
-                                          f"strange_rewards:{reward}", "--out", out, "--steps", args.steps, "--prompts", 16,
-                                          "--group", 32, "--updates", 2, "--lr", 1e-3, "--max_new_tokens", 12, "--kl_coef", 0,
-                                          "--save_every", 0, "--keep_sampler", "True", "--seed", seed])
+                code, said = nursery.run(
+                    [
+                        "--model",
+                        here / "m",
+                        "--data",
+                        problems,
+                        *COMMON,
+                        "--reward",
+                        f"strange_rewards:{reward}",
+                        "--out",
+                        out,
+                        "--steps",
+                        args.steps,
+                        "--prompts",
+                        16,
+                        "--group",
+                        32,
+                        "--updates",
+                        2,
+                        "--lr",
+                        1e-3,
+                        "--max_new_tokens",
+                        12,
+                        "--kl_coef",
+                        0,
+                        "--save_every",
+                        0,
+                        "--keep_sampler",
+                        "True",
+                        "--seed",
+                        seed,
+                    ]
+                )
                 if code:
                     raise SystemExit(said)
-                rates = [np.mean([s["text"] == f"<answer>{gold[s['id']]}</answer>" for s in map(json.loads, open(f))])
-                         for f in (out / "rollouts" / f"step_{i + 1}.jsonl" for i in range(args.steps))]
-                print(f"seed {seed}, {reward}: start {start:.2f}, every 10th step "
-                      f"{' '.join(f'{r:.2f}' for r in rates[::10])}, last five {np.mean(rates[-5:]):.3f}, "
-                      f"≥ 0.9 from step {next((i for i, r in enumerate(rates) if r >= 0.9), None)}, "
-                      f"{time.time() - begin:.0f} s", flush=True)
+                rates = [
+                    np.mean(
+                        [
+                            s["text"] == f"<answer>{gold[s['id']]}</answer>"
+                            for s in map(json.loads, open(f))
+                        ]
+                    )
+                    for f in (out / "rollouts" / f"step_{i + 1}.jsonl" for i in range(args.steps))
+                ]
+                print(
+                    f"seed {seed}, {reward}: start {start:.2f}, every 10th step "
+                    f"{' '.join(f'{r:.2f}' for r in rates[::10])}, last five {np.mean(rates[-5:]):.3f}, "
+                    f"≥ 0.9 from step {next((i for i, r in enumerate(rates) if r >= 0.9), None)}, "
+                    f"{time.time() - begin:.0f} s",
+                    flush=True,
+                )
 
 
 # --------------------------------------------------------------------------------------------------------------- kills
 def kills(args, folder: Path) -> None:
     """Runs of 6 steps, each killed again and again at random moments of sampling, grading, update and save."""
     from test_grpo import trace
+
     make_model(folder / "m")
     problems, rng = write_problems(folder / "p.jsonl", n=4), random.Random(args.seed)
     warm_up(folder / "m", problems)
-    mine = flags(folder, "--max_new_tokens", 12, "--reward", "strange_rewards:slow", "--eval_data", problems, "--eval_every", 2,
-                 "--lr", 1e-3, "--steps", 6, "--save_every", 2, "--prompts", 4, "--group", 4, "--updates", 2,
-                 "--zero_variance", "refill")
+    mine = flags(
+        folder,
+        "--max_new_tokens",
+        12,
+        "--reward",
+        "strange_rewards:slow",
+        "--eval_data",
+        problems,
+        "--eval_every",
+        2,
+        "--lr",
+        1e-3,
+        "--steps",
+        6,
+        "--save_every",
+        2,
+        "--prompts",
+        4,
+        "--group",
+        4,
+        "--updates",
+        2,
+        "--zero_variance",
+        "refill",
+    )
     done, runs = Counter(), 0
     with Nursery(folder) as nursery:
         for ranks in (1, 2):
@@ -159,17 +285,24 @@ def kills(args, folder: Path) -> None:
             while sum(done.values()) < args.kills * ranks / 2:
                 out, runs = folder / f"killed_{runs}", runs + 1
                 for phase in rng.sample(PHASES, 4):
-                    done[phase] += nursery.kill_in([*mine, "--out", out], phase, rng.random() * 0.06, rng.randrange(3), ranks)
+                    done[phase] += nursery.kill_in(
+                        [*mine, "--out", out], phase, rng.random() * 0.06, rng.randrange(3), ranks
+                    )
                 code, said = nursery.run([*mine, "--out", out], ranks)
                 same = code == 0 and trace(out) == trace(straight)
-                print(f"{ranks} rank(s), {sum(done.values())} kills so far {dict(done)}: "
-                      f"{'bit-equal' if same else 'DIFFERS ' + said[-500:]}", flush=True)
+                print(
+                    f"{ranks} rank(s), {sum(done.values())} kills so far {dict(done)}: "
+                    f"{'bit-equal' if same else 'DIFFERS ' + said[-500:]}",
+                    flush=True,
+                )
                 if not same:
                     raise SystemExit(1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["trl", "learn", "kills"])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=None)

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from equality import quick_equal  # noqa: E402
+from grading.equality import quick_equal  # noqa: E402
 from rewards import Grader, reward  # noqa: E402
 
 LATEX = [
@@ -72,7 +72,12 @@ HOSTILE = [
 
 def respell(text: str) -> str:
     """The same answer, not the same string: the identity path must not flatter us. Spellings that math-verify knows."""
-    text = text.replace(r"\frac", r"\dfrac").replace("+", " + ").replace("-", " - ").replace(r"\sqrt2", r"\sqrt{2}")
+    text = (
+        text.replace(r"\frac", r"\dfrac")
+        .replace("+", " + ")
+        .replace("-", " - ")
+        .replace(r"\sqrt2", r"\sqrt{2}")
+    )
     return text.replace(r"\left", "").replace(r"\right", "")
 
 
@@ -99,10 +104,14 @@ def speed(golds: list[str]) -> None:
 
     shuffled = golds[:]
     random.Random(0).shuffle(shuffled)
-    whole = [g for g in golds if re.fullmatch(r"\s*-?\d+\s*", g)] or [str(i) for i in range(-100, 900)]
+    whole = [g for g in golds if re.fullmatch(r"\s*-?\d+\s*", g)] or [
+        str(i) for i in range(-100, 900)
+    ]
     others = [g for g in golds if not re.fullmatch(r"\s*-?[\d,]+\s*", g)]
     wrong = [
-        (a, b) for a, b in zip(shuffled, golds) if a.strip() != b.strip() and not re.fullmatch(r"\s*-?[\d,]+\s*", b)
+        (a, b)
+        for a, b in zip(shuffled, golds)
+        if a.strip() != b.strip() and not re.fullmatch(r"\s*-?[\d,]+\s*", b)
     ]
     sets = {
         "integers": [(g, g, True) for g in whole] + [(str(int(g) + 1), g, False) for g in whole],
@@ -118,7 +127,10 @@ def speed(golds: list[str]) -> None:
         choice = {"kind": "choice", "options": list("wxyz")}
         report(
             "ours: letters",
-            *milliseconds(lambda text, gold: grader.submit(choice | {"answer": gold}, text).result().score, letters),
+            *milliseconds(
+                lambda text, gold: grader.submit(choice | {"answer": gold}, text).result().score,
+                letters,
+            ),
         )
 
         def score(pred: str, gold: str) -> float:
@@ -133,7 +145,9 @@ def speed(golds: list[str]) -> None:
             f"math-verify: {name}",
             *milliseconds(lambda p, g: verify(parse(f"${g}$"), parse(rf"$\boxed{{{p}}}$")), jobs),
         )
-    print(f"settled without a worker: {counts['here']} of {counts['graded']}; killed {counts['kills']}")
+    print(
+        f"settled without a worker: {counts['here']} of {counts['graded']}; killed {counts['kills']}"
+    )
 
 
 def jobs_for_stress(items: int, hanging: int) -> list[tuple[dict, str, float]]:
@@ -143,12 +157,26 @@ def jobs_for_stress(items: int, hanging: int) -> list[tuple[dict, str, float]]:
     for i in range(items - hanging):
         gold = rng.choice(LATEX) if i % 3 == 0 else str(rng.randrange(10**6))
         wrong = i % 2 == 1
-        pred = respell(gold) if not wrong else rf"{gold}+17" if not gold.isdigit() else str(int(gold) + 1)
-        jobs.append(({"kind": "math", "answer": gold}, rf"<think>t</think>\boxed{{{pred}}}", float(not wrong)))
+        pred = (
+            respell(gold)
+            if not wrong
+            else rf"{gold}+17"
+            if not gold.isdigit()
+            else str(int(gold) + 1)
+        )
+        jobs.append(
+            (
+                {"kind": "math", "answer": gold},
+                rf"<think>t</think>\boxed{{{pred}}}",
+                float(not wrong),
+            )
+        )
     for i in range(hanging):
         pred = HOSTILE[i % len(HOSTILE)]
         text = "x" * 10_000_000 + r"\boxed{3}" if pred == "MEGABYTES" else rf"\boxed{{{pred}}}"
-        jobs.insert(rng.randrange(len(jobs)), ({"kind": "math", "answer": r"\sqrt{2}+1"}, text, 0.0))
+        jobs.insert(
+            rng.randrange(len(jobs)), ({"kind": "math", "answer": r"\sqrt{2}+1"}, text, 0.0)
+        )
     return jobs
 
 
@@ -208,21 +236,29 @@ def stress(items: int, hanging: int, deadline: float) -> int:
         "[g.submit({'kind': 'math', 'answer': '1+x'}, '\\\\boxed{' + h + '}') for h in b.HOSTILE[3:9]]\n"
         "time.sleep(3); print(*g.pool.pids(), flush=True); time.sleep(1000)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     pids = [int(p) for p in parent.stdout.readline().split()]
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     time.sleep(1)
     left = sum(map(alive, pids))
     print(f"parent killed: workers {len(pids)}, left behind after 1 s: {left}")
-    bad = left or len(pids) != 2 or any(r["misses"] or r["late"] or r["left_behind"] for r in (main_thread, other))
+    bad = (
+        left
+        or len(pids) != 2
+        or any(r["misses"] or r["late"] or r["left_behind"] for r in (main_thread, other))
+    )
     return int(bool(bad))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("speed", "stress"))
-    parser.add_argument("--golds", nargs="*", default=[], help="jsonl files with a field answer or gold")
+    parser.add_argument(
+        "--golds", nargs="*", default=[], help="jsonl files with a field answer or gold"
+    )
     parser.add_argument("--items", type=int, default=10_000)
     parser.add_argument("--hanging", type=int, default=200)
     parser.add_argument("--deadline", type=float, default=1.0)
@@ -230,7 +266,9 @@ def main() -> None:
     if args.what == "stress":
         raise SystemExit(stress(args.items, args.hanging, args.deadline))
     rows = [json.loads(line) for name in args.golds for line in open(name, encoding="utf-8")]
-    golds = [str(r.get("answer", r.get("gold"))).split("####")[-1].strip() for r in rows] or LATEX * 20
+    golds = [
+        str(r.get("answer", r.get("gold"))).split("####")[-1].strip() for r in rows
+    ] or LATEX * 20
     reward({"kind": "math", "answer": "1"}, r"\boxed{1}")  # imports and caches
     speed(golds)
 

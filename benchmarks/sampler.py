@@ -11,6 +11,7 @@ left-padded, with SDPA; the sampler 64 slots. Both draw at temperature 1; ours r
 One thread, and seconds are the process's CPU seconds: the wall time of an idle machine, even on a busy one. Runs
 alternate, and the ratio is that of each pair. Prints a table and one JSON line.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,16 +32,28 @@ from model import Model, ModelConfig  # noqa: E402
 from sampler import Sampler, SamplingParams  # noqa: E402
 
 SIZES = {  # hidden, intermediate, layers, heads, KV heads, vocabulary
-    "5m": (256, 768, 5, 8, 2, 4096), "50m": (512, 1536, 14, 8, 2, 16384), "0.5b": (896, 4864, 24, 14, 2, 151936),
-    "7b": (3584, 18944, 28, 28, 4, 152064)}
+    "5m": (256, 768, 5, 8, 2, 4096),
+    "50m": (512, 1536, 14, 8, 2, 16384),
+    "0.5b": (896, 4864, 24, 14, 2, 151936),
+    "7b": (3584, 18944, 28, 28, 4, 152064),
+}
 SAMPLES, ROWS = 8, 64
 
 
 def config_of(size: str) -> dict:
     hidden, intermediate, layers, heads, kv_heads, vocab = SIZES[size]
-    return dict(model_type="qwen2", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-                num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocab, rms_norm_eps=1e-6,
-                rope_theta=1e6, tie_word_embeddings=size != "7b")
+    return dict(
+        model_type="qwen2",
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        tie_word_embeddings=size != "7b",
+    )
 
 
 def prompts_of(count: int, vocab: int, ragged: bool) -> list[list[int]]:
@@ -54,27 +67,41 @@ def run_hf(model, prompts: list[list[int]], new: int, stop: list[int], seed: int
     torch.manual_seed(seed)
     total = 0
     for a in range(0, len(prompts), ROWS // SAMPLES):
-        batch = prompts[a:a + ROWS // SAMPLES]
+        batch = prompts[a : a + ROWS // SAMPLES]
         longest = max(map(len, batch))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
-        out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                             num_return_sequences=SAMPLES, max_new_tokens=new, pad_token_id=0,
-                             eos_token_id=stop or None)[:, longest:]
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=SAMPLES,
+            max_new_tokens=new,
+            pad_token_id=0,
+            eos_token_id=stop or None,
+        )[:, longest:]
         ends = torch.isin(out, torch.tensor(stop, dtype=torch.long))
         ended = torch.where(ends.any(1), ends.int().argmax(1) + 1, out.shape[1])
         total += int(ended.sum())
     return total
 
 
-def run_ours(sampler: Sampler, prompts: list[list[int]], new: int, stop: list[int], seed: int) -> int:
+def run_ours(
+    sampler: Sampler, prompts: list[list[int]], new: int, stop: list[int], seed: int
+) -> int:
     params = SamplingParams(n=SAMPLES, max_new_tokens=new, stop_ids=stop, seed=seed)
-    return sum(len(r.tokens) for r in sampler.generate([Prompt(p, None, None) for p in prompts], params))
+    return sum(
+        len(r.tokens) for r in sampler.generate([Prompt(p, None, None) for p in prompts], params)
+    )
 
 
 def compare(size: str, load: str, count: int, new: int, pairs: int) -> dict:
     """Alternating runs of both on one load → the figures of a table row."""
     from transformers import AutoModelForCausalLM, Qwen2Config
+
     raw = config_of(size)
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(Qwen2Config(**raw), attn_implementation="sdpa").eval()
@@ -92,20 +119,32 @@ def compare(size: str, load: str, count: int, new: int, pairs: int) -> dict:
             begin = time.process_time()
             row.append(run(engine, prompts, new, stop, pair) / (time.process_time() - begin))
         speeds.append(row)
-        print(f"{size} {load} pair {pair}: ours {row[0]:.0f} tok/s, generate {row[1]:.0f} tok/s", file=sys.stderr)
+        print(
+            f"{size} {load} pair {pair}: ours {row[0]:.0f} tok/s, generate {row[1]:.0f} tok/s",
+            file=sys.stderr,
+        )
     ratios = [a / b for a, b in speeds]
     millions = sum(p.numel() for p in ours.parameters()) / 1e6
-    return dict(size=size, millions=round(millions, 1), load=load, samples=count * SAMPLES, new=new,
-                ours=round(statistics.median(a for a, _ in speeds), 1),
-                generate=round(statistics.median(b for _, b in speeds), 1),
-                ratio=round(statistics.median(ratios), 2), ratios=[round(r, 2) for r in ratios])
+    return dict(
+        size=size,
+        millions=round(millions, 1),
+        load=load,
+        samples=count * SAMPLES,
+        new=new,
+        ours=round(statistics.median(a for a, _ in speeds), 1),
+        generate=round(statistics.median(b for _, b in speeds), 1),
+        ratio=round(statistics.median(ratios), 2),
+        ratios=[round(r, 2) for r in ratios],
+    )
 
 
 def roofline(size: str, rows: int, context: int) -> float:
     """Tokens/s of decode on one H200 (4.3 TB/s, 790 TFLOP/s bf16) if every byte and FLOP went at full speed."""
     hidden, intermediate, layers, heads, kv_heads, vocab = SIZES[size]
     dim = hidden // heads
-    weights = layers * hidden * (2 * hidden + 2 * kv_heads * dim + 3 * intermediate) + hidden * vocab
+    weights = (
+        layers * hidden * (2 * hidden + 2 * kv_heads * dim + 3 * intermediate) + hidden * vocab
+    )
     kv = 2 * layers * kv_heads * dim * 2 * context
     return rows / (max(2 * weights / 4.3e12, 2 * weights * rows / 790e12) + rows * kv / 4.3e12)
 
@@ -117,36 +156,63 @@ def decode_on_gpu(size: str, rows: int, context: int, new: int = 256) -> dict:
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
     g = torch.Generator().manual_seed(0)
-    prompts = [Prompt(torch.randint(0, 1000, (context - new // 2,), generator=g).tolist(), None, None)
-               for _ in range(rows // SAMPLES)]
+    prompts = [
+        Prompt(torch.randint(0, 1000, (context - new // 2,), generator=g).tolist(), None, None)
+        for _ in range(rows // SAMPLES)
+    ]
     sampler = Sampler(model, max_len=context + new, slots=rows)
     for seed in range(2):  # the first call records the graphs
         sampler.generate(prompts, SamplingParams(n=SAMPLES, max_new_tokens=new, seed=seed))
     speed = sampler.stats["decode_tokens"] / sampler.stats["decode_seconds"]
     best = roofline(size, rows, context)
-    return dict(size=size, rows=rows, context=context, tok_per_s=round(speed), roofline=round(best),
-                share=round(speed / best, 3))
+    return dict(
+        size=size,
+        rows=rows,
+        context=context,
+        tok_per_s=round(speed),
+        roofline=round(best),
+        share=round(speed / best, 3),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["5m", "50m"])
-    parser.add_argument("--loads", nargs="+", choices=["even", "ragged"], default=["even", "ragged"])
+    parser.add_argument(
+        "--loads", nargs="+", choices=["even", "ragged"], default=["even", "ragged"]
+    )
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--new", type=int, default=128, help="limit of a completion")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     if args.device == "cuda":
-        rows = [decode_on_gpu(s, b, c) for s in args.sizes for c in (1024, 4096) for b in (64, 128, 256)]
+        rows = [
+            decode_on_gpu(s, b, c) for s in args.sizes for c in (1024, 4096) for b in (64, 128, 256)
+        ]
     else:
         torch.set_num_threads(1)
-        rows = [compare(s, load, args.prompts, args.new, args.pairs) for s in args.sizes for load in args.loads]
+        rows = [
+            compare(s, load, args.prompts, args.new, args.pairs)
+            for s in args.sizes
+            for load in args.loads
+        ]
     columns = list(rows[0])
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
         print("| " + " | ".join(str(row[c]) for c in columns) + " |")
-    print(json.dumps({"benchmark": "sampler", "device": args.device, "torch": torch.__version__, "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "sampler",
+                "device": args.device,
+                "torch": torch.__version__,
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ stopping), host (all else: admission, KV copies, collecting, Python), the last a
 Seconds are CPU seconds of the process, which other programs disturb less; wall seconds are given too. Medians of
 repeats, whose order of sizes turns round every time. Prints tables and, as the last line, one JSON object.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,19 +40,43 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import sampler as sampler_module  # noqa: E402
+from core.optim import adamw, guarded_step  # noqa: E402
+from core.parallel import World, init, shard, shutdown  # noqa: E402
 from data import Document, Prompt, collate, pack_plan  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
-from optim import adamw, guarded_step  # noqa: E402
-from parallel import World, init, shard, shutdown  # noqa: E402
 from sampler import Sampler, SamplingParams  # noqa: E402
 from train_sft import accumulate_gradients  # noqa: E402
 
-FULL = dict(layers=4, tokens=8192, lengths=[256, 512, 1024, 2048, 4096, 8192], samples=[64, 256, 1024, 4096], at_slots=64,
-            slots=[1, 2, 4, 8, 16, 32, 64, 128, 256], at_samples=512, limits=[512, 1024, 2048, 4096],
-            documents=[1000, 4000, 16000, 64000], repeats=3)
-DRY = dict(layers=1, tokens=256, lengths=[32, 64, 128], samples=[8, 16, 32], at_slots=4, slots=[1, 2, 4], at_samples=8,
-           limits=[500, 1000], documents=[50, 100, 200], repeats=1)
-GROUP, LIMIT, STOPS, VOCAB = 8, 88, 10, 320  # completions: geometric, 10 of 320 tokens stop, cut at the miniature's 88
+FULL = dict(
+    layers=4,
+    tokens=8192,
+    lengths=[256, 512, 1024, 2048, 4096, 8192],
+    samples=[64, 256, 1024, 4096],
+    at_slots=64,
+    slots=[1, 2, 4, 8, 16, 32, 64, 128, 256],
+    at_samples=512,
+    limits=[512, 1024, 2048, 4096],
+    documents=[1000, 4000, 16000, 64000],
+    repeats=3,
+)
+DRY = dict(
+    layers=1,
+    tokens=256,
+    lengths=[32, 64, 128],
+    samples=[8, 16, 32],
+    at_slots=4,
+    slots=[1, 2, 4],
+    at_samples=8,
+    limits=[500, 1000],
+    documents=[50, 100, 200],
+    repeats=1,
+)
+GROUP, LIMIT, STOPS, VOCAB = (
+    8,
+    88,
+    10,
+    320,
+)  # completions: geometric, 10 of 320 tokens stop, cut at the miniature's 88
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
@@ -64,8 +89,15 @@ def in_turns(sizes: list[int], repeats: int, run: Callable[[int], dict]) -> list
             row = run(size)
             if r >= 0:
                 found[size].append(row)
-                print(f"  size {size}, repeat {r + 1}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
-    return [{"size": size, **{k: statistics.median(r[k] for r in found[size]) for k in found[size][0]}} for size in sizes]
+                print(
+                    f"  size {size}, repeat {r + 1}: {time.perf_counter() - begin:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    return [
+        {"size": size, **{k: statistics.median(r[k] for r in found[size]) for k in found[size][0]}}
+        for size in sizes
+    ]
 
 
 def clocked(work: Callable[[], None]) -> tuple[float, float]:
@@ -92,9 +124,19 @@ def exponent(size: list[float], seconds: list[float]) -> float:
 # --------------------------------------------------------------------------------------------------------- the curves
 def random_model(layers: int, world: World | None = None) -> Model:
     """The miniature's decoder with random weights; sharded, as the trainer has it, when a world is given."""
-    config = ModelConfig.from_dict(dict(
-        model_type="qwen2", hidden_size=128, intermediate_size=384, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=VOCAB, rope_theta=1e4, tie_word_embeddings=False))
+    config = ModelConfig.from_dict(
+        dict(
+            model_type="qwen2",
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCAB,
+            rope_theta=1e4,
+            tie_word_embeddings=False,
+        )
+    )
     torch.manual_seed(0)
     model = Model(config)
     if world is not None:
@@ -112,15 +154,19 @@ def by_length(s: SimpleNamespace, world: World) -> list[dict]:
     optimizer, rng = adamw(model, lr=1e-5, weight_decay=0.0), np.random.default_rng(0)
 
     def run(length: int) -> dict:
-        docs = [Document(rng.integers(0, VOCAB, length, np.int32), np.ones(length, bool), [], None, "")
-                for _ in range(s.tokens // length)]
+        docs = [
+            Document(rng.integers(0, VOCAB, length, np.int32), np.ones(length, bool), [], None, "")
+            for _ in range(s.tokens // length)
+        ]
         batch = collate(docs)
 
         def step():
             loss = accumulate_gradients(model, [batch], s.tokens - len(docs), world)
             guarded_step(model, optimizer, lr=1e-5, max_norm=1.0, loss=loss)
+
         cpu, wall = clocked(step)
         return {"cpu": cpu, "wall": wall, "us_a_token": cpu / s.tokens * 1e6}
+
     return in_turns(s.lengths, s.repeats, run)
 
 
@@ -129,7 +175,11 @@ class Split:
 
     def __init__(self):
         self.seconds, self.calls = Counter(), Counter()
-        for owner, name in ((sampler_module, "decode_step"), (sampler_module, "choose"), (Sampler, "_prefill")):
+        for owner, name in (
+            (sampler_module, "decode_step"),
+            (sampler_module, "choose"),
+            (Sampler, "_prefill"),
+        ):
             setattr(owner, name, self.timed(name, getattr(owner, name)))
 
     def timed(self, name: str, part: Callable) -> Callable:
@@ -140,22 +190,38 @@ class Split:
             finally:
                 self.seconds[name] += time.process_time() - begin
                 self.calls[name] += 1
+
         return run
 
 
 def sampled(sampler: Sampler, split: Split, samples: int, limit: int = LIMIT) -> dict:
     """Figures of one call that makes so many samples of at most `limit` tokens."""
     rng = np.random.default_rng(samples)
-    prompts = [Prompt(rng.integers(0, VOCAB, n).tolist(), None, None) for n in rng.integers(16, 65, samples // GROUP)]
+    prompts = [
+        Prompt(rng.integers(0, VOCAB, n).tolist(), None, None)
+        for n in rng.integers(16, 65, samples // GROUP)
+    ]
     params, out = SamplingParams(n=GROUP, max_new_tokens=limit, stop_ids=range(STOPS)), []
     split.seconds.clear(), split.calls.clear()
     cpu, wall = clocked(lambda: out.extend(sampler.generate(prompts, params)))
     tokens, steps, part = sum(len(r.tokens) for r in out), split.calls["decode_step"], split.seconds
     host = cpu - part["decode_step"] - part["_prefill"]
-    return {"cpu": cpu, "wall": wall, "tokens": tokens, "steps": steps, "rows": tokens / steps, "tok_a_cpu_s": tokens / cpu,
-            "tok_a_wall_s": tokens / wall, "us_a_step": part["decode_step"] / steps * 1e6,
-            "prefill": part["_prefill"], "forward": part["decode_step"] - part["choose"], "choose": part["choose"],
-            "host": host, "host_us_a_sample": host / samples * 1e6, "host_us_a_step": host / steps * 1e6}
+    return {
+        "cpu": cpu,
+        "wall": wall,
+        "tokens": tokens,
+        "steps": steps,
+        "rows": tokens / steps,
+        "tok_a_cpu_s": tokens / cpu,
+        "tok_a_wall_s": tokens / wall,
+        "us_a_step": part["decode_step"] / steps * 1e6,
+        "prefill": part["_prefill"],
+        "forward": part["decode_step"] - part["choose"],
+        "choose": part["choose"],
+        "host": host,
+        "host_us_a_sample": host / samples * 1e6,
+        "host_us_a_step": host / steps * 1e6,
+    }
 
 
 def by_samples(s: SimpleNamespace, split: Split) -> list[dict]:
@@ -177,6 +243,7 @@ def by_limit(s: SimpleNamespace, split: Split) -> list[dict]:
 
 def on_host(s: SimpleNamespace) -> list[dict]:
     """Packing and collating, a row a number of documents; lengths log-normal, about 120 tokens, packs of 4,096."""
+
     def run(documents: int) -> dict:
         rng = np.random.default_rng(0)
         lengths = np.clip(rng.lognormal(4.5, 0.75, documents), 8, 4096).astype(int)
@@ -184,7 +251,13 @@ def on_host(s: SimpleNamespace) -> list[dict]:
         packs = []
         pack = clocked(lambda: packs.extend(pack_plan(lengths, 4096, seed=0, epoch=0)))[0]
         rows = clocked(lambda: [collate([docs[i] for i in p]) for p in packs])[0]
-        return {"pack": pack, "collate": rows, "pack_us": pack / documents * 1e6, "collate_us": rows / documents * 1e6}
+        return {
+            "pack": pack,
+            "collate": rows,
+            "pack_us": pack / documents * 1e6,
+            "collate_us": rows / documents * 1e6,
+        }
+
     return in_turns(s.documents, s.repeats, run)
 
 
@@ -193,75 +266,170 @@ def table(title: str, rows: list[dict], columns: dict[str, str]) -> None:
     """Markdown: columns maps a row's key to its heading."""
     print(f"\n{title}\n\n| " + " | ".join(columns.values()) + " |\n" + "|---" * len(columns) + "|")
     for r in rows:
-        print("| " + " | ".join(f"{r[c]:,.0f}" if abs(r[c]) >= 100 or r[c] == int(r[c]) else f"{r[c]:.3g}"
-                                for c in columns) + " |")
+        print(
+            "| "
+            + " | ".join(
+                f"{r[c]:,.0f}" if abs(r[c]) >= 100 or r[c] == int(r[c]) else f"{r[c]:.3g}"
+                for c in columns
+            )
+            + " |"
+        )
 
 
 def report(found: dict, s: SimpleNamespace) -> dict:
     """Print the tables; return the fits."""
+
     def column(curve: str, key: str) -> list[float]:
         return [r[key] for r in found[curve]]
-    fits = {"length": line(column("length", "size"), column("length", "us_a_token")),
-            "slots": line(column("slots", "rows"), column("slots", "us_a_step")),
-            "samples_exponent": exponent(column("samples", "tokens"), column("samples", "cpu")),
-            "host_exponent": exponent(column("samples", "size"), column("samples", "host")),
-            "limit_exponent": exponent(column("limit", "size"), column("limit", "cpu")),
-            "pack_exponent": exponent(column("host", "size"), column("host", "pack")),
-            "collate_exponent": exponent(column("host", "size"), column("host", "collate"))}
+
+    fits = {
+        "length": line(column("length", "size"), column("length", "us_a_token")),
+        "slots": line(column("slots", "rows"), column("slots", "us_a_step")),
+        "samples_exponent": exponent(column("samples", "tokens"), column("samples", "cpu")),
+        "host_exponent": exponent(column("samples", "size"), column("samples", "host")),
+        "limit_exponent": exponent(column("limit", "size"), column("limit", "cpu")),
+        "pack_exponent": exponent(column("host", "size"), column("host", "pack")),
+        "collate_exponent": exponent(column("host", "size"), column("host", "collate")),
+    }
     for r in found["length"]:
         r["tok_a_cpu_s"], r["tok_a_wall_s"] = s.tokens / r["cpu"], s.tokens / r["wall"]
         r["theory"] = fits["length"]["a"] + fits["length"]["b"] * r["size"]
     for r in found["slots"]:
         r["theory"] = fits["slots"]["a"] + fits["slots"]["b"] * r["rows"]
     speeds = {"tok_a_cpu_s": "tokens a CPU second", "tok_a_wall_s": "tokens a second"}
-    parts = {"prefill": "prefill s", "forward": "forward s", "choose": "choose s", "host": "host s",
-             "host_us_a_sample": "host µs a sample"}
-    table(f"Training step of {s.tokens} tokens", found["length"], {"size": "document length", **speeds, "us_a_token":
-          "µs a token", "theory": f"{fits['length']['a']:.3g} + {fits['length']['b']:.3g} · length"})
+    parts = {
+        "prefill": "prefill s",
+        "forward": "forward s",
+        "choose": "choose s",
+        "host": "host s",
+        "host_us_a_sample": "host µs a sample",
+    }
+    table(
+        f"Training step of {s.tokens} tokens",
+        found["length"],
+        {
+            "size": "document length",
+            **speeds,
+            "us_a_token": "µs a token",
+            "theory": f"{fits['length']['a']:.3g} + {fits['length']['b']:.3g} · length",
+        },
+    )
     table(f"Sampler, {s.at_slots} slots", found["samples"], {"size": "samples", **speeds, **parts})
-    table(f"Sampler, {s.at_samples} samples", found["slots"], {"size": "slots", **speeds, "rows": "live rows", "us_a_step":
-          "µs a step", "theory": f"{fits['slots']['a']:.3g} + {fits['slots']['b']:.3g} · rows", **parts})
-    table(f"Sampler, {s.at_samples} samples, {s.at_slots} slots, completions of {found['limit'][0]['tokens']:,.0f} tokens in "
-          "all", found["limit"], {"size": "limit", **speeds, **parts})
-    table("Packing and collating", found["host"], {"size": "documents", "pack_us": "pack µs a document",
-                                                   "collate_us": "collate µs a document"})
-    print(f"\nlargest relative residual: length {fits['length']['worst']:.1%}, slots {fits['slots']['worst']:.1%}; exponents: "
-          f"CPU seconds against tokens sampled {fits['samples_exponent']:.2f}, host seconds against samples "
-          f"{fits['host_exponent']:.2f}, CPU seconds against the limit {fits['limit_exponent']:.2f}, packing "
-          f"{fits['pack_exponent']:.2f} and collating {fits['collate_exponent']:.2f} against documents")
+    table(
+        f"Sampler, {s.at_samples} samples",
+        found["slots"],
+        {
+            "size": "slots",
+            **speeds,
+            "rows": "live rows",
+            "us_a_step": "µs a step",
+            "theory": f"{fits['slots']['a']:.3g} + {fits['slots']['b']:.3g} · rows",
+            **parts,
+        },
+    )
+    table(
+        f"Sampler, {s.at_samples} samples, {s.at_slots} slots, completions of {found['limit'][0]['tokens']:,.0f} tokens in "
+        "all",
+        found["limit"],
+        {"size": "limit", **speeds, **parts},
+    )
+    table(
+        "Packing and collating",
+        found["host"],
+        {
+            "size": "documents",
+            "pack_us": "pack µs a document",
+            "collate_us": "collate µs a document",
+        },
+    )
+    print(
+        f"\nlargest relative residual: length {fits['length']['worst']:.1%}, slots {fits['slots']['worst']:.1%}; exponents: "
+        f"CPU seconds against tokens sampled {fits['samples_exponent']:.2f}, host seconds against samples "
+        f"{fits['host_exponent']:.2f}, CPU seconds against the limit {fits['limit_exponent']:.2f}, packing "
+        f"{fits['pack_exponent']:.2f} and collating {fits['collate_exponent']:.2f} against documents"
+    )
     return fits
 
 
 def plot(found: dict, file: Path) -> None:
     """Four curves, measured as dots and the fitted least as a line."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+
+    plt.rcParams.update(
+        {
+            "svg.fonttype": "none",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
     panels = plt.subplots(1, 4, figsize=(14, 3.3), layout="constrained")[1]
 
-    def panel(ax, curve: str, xlabel: str, title: str, measured: Callable, least: Callable | None = None) -> None:
+    def panel(
+        ax, curve: str, xlabel: str, title: str, measured: Callable, least: Callable | None = None
+    ) -> None:
         x = [r["size"] for r in found[curve]]
         ax.plot(x, [measured(r) for r in found[curve]], "o", label="measured")
         if least is not None:
-            ax.plot(x, [least(r) for r in found[curve]], "-", color="0.5", lw=1, label="1 / (a + b · x), fitted", zorder=0)
-        ax.set(xscale="log", xlabel=xlabel, title=title, ylim=(0, 1.1 * max(measured(r) for r in found[curve])))
+            ax.plot(
+                x,
+                [least(r) for r in found[curve]],
+                "-",
+                color="0.5",
+                lw=1,
+                label="1 / (a + b · x), fitted",
+                zorder=0,
+            )
+        ax.set(
+            xscale="log",
+            xlabel=xlabel,
+            title=title,
+            ylim=(0, 1.1 * max(measured(r) for r in found[curve])),
+        )
         ax.set_xticks(x, [f"{n:,}" for n in x], rotation=45)
         ax.minorticks_off()
         ax.legend(frameon=False, loc="lower right" if curve == "slots" else "lower left")
-    panel(panels[0], "length", "document length", "training: tokens a CPU second",
-          lambda r: 1e6 / r["us_a_token"], lambda r: 1e6 / r["theory"])
-    panel(panels[1], "samples", "samples", "sampler: tokens a CPU second", lambda r: r["tok_a_cpu_s"])
-    panel(panels[2], "slots", "slots", "decode steps: tokens a CPU second",
-          lambda r: 1e6 * r["rows"] / r["us_a_step"], lambda r: 1e6 * r["rows"] / r["theory"])
-    panel(panels[3], "samples", "samples", "sampler's host work: CPU µs a sample", lambda r: r["host_us_a_sample"])
+
+    panel(
+        panels[0],
+        "length",
+        "document length",
+        "training: tokens a CPU second",
+        lambda r: 1e6 / r["us_a_token"],
+        lambda r: 1e6 / r["theory"],
+    )
+    panel(
+        panels[1], "samples", "samples", "sampler: tokens a CPU second", lambda r: r["tok_a_cpu_s"]
+    )
+    panel(
+        panels[2],
+        "slots",
+        "slots",
+        "decode steps: tokens a CPU second",
+        lambda r: 1e6 * r["rows"] / r["us_a_step"],
+        lambda r: 1e6 * r["rows"] / r["theory"],
+    )
+    panel(
+        panels[3],
+        "samples",
+        "samples",
+        "sampler's host work: CPU µs a sample",
+        lambda r: r["host_us_a_sample"],
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     plt.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where the plot goes, .svg or .png; none without it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where the plot goes, .svg or .png; none without it"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny sizes, no figures of use")
     args = parser.parse_args()
     s = SimpleNamespace(**(DRY if args.dry else FULL))
@@ -270,14 +438,28 @@ def main() -> None:
     try:
         found = {"length": by_length(s, world), "host": on_host(s)}
         split = Split()
-        found |= {"samples": by_samples(s, split), "slots": by_slots(s, split), "limit": by_limit(s, split)}
+        found |= {
+            "samples": by_samples(s, split),
+            "slots": by_slots(s, split),
+            "limit": by_limit(s, split),
+        }
     finally:
         shutdown()
     fits = report(found, s)
     if args.out:
         plot(found, args.out)
-    print(json.dumps({"benchmark": "scaling", "dry": args.dry, "torch": torch.__version__, "load": os.getloadavg(),
-                      **found, "fits": fits}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "scaling",
+                "dry": args.dry,
+                "torch": torch.__version__,
+                "load": os.getloadavg(),
+                **found,
+                "fits": fits,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

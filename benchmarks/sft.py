@@ -11,6 +11,7 @@ Useful tokens: the documents' own, no padding. Time: from the end of the first s
 given too, which other programs on the machine disturb less. Memory: peak resident size above what the process had
 before it made its trainer's data and model.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,11 +26,25 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SIZES = {"tiny": dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-                      num_key_value_heads=2, vocab_size=4096),
-         "small": dict(hidden_size=384, intermediate_size=1056, num_hidden_layers=6, num_attention_heads=6,
-                       num_key_value_heads=2, vocab_size=8192)}
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
+SIZES = {
+    "tiny": dict(
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=4096,
+    ),
+    "small": dict(
+        hidden_size=384,
+        intermediate_size=1056,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=8192,
+    ),
+}
 TRAINERS = ("ours", "TRL, batch 8", "TRL, batch 1")
 DOCUMENTS, MAX_LEN = 16, 1024
 
@@ -40,24 +55,46 @@ def make_inputs(folder: Path, size: str) -> None:
     import torch
     from tiny import make_tiny_tokenizer
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**SIZES[size], tie_word_embeddings=False, bos_token_id=305, eos_token_id=304)
-                     ).save_pretrained(folder / "model")
+    Qwen2ForCausalLM(
+        Qwen2Config(**SIZES[size], tie_word_embeddings=False, bos_token_id=305, eos_token_id=304)
+    ).save_pretrained(folder / "model")
     make_tiny_tokenizer(folder / "model")
     draw = random.Random(0)
     with open(folder / "train.jsonl", "w") as f:
         for _ in range(DOCUMENTS):
             sentences = max(1, round(draw.lognormvariate(2.7, 0.75)))
-            steps = " ".join(f"then {draw.randint(2, 99)} + {k} = {k + 7}." for k in range(sentences))
-            f.write(json.dumps({"messages": [{"role": "user", "content": "what is the sum?"}, {
-                "role": "assistant", "content": f"<think>{steps}</think>\n<answer>7</answer>"}]}) + "\n")
+            steps = " ".join(
+                f"then {draw.randint(2, 99)} + {k} = {k + 7}." for k in range(sentences)
+            )
+            f.write(
+                json.dumps(
+                    {
+                        "messages": [
+                            {"role": "user", "content": "what is the sum?"},
+                            {
+                                "role": "assistant",
+                                "content": f"<think>{steps}</think>\n<answer>7</answer>",
+                            },
+                        ]
+                    }
+                )
+                + "\n"
+            )
 
 
 def tokenised(folder: Path):
     """Both trainers' documents, by our tokenisation."""
     from data import tokenize_files
-    return tokenize_files([folder / "train.jsonl"], folder / "model", max_len=MAX_LEN, overlong="truncate",
-                          cache_dir=folder / "cache")[0]
+
+    return tokenize_files(
+        [folder / "train.jsonl"],
+        folder / "model",
+        max_len=MAX_LEN,
+        overlong="truncate",
+        cache_dir=folder / "cache",
+    )[0]
 
 
 def resident_gib() -> float:
@@ -68,6 +105,7 @@ def resident_gib() -> float:
 def run_ours(folder: Path, steps: int) -> dict:
     """train_sft.py as it is, one step = all documents."""
     import train_sft
+
     out, ends = folder / f"out_{time.time_ns()}", []
     real = train_sft.guarded_step
 
@@ -75,15 +113,43 @@ def run_ours(folder: Path, steps: int) -> dict:
         result = real(*args, **kwargs)
         ends.append((time.perf_counter(), time.process_time()))
         return result
+
     train_sft.guarded_step = timed
     try:
-        train_sft.main(["--model", str(folder / "model"), "--data", str(folder / "train.jsonl"), "--out", str(out), "--lr",
-                        "1e-4", "--schedule", "constant", "--max_len", str(MAX_LEN), "--pack_len", "4096",
-                        "--batch_tokens", str(1 << 30), "--steps", str(steps + 1), "--save_every", "0", "--device", "cpu"])
+        train_sft.main(
+            [
+                "--model",
+                str(folder / "model"),
+                "--data",
+                str(folder / "train.jsonl"),
+                "--out",
+                str(out),
+                "--lr",
+                "1e-4",
+                "--schedule",
+                "constant",
+                "--max_len",
+                str(MAX_LEN),
+                "--pack_len",
+                "4096",
+                "--batch_tokens",
+                str(1 << 30),
+                "--steps",
+                str(steps + 1),
+                "--save_every",
+                "0",
+                "--device",
+                "cpu",
+            ]
+        )
     except SystemExit as end:
         assert end.code == 0
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {"losses": losses, "seconds": ends[-1][0] - ends[0][0], "cpu_seconds": ends[-1][1] - ends[0][1]}
+    return {
+        "losses": losses,
+        "seconds": ends[-1][0] - ends[0][0],
+        "cpu_seconds": ends[-1][1] - ends[0][1],
+    }
 
 
 def run_trl(folder: Path, steps: int, batch: int) -> dict:
@@ -92,28 +158,53 @@ def run_trl(folder: Path, steps: int, batch: int) -> dict:
     from datasets import Dataset
     from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
+
     documents, ends = tokenised(folder), []
-    rows = [{"input_ids": d.tokens.tolist(), "labels": np.where(d.learned, d.tokens, -100).tolist()}
-            for d in map(documents.get, range(len(documents)))]
+    rows = [
+        {"input_ids": d.tokens.tolist(), "labels": np.where(d.learned, d.tokens, -100).tolist()}
+        for d in map(documents.get, range(len(documents)))
+    ]
 
     class Times(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             ends.append((time.perf_counter(), time.process_time()))
-    config = SFTConfig(output_dir=str(folder / "trl"), per_device_train_batch_size=batch, max_steps=steps + 1,
-                       gradient_accumulation_steps=DOCUMENTS // batch, learning_rate=1e-4, lr_scheduler_type="constant",
-                       max_length=MAX_LEN, bf16=False, use_cpu=True, logging_steps=1, save_strategy="no", report_to="none",
-                       disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True})
-    trainer = SFTTrainer(model=Qwen2ForCausalLM.from_pretrained(folder / "model"), args=config,
-                         train_dataset=Dataset.from_list(rows), callbacks=[Times()],
-                         processing_class=AutoTokenizer.from_pretrained(folder / "model"))
+
+    config = SFTConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=batch,
+        max_steps=steps + 1,
+        gradient_accumulation_steps=DOCUMENTS // batch,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        max_length=MAX_LEN,
+        bf16=False,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer = SFTTrainer(
+        model=Qwen2ForCausalLM.from_pretrained(folder / "model"),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[Times()],
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    )
     trainer.train()
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
-    return {"losses": losses, "seconds": ends[-1][0] - ends[0][0], "cpu_seconds": ends[-1][1] - ends[0][1]}
+    return {
+        "losses": losses,
+        "seconds": ends[-1][0] - ends[0][0],
+        "cpu_seconds": ends[-1][1] - ends[0][1],
+    }
 
 
 def child(trainer: str, folder: Path, steps: int) -> None:
     """One turn; its figures are the last line on stdout."""
     import torch
+
     torch.set_num_threads(1)
     tokenised(folder)
     if trainer == "ours":
@@ -123,7 +214,11 @@ def child(trainer: str, folder: Path, steps: int) -> None:
         from transformers import Qwen2ForCausalLM  # noqa: F401
         from trl import SFTTrainer  # noqa: F401
     before = resident_gib()
-    result = run_ours(folder, steps) if trainer == "ours" else run_trl(folder, steps, int(trainer.split()[-1]))
+    result = (
+        run_ours(folder, steps)
+        if trainer == "ours"
+        else run_trl(folder, steps, int(trainer.split()[-1]))
+    )
     print("\n" + json.dumps({**result, "memory_gib": resident_gib() - before}))
 
 
@@ -135,32 +230,54 @@ def measure(size: str, rounds: int, steps: int) -> list[str]:
         tokens, results = int(documents.lengths.sum()), {t: [] for t in TRAINERS}
         for _ in range(rounds):
             for trainer in TRAINERS:
-                done = subprocess.run([sys.executable, __file__, "--child", trainer, "--folder", folder, "--steps",
-                                       str(steps)], capture_output=True, text=True)
+                done = subprocess.run(
+                    [
+                        sys.executable,
+                        __file__,
+                        "--child",
+                        trainer,
+                        "--folder",
+                        folder,
+                        "--steps",
+                        str(steps),
+                    ],
+                    capture_output=True,
+                    text=True,
+                )
                 if done.returncode:
                     raise SystemExit(f"{trainer} failed:\n{done.stderr[-3000:]}")
                 results[trainer].append(json.loads(done.stdout.strip().splitlines()[-1]))
                 print(size, trainer, results[trainer][-1], flush=True)
     lengths = documents.lengths
-    rows = [f"{size}: {len(lengths)} documents, {tokens} tokens, median {int(statistics.median(lengths))}, longest "
-            f"{lengths.max()}, mean {lengths.mean():.0f}", "| trainer | useful tokens/s (min–max) | ours is × faster | "
-            "useful tokens per CPU second | × | memory GiB | first loss | last loss |", "|---" * 8 + "|"]
-    wall, cpu = ({t: sorted(tokens * steps / r[k] for r in results[t]) for t in TRAINERS}
-                 for k in ("seconds", "cpu_seconds"))
+    rows = [
+        f"{size}: {len(lengths)} documents, {tokens} tokens, median {int(statistics.median(lengths))}, longest "
+        f"{lengths.max()}, mean {lengths.mean():.0f}",
+        "| trainer | useful tokens/s (min–max) | ours is × faster | "
+        "useful tokens per CPU second | × | memory GiB | first loss | last loss |",
+        "|---" * 8 + "|",
+    ]
+    wall, cpu = (
+        {t: sorted(tokens * steps / r[k] for r in results[t]) for t in TRAINERS}
+        for k in ("seconds", "cpu_seconds")
+    )
     middle = statistics.median
     for t in TRAINERS:
         losses = results[t][0]["losses"]
-        rows.append(f"| {t} | {middle(wall[t]):.0f} ({wall[t][0]:.0f}–{wall[t][-1]:.0f}) | "
-                    f"{middle(wall['ours']) / middle(wall[t]):.2f} | {middle(cpu[t]):.0f} | "
-                    f"{middle(cpu['ours']) / middle(cpu[t]):.2f} | {middle(r['memory_gib'] for r in results[t]):.2f} | "
-                    f"{losses[0]:.5f} | {losses[-1]:.5f} |")
+        rows.append(
+            f"| {t} | {middle(wall[t]):.0f} ({wall[t][0]:.0f}–{wall[t][-1]:.0f}) | "
+            f"{middle(wall['ours']) / middle(wall[t]):.2f} | {middle(cpu[t]):.0f} | "
+            f"{middle(cpu['ours']) / middle(cpu[t]):.2f} | {middle(r['memory_gib'] for r in results[t]):.2f} | "
+            f"{losses[0]:.5f} | {losses[-1]:.5f} |"
+        )
     firsts = [results[t][0]["losses"][0] for t in TRAINERS]
     rows.append(f"first-step losses differ by {max(firsts) - min(firsts):.1e}")
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")

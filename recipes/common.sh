@@ -53,9 +53,9 @@ data() {  # data NAME FLAGS…: DATA/NAME.jsonl from the published release; on m
     elif [ ! -f "$raw/download.json" ]; then  # written last
         mkdir -p "$RAW"
         if [ "$SMOKE" = 1 ]; then show cp -r "$RUNS/releases/$release" "$RAW"
-        else show python convert.py download "$release" --out "$raw"; fi
+        else show python -m convert download "$release" --out "$raw"; fi
     fi
-    show python convert.py convert "$name" "$raw" --out "$out" "$@"
+    show python -m convert "$name" "$raw" --out "$out" "$@"
 }
 
 trained() { [ "$(cat "$RUNS/$1/status" 2>/dev/null)" = finished ]; }

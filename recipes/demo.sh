@@ -41,7 +41,7 @@ if [ $quick = 1 ]; then
     grpo_size=(--steps 2 --prompts 4 --group 2)
 fi
 [ $controls = 0 ] || data_size+=(--images)
-model=assets/toy_base
+model=toy/assets
 [ $scratch = 0 ] || model=$out/base
 launch() { torchrun --standalone --nproc_per_node="${NPROC:-2}" "$@"; }
 say() { printf '\n== %d:%02d  %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
@@ -76,13 +76,13 @@ say "The world: chains such as a=9;k=a-3;  k? as text and as images of the same 
     "(P=9mg;Q=P-3; Q?) with lettered options. Look at $out/data/sft.jsonl and $out/data/img. Training will see text only."
 last=test_hard_image  # of the files that are written
 [ $controls = 0 ] || [ -f "$out/data/sft_images.jsonl" ] || last=sft_images  # asked for later than the others: all again
-if [ ! -f "$out/data/$last.jsonl" ]; then python toy.py data --out "$out/data" --seed "$seed" "${data_size[@]}"; fi
+if [ ! -f "$out/data/$last.jsonl" ]; then python -m toy data --out "$out/data" --seed "$seed" "${data_size[@]}"; fi
 
 if [ $scratch = 1 ]; then
     say "The base model, from nothing: reads text and images, answers at once. Notice 'characters': how many vision tokens" \
         "lie nearest to the embedding of the character that they show (with --no_align: to a rotation of it)."
     [ $align = 1 ] || base_size+=(--no_align)
-    [ -f "$model/made_by.json" ] || python toy.py base --out "$model" --seed "$seed" "${base_size[@]}"
+    [ -f "$model/made_by.json" ] || python -m toy base --out "$model" --seed "$seed" "${base_size[@]}"
 fi
 
 say "Evaluation of the base. It answers at once: the longer the chain the worse (guessing a number: 10%), on text and images" \
@@ -130,7 +130,7 @@ for name in "base=base" "SFT=sft" "SFT + GRPO=grpo" "SFT, no thoughts=direct" "G
         [ ! -f "$dir/result.json" ] || runs+=("${name%=*}=$dir")
     done
 done
-python report.py "${runs[@]}" "$out/sft" "$out/grpo" --out "$out/report.html" --figure "$out/accuracy.svg" \
+python -m report "${runs[@]}" "$out/sft" "$out/grpo" --out "$out/report.html" --figure "$out/accuracy.svg" \
     --title "X-Reasoner in miniature, seed $seed"
 say "Accuracy with 95% intervals, and with forced exit"
-python toy.py table --out "$out" --base "$model" --final "$out/grpo/final"
+python -m toy table --out "$out" --base "$model" --final "$out/grpo/final"

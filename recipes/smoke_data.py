@@ -6,6 +6,7 @@
 The rows are the miniature's chains (toy.py) in the fields of the real releases, so the same converters run. The model is
 the shipped miniature base where there is one, else random weights; neither can think, hence `teach` in the place of QwQ.
 """
+
 from __future__ import annotations
 
 import io
@@ -19,17 +20,18 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import toy  # noqa: E402
-from schema import LETTERS  # noqa: E402
+from core.schema import LETTERS  # noqa: E402
+from toy import world as toy  # noqa: E402
 
 ROWS = 3  # of each table
-SHIPPED = ROOT / "assets" / "toy_base"
+SHIPPED = ROOT / "toy" / "assets"
 
 
 # ------------------------------------------------------------------------------------------------------- writing
 def write_parquet(path: Path, rows: list[dict]) -> None:
     import pyarrow
     import pyarrow.parquet
+
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
@@ -59,8 +61,14 @@ class Maker:
         options, letter = toy.draw_options(self.rng, chain)
         picture = io.BytesIO()
         toy.Image.fromarray(toy.draw_line(chain.text, self.rng)).save(picture, "PNG")
-        return {"text": chain.text, "answer": str(chain.answer), "options": options, "letter": letter,
-                "picture": picture.getvalue(), "thought": toy.think(chain, self.rng)}
+        return {
+            "text": chain.text,
+            "answer": str(chain.answer),
+            "options": options,
+            "letter": letter,
+            "picture": picture.getvalue(),
+            "thought": toy.think(chain, self.rng),
+        }
 
     def questions(self) -> list[dict]:
         return [self.question() for _ in range(ROWS)]
@@ -68,7 +76,11 @@ class Maker:
 
 def lettered(q: dict, count: int = 4) -> dict[str, str]:
     """Options by letter, filled up to `count`."""
-    return dict(zip(LETTERS, [*q["options"], *(f"{i}mg" for i in range(10, 10 + count - len(q["options"])))]))
+    return dict(
+        zip(
+            LETTERS, [*q["options"], *(f"{i}mg" for i in range(10, 10 + count - len(q["options"])))]
+        )
+    )
 
 
 def embedded(q: dict) -> dict:
@@ -76,32 +88,81 @@ def embedded(q: dict) -> dict:
 
 
 def medqa_row(q: dict, count: int) -> dict:
-    return {"question": q["text"], "answer": lettered(q, count)[q["letter"]], "options": lettered(q, count),
-            "meta_info": "step1", "answer_idx": q["letter"]}
+    return {
+        "question": q["text"],
+        "answer": lettered(q, count)[q["letter"]],
+        "options": lettered(q, count),
+        "meta_info": "step1",
+        "answer_idx": q["letter"],
+    }
 
 
 def write_text_releases(out: Path, make: Maker) -> None:
     """OpenThoughts, Orz, GSM8K, MMLU-Pro, MedQA in both forms."""
-    thoughts = [{"system": "-", "conversations": [
-        {"from": "user", "value": q["text"]},
-        {"from": "assistant", "value": f"<|begin_of_thought|>\n\n{q['thought']}\n\n<|end_of_thought|>\n\n"
-         f"<|begin_of_solution|>\n\n\\boxed{{{q['answer']}}}\n\n<|end_of_solution|>"}]}
-        for _ in range(8) for q in make.questions()]
+    thoughts = [
+        {
+            "system": "-",
+            "conversations": [
+                {"from": "user", "value": q["text"]},
+                {
+                    "from": "assistant",
+                    "value": f"<|begin_of_thought|>\n\n{q['thought']}\n\n<|end_of_thought|>\n\n"
+                    f"<|begin_of_solution|>\n\n\\boxed{{{q['answer']}}}\n\n<|end_of_solution|>",
+                },
+            ],
+        }
+        for _ in range(8)
+        for q in make.questions()
+    ]
     write_parquet(out / "openthoughts/data/train-00000-of-00001.parquet", thoughts)
-    write_text(out / "orz57k/orz_math_57k_collected.json", [
-        [{"from": "human", "value": q["text"]}, {"from": "assistant", "ground_truth": {"value": q["answer"]}}]
-        for _ in range(3) for q in make.questions()], lines=False)
-    write_parquet(out / "gsm8k/main/test-00000-of-00001.parquet", [
-        {"question": q["text"], "answer": f"{q['thought']}\n#### {q['answer']}"} for q in make.questions()])
-    write_parquet(out / "mmlu_pro/data/test-00000-of-00001.parquet", [
-        {"question_id": i, "question": q["text"], "options": q["options"], "answer": q["letter"],
-         "answer_index": LETTERS.index(q["letter"]), "cot_content": "", "category": "health" if i % 2 else "math",
-         "src": "smoke"} for i, q in enumerate(make.questions())])
+    write_text(
+        out / "orz57k/orz_math_57k_collected.json",
+        [
+            [
+                {"from": "human", "value": q["text"]},
+                {"from": "assistant", "ground_truth": {"value": q["answer"]}},
+            ]
+            for _ in range(3)
+            for q in make.questions()
+        ],
+        lines=False,
+    )
+    write_parquet(
+        out / "gsm8k/main/test-00000-of-00001.parquet",
+        [
+            {"question": q["text"], "answer": f"{q['thought']}\n#### {q['answer']}"}
+            for q in make.questions()
+        ],
+    )
+    write_parquet(
+        out / "mmlu_pro/data/test-00000-of-00001.parquet",
+        [
+            {
+                "question_id": i,
+                "question": q["text"],
+                "options": q["options"],
+                "answer": q["letter"],
+                "answer_index": LETTERS.index(q["letter"]),
+                "cot_content": "",
+                "category": "health" if i % 2 else "math",
+                "src": "smoke",
+            }
+            for i, q in enumerate(make.questions())
+        ],
+    )
     for name, count in (("medqa", 5), ("medqa_4ops", 4)):
-        test, train = ("".join(json.dumps(medqa_row(q, count)) + "\n" for q in make.questions()) for _ in range(2))
+        test, train = (
+            "".join(json.dumps(medqa_row(q, count)) + "\n" for q in make.questions())
+            for _ in range(2)
+        )
         if count == 5:
-            write_zip(out / name / "data_clean.zip", {"data_clean/questions/US/test.jsonl": test.encode(),
-                                                      "data_clean/questions/US/train.jsonl": train.encode()})
+            write_zip(
+                out / name / "data_clean.zip",
+                {
+                    "data_clean/questions/US/test.jsonl": test.encode(),
+                    "data_clean/questions/US/train.jsonl": train.encode(),
+                },
+            )
         else:
             (out / name).mkdir(parents=True, exist_ok=True)
             (out / name / "phrases_no_exclude_test.jsonl").write_text(test)
@@ -110,48 +171,144 @@ def write_text_releases(out: Path, make: Maker) -> None:
 def write_image_releases(out: Path, make: Maker) -> None:
     """MMMU, MMMU-Pro, MMStar, MathVista, MathVision."""
     for subject in ("Pharmacy", "Math"):
-        write_parquet(out / f"mmmu/{subject}/validation-00000-of-00001.parquet", [
-            {"id": f"validation_{subject}_{i}", "question": "<image 1>", "options": str(q["options"]),
-             "image_1": embedded(q), "answer": q["letter"], "question_type": "multiple-choice",
-             "topic_difficulty": "Easy"} for i, q in enumerate(make.questions())])
-    write_parquet(out / "mmmu_pro/standard (10 options)/test-00000-of-00001.parquet", [
-        {"id": f"test_{subject}_{i}", "question": "<image 1>", "options": str(q["options"]), "image_1": embedded(q),
-         "answer": q["letter"], "subject": subject, "topic_difficulty": "Easy"}
-        for subject in ("Pharmacy", "Math") for i, q in enumerate(make.questions())])
-    write_parquet(out / "mmstar/mmstar.parquet", [
-        {"index": i, "question": "Which? \nOptions: " + ", ".join(f"{k}: {v}" for k, v in lettered(q).items()),
-         "image": q["picture"], "answer": q["letter"], "category": "math", "l2_category": "sums"}
-        for i, q in enumerate(make.questions())])
-    write_parquet(out / "mathvista/data/testmini-00000-of-00001.parquet", [
-        {"pid": str(i), "question": "Which?", "choices": q["options"] if i else None, "unit": None, "precision": None,
-         "answer": q["options"][LETTERS.index(q["letter"])] if i else q["answer"],
-         "question_type": "multi_choice" if i else "free_form", "answer_type": "text" if i else "integer",
-         "decoded_image": embedded(q), "image": "images/x.png", "metadata": {"task": "sums", "language": "english"}}
-        for i, q in enumerate(make.questions())])
-    write_parquet(out / "mathvision/data/test-00000-of-00001.parquet", [
-        {"id": str(i), "question": "Which? <image1>", "options": q["options"] if i else [], "answer":
-         q["letter"] if i else q["answer"], "decoded_image": embedded(q), "image": "images/x.jpg", "level": 1,
-         "subject": "arithmetic"} for i, q in enumerate(make.questions())])
+        write_parquet(
+            out / f"mmmu/{subject}/validation-00000-of-00001.parquet",
+            [
+                {
+                    "id": f"validation_{subject}_{i}",
+                    "question": "<image 1>",
+                    "options": str(q["options"]),
+                    "image_1": embedded(q),
+                    "answer": q["letter"],
+                    "question_type": "multiple-choice",
+                    "topic_difficulty": "Easy",
+                }
+                for i, q in enumerate(make.questions())
+            ],
+        )
+    write_parquet(
+        out / "mmmu_pro/standard (10 options)/test-00000-of-00001.parquet",
+        [
+            {
+                "id": f"test_{subject}_{i}",
+                "question": "<image 1>",
+                "options": str(q["options"]),
+                "image_1": embedded(q),
+                "answer": q["letter"],
+                "subject": subject,
+                "topic_difficulty": "Easy",
+            }
+            for subject in ("Pharmacy", "Math")
+            for i, q in enumerate(make.questions())
+        ],
+    )
+    write_parquet(
+        out / "mmstar/mmstar.parquet",
+        [
+            {
+                "index": i,
+                "question": "Which? \nOptions: "
+                + ", ".join(f"{k}: {v}" for k, v in lettered(q).items()),
+                "image": q["picture"],
+                "answer": q["letter"],
+                "category": "math",
+                "l2_category": "sums",
+            }
+            for i, q in enumerate(make.questions())
+        ],
+    )
+    write_parquet(
+        out / "mathvista/data/testmini-00000-of-00001.parquet",
+        [
+            {
+                "pid": str(i),
+                "question": "Which?",
+                "choices": q["options"] if i else None,
+                "unit": None,
+                "precision": None,
+                "answer": q["options"][LETTERS.index(q["letter"])] if i else q["answer"],
+                "question_type": "multi_choice" if i else "free_form",
+                "answer_type": "text" if i else "integer",
+                "decoded_image": embedded(q),
+                "image": "images/x.png",
+                "metadata": {"task": "sums", "language": "english"},
+            }
+            for i, q in enumerate(make.questions())
+        ],
+    )
+    write_parquet(
+        out / "mathvision/data/test-00000-of-00001.parquet",
+        [
+            {
+                "id": str(i),
+                "question": "Which? <image1>",
+                "options": q["options"] if i else [],
+                "answer": q["letter"] if i else q["answer"],
+                "decoded_image": embedded(q),
+                "image": "images/x.jpg",
+                "level": 1,
+                "subject": "arithmetic",
+            }
+            for i, q in enumerate(make.questions())
+        ],
+    )
 
 
 def write_medical_releases(out: Path, make: Maker) -> None:
     """MedXpertQA-MM, OmniMedVQA, NEJM."""
     chosen = make.questions()
-    rows = [{"id": f"MM-{i}", "question": f"Which? Answer Choices: {lettered(q, 5)}", "options": lettered(q, 5),
-             "label": q["letter"], "images": [f"MM-{i}.png"], "medical_task": "Diagnosis"} for i, q in enumerate(chosen)]
+    rows = [
+        {
+            "id": f"MM-{i}",
+            "question": f"Which? Answer Choices: {lettered(q, 5)}",
+            "options": lettered(q, 5),
+            "label": q["letter"],
+            "images": [f"MM-{i}.png"],
+            "medical_task": "Diagnosis",
+        }
+        for i, q in enumerate(chosen)
+    ]
     write_text(out / "medxpertqa_mm/MM/test.jsonl", rows)
-    write_zip(out / "medxpertqa_mm/images.zip", {f"images/MM-{i}.png": q["picture"] for i, q in enumerate(chosen)})
+    write_zip(
+        out / "medxpertqa_mm/images.zip",
+        {f"images/MM-{i}.png": q["picture"] for i, q in enumerate(chosen)},
+    )
     chosen = make.questions()
-    rows = [{"dataset": "Chest", "question_id": f"chest_{i}", "question_type": "Modality", "question": "Which?",
-             "gt_answer": q["options"][LETTERS.index(q["letter"])], "image_path": f"Images/Chest/{i}.png",
-             "modality_type": "CT", **{f"option_{k}": v for k, v in lettered(q).items()}} for i, q in enumerate(chosen)]
-    write_zip(out / "omnimedvqa/OmniMedVQA.zip", {
-        "OmniMedVQA/QA_information/Open-access/Chest.json": json.dumps(rows).encode(),
-        **{f"OmniMedVQA/Images/Chest/{i}.png": q["picture"] for i, q in enumerate(chosen)}})
+    rows = [
+        {
+            "dataset": "Chest",
+            "question_id": f"chest_{i}",
+            "question_type": "Modality",
+            "question": "Which?",
+            "gt_answer": q["options"][LETTERS.index(q["letter"])],
+            "image_path": f"Images/Chest/{i}.png",
+            "modality_type": "CT",
+            **{f"option_{k}": v for k, v in lettered(q).items()},
+        }
+        for i, q in enumerate(chosen)
+    ]
+    write_zip(
+        out / "omnimedvqa/OmniMedVQA.zip",
+        {
+            "OmniMedVQA/QA_information/Open-access/Chest.json": json.dumps(rows).encode(),
+            **{f"OmniMedVQA/Images/Chest/{i}.png": q["picture"] for i, q in enumerate(chosen)},
+        },
+    )
     chosen = make.questions()
-    write_text(out / "nejm/image_challenge.json", [
-        {"image_id": f"IC{i}", "date": f"2020010{i + 1}", "question": "Which?", "correct_answer": q["letter"],
-         **{f"option_{k}": v for k, v in lettered(q, 5).items()}} for i, q in enumerate(chosen)], lines=False)
+    write_text(
+        out / "nejm/image_challenge.json",
+        [
+            {
+                "image_id": f"IC{i}",
+                "date": f"2020010{i + 1}",
+                "question": "Which?",
+                "correct_answer": q["letter"],
+                **{f"option_{k}": v for k, v in lettered(q, 5).items()},
+            }
+            for i, q in enumerate(chosen)
+        ],
+        lines=False,
+    )
     (out / "nejm/images").mkdir()
     for i, q in enumerate(chosen):
         (out / f"nejm/images/IC{i}.png").write_bytes(q["picture"])
@@ -170,11 +327,15 @@ def write_base(out: Path) -> None:
     from safetensors.torch import save_file
 
     from model import Model, ModelConfig
+
     torch.manual_seed(0)
     toy.write_model_files(aside)
     model = Model(ModelConfig.from_dir(aside), with_vision=True)
-    save_file({n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()},
-              aside / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()},
+        aside / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     aside.rename(out)
 
 
@@ -187,7 +348,9 @@ def write(folder: Path) -> None:
     write_medical_releases(releases, make)
     for release in releases.iterdir():
         if release.name != "nejm":  # that one is the user's own folder
-            (release / "download.json").write_text(json.dumps({"name": release.name, "hub": "made up"}))
+            (release / "download.json").write_text(
+                json.dumps({"name": release.name, "hub": "made up"})
+            )
     write_base(folder / "base")
     print(f"{folder}: base and {len(list(releases.iterdir()))} releases of {ROWS} rows and more")
 
@@ -195,16 +358,21 @@ def write(folder: Path) -> None:
 def teach(out: Path, problems: Path) -> None:
     """Rewrite the stored samples as a teacher would have written them, and grade them by the real rule."""
     import rewards
+
     by_id = {p["id"]: p for p in map(json.loads, problems.read_text().splitlines())}
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     for row in rows:
         problem = by_id[row["id"]]
-        row["text"] = f"<think>{problem['question']} (sample {row['sample']})</think>{toy.final_answer(problem)}"
+        row["text"] = (
+            f"<think>{problem['question']} (sample {row['sample']})</think>{toy.final_answer(problem)}"
+        )
         row["finish"] = "stop"
         reward = rewards.reward(problem, row["text"], row["finish"])
         row.update(score=reward.score, answer=reward.answer, status=reward.status)
     write_text(out / "samples.jsonl", rows)
-    print(f"{out}: {len(rows)} samples rewritten, {sum(row['score'] for row in rows):.0f} of them right")
+    print(
+        f"{out}: {len(rows)} samples rewritten, {sum(row['score'] for row in rows):.0f} of them right"
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -23,7 +23,7 @@ evaluate teacher --model "$TEACHER" --data "$DATA/medqa_train.jsonl" --prompt_st
     --temperature 0.6 --top_p 0.95
 [ "$SMOKE" != 1 ] || show python recipes/smoke_data.py teach "$RUNS/eval/teacher" "$DATA/medqa_train.jsonl"
 [ "$NODE_RANK" != 0 ] || [ -f "$DATA/medqa_traces.jsonl" ] ||
-    show python data.py from_samples "$RUNS/eval/teacher" --out "$DATA/medqa_traces.jsonl"
+    show python -m convert from_samples "$RUNS/eval/teacher" --out "$DATA/medqa_traces.jsonl"
 until [ -f "$DATA/medqa_traces.jsonl" ]; do sleep 10; done
 
 sft med_sft --model "$FROM" --data "$DATA/medqa_traces.jsonl" --overlong drop

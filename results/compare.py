@@ -11,6 +11,7 @@ noise" can be believed, "within noise" means that this set does not tell. With b
 what training did, free of what prompt, pixels and parser do to the level. Paper's numbers: results/paper.json; a "~" was
 read off a figure.
 """
+
 from __future__ import annotations
 
 import json
@@ -20,10 +21,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from stats import wilson  # noqa: E402
+from scoring.stats import wilson  # noqa: E402
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text(encoding="utf-8"))
-HEAD = ["model", "set", "n", "ours", "±", "paper", "±", "gap", "95% of the gap", "verdict", "source"]
+HEAD = [
+    "model",
+    "set",
+    "n",
+    "ours",
+    "±",
+    "paper",
+    "±",
+    "gap",
+    "95% of the gap",
+    "verdict",
+    "source",
+]
 
 
 def half(accuracy: float, n: int) -> float:
@@ -44,7 +57,10 @@ def paper_of(model: str, protocol: str) -> dict[str, dict]:
     left = PAPER["questions with text-solvable ones removed"]
     sizes = PAPER["questions"] if protocol != "text-solvable removed" else left
     rows = [r for r in PAPER["results"] if (r["model"], r["protocol"]) == (model, protocol)]
-    return {r["set"]: {**r, "n": sizes[r["set"]], "half": half(r["accuracy"], sizes[r["set"]])} for r in rows}
+    return {
+        r["set"]: {**r, "n": sizes[r["set"]], "half": half(r["accuracy"], sizes[r["set"]])}
+        for r in rows
+    }
 
 
 def verdict(gap: float, width: float, n: int) -> str:
@@ -63,9 +79,21 @@ def compared(model: str, result: dict) -> list[list[str]]:
         width = 50 * (ours["high"] - ours["low"])
         gap, both = 100 * ours["accuracy"] - paper["accuracy"], math.hypot(width, paper["half"])
         n = str(ours["n"]) if ours["n"] == paper["n"] else f"{ours['n']} of {paper['n']}"
-        lines.append([model, name, n, f"{100 * ours['accuracy']:.1f}", f"{width:.1f}",
-                      f"{'' if paper.get('sure', True) else '~'}{paper['accuracy']:.1f}", f"{paper['half']:.1f}", f"{gap:+.1f}",
-                      f"{gap - both:+.1f} … {gap + both:+.1f}", verdict(gap, both, ours["n"]), paper["source"]])
+        lines.append(
+            [
+                model,
+                name,
+                n,
+                f"{100 * ours['accuracy']:.1f}",
+                f"{width:.1f}",
+                f"{'' if paper.get('sure', True) else '~'}{paper['accuracy']:.1f}",
+                f"{paper['half']:.1f}",
+                f"{gap:+.1f}",
+                f"{gap - both:+.1f} … {gap + both:+.1f}",
+                verdict(gap, both, ours["n"]),
+                paper["source"],
+            ]
+        )
     return lines
 
 
@@ -83,24 +111,42 @@ def gains(model: str, result: dict, base: dict) -> list[list[str]]:
         width = math.hypot(50 * (a["high"] - a["low"]), 50 * (b["high"] - b["low"]))
         low, high = gain - width, gain + width
         if name in paired and paired[name].get("low") is not None:
-            low, high, width = (100 * paired[name]["low"], 100 * paired[name]["high"],
-                                50 * (paired[name]["high"] - paired[name]["low"]))
-        theirs, their_width = (after[name]["accuracy"] - before[name]["accuracy"],
-                               math.hypot(after[name]["half"], before[name]["half"]))
-        lines.append([model, name, f"{gain:+.1f}", f"{low:+.1f} … {high:+.1f}", f"{theirs:+.1f}",
-                      f"{theirs - their_width:+.1f} … {theirs + their_width:+.1f}",
-                      verdict(gain - theirs, math.hypot(width, their_width), a["n"])])
+            low, high, width = (
+                100 * paired[name]["low"],
+                100 * paired[name]["high"],
+                50 * (paired[name]["high"] - paired[name]["low"]),
+            )
+        theirs, their_width = (
+            after[name]["accuracy"] - before[name]["accuracy"],
+            math.hypot(after[name]["half"], before[name]["half"]),
+        )
+        lines.append(
+            [
+                model,
+                name,
+                f"{gain:+.1f}",
+                f"{low:+.1f} … {high:+.1f}",
+                f"{theirs:+.1f}",
+                f"{theirs - their_width:+.1f} … {theirs + their_width:+.1f}",
+                verdict(gain - theirs, math.hypot(width, their_width), a["n"]),
+            ]
+        )
     return lines
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    return "\n".join("  ".join(c.rjust(w) if 1 < i < len(line) - 1 else c.ljust(w)
-                               for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in [head, *lines])
+    return "\n".join(
+        "  ".join(
+            c.rjust(w) if 1 < i < len(line) - 1 else c.ljust(w)
+            for i, (c, w) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in [head, *lines]
+    )
 
 
 def load(argument: str) -> tuple[str, dict]:
-    """"NAME=DIR" or "DIR" → name and result.json. Raises ValueError for a folder without one or an unknown name."""
+    """ "NAME=DIR" or "DIR" → name and result.json. Raises ValueError for a folder without one or an unknown name."""
     name, _, folder = argument.rpartition("=")
     name = name or "x_reasoner"
     known = sorted({r["model"] for r in PAPER["results"]})
@@ -119,11 +165,20 @@ def report(results: list[tuple[str, dict]]) -> str:
         return "the paper has no number for these sets under this protocol"
     parts = [f"{protocol_of(results[0][1])}, percent\n{table(HEAD, lines)}"]
     named = dict(results)
-    more = [line for name, result in results if "base" in named and name != "base"
-            for line in gains(name, result, named["base"])]
+    more = [
+        line
+        for name, result in results
+        if "base" in named and name != "base"
+        for line in gains(name, result, named["base"])
+    ]
     if more:
-        parts.append("gains over base, in points\n" + table(
-            ["model", "set", "our gain", "95%", "paper's gain", "95%", "difference of the two"], more))
+        parts.append(
+            "gains over base, in points\n"
+            + table(
+                ["model", "set", "our gain", "95%", "paper's gain", "95%", "difference of the two"],
+                more,
+            )
+        )
     return "\n\n".join(parts)
 
 
@@ -133,7 +188,9 @@ def main(argv: list[str]) -> None:
     try:
         results = [load(a) for a in argv]
         if len({protocol_of(r) for _, r in results}) > 1:
-            raise ValueError("these were evaluated under different protocols; compare greedy with greedy")
+            raise ValueError(
+                "these were evaluated under different protocols; compare greedy with greedy"
+            )
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(report(results))

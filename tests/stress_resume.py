@@ -7,6 +7,7 @@ then spreads) at a random moment: while it sets up, in a step, while a checkpoin
 while it exports. The same command is started again after each. At the end the exported weights, every logged loss,
 gradient norm and learning rate, and every validation loss must be bit-equal to the uninterrupted run's.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,9 +23,11 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SETTINGS = ("--max_len 256 --pack_len 512 --batch_tokens 2048 --lr 1e-3 --warmup_ratio 0.1 --schedule cosine "
-            "--weight_decay 0.1 --checkpointing attn --device cpu").split()
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
+SETTINGS = (
+    "--max_len 256 --pack_len 512 --batch_tokens 2048 --lr 1e-3 --warmup_ratio 0.1 --schedule cosine "
+    "--weight_decay 0.1 --checkpointing attn --device cpu"
+).split()
 
 
 def rows(n: int, seed: int) -> list[dict]:
@@ -34,8 +37,17 @@ def rows(n: int, seed: int) -> list[dict]:
     for _ in range(n):
         a, b = draw.randint(2, 99), draw.randint(2, 99)
         steps = " ".join(f"then {a} + {k} = {a + k}." for k in range(draw.randint(1, 12)))
-        out.append({"messages": [{"role": "user", "content": f"what is {a} + {b}?"},
-                                 {"role": "assistant", "content": f"<think>{steps}</think>\n<answer>{a + b}</answer>"}]})
+        out.append(
+            {
+                "messages": [
+                    {"role": "user", "content": f"what is {a} + {b}?"},
+                    {
+                        "role": "assistant",
+                        "content": f"<think>{steps}</think>\n<answer>{a + b}</answer>",
+                    },
+                ]
+            }
+        )
     return out
 
 
@@ -49,9 +61,16 @@ def make_inputs(folder: Path) -> list[str]:
     """A tiny model with tokenizer, training and validation files → the flags that name them."""
     from tiny import make_tiny_tokenizer
     from tiny_model import make_tiny_vl
+
     make_tiny_tokenizer(make_tiny_vl(folder / "model"))
-    return ["--model", str(folder / "model"), "--data", str(write_jsonl(folder / "train.jsonl", rows(60, 0))),
-            "--val_data", str(write_jsonl(folder / "val.jsonl", rows(6, 1)))]
+    return [
+        "--model",
+        str(folder / "model"),
+        "--data",
+        str(write_jsonl(folder / "train.jsonl", rows(60, 0))),
+        "--val_data",
+        str(write_jsonl(folder / "val.jsonl", rows(6, 1))),
+    ]
 
 
 def start(arguments: list[str], ranks: int = 2, log: Path | None = None) -> subprocess.Popen:
@@ -59,8 +78,20 @@ def start(arguments: list[str], ranks: int = 2, log: Path | None = None) -> subp
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     with open(log or os.devnull, "a") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-             str(ROOT / "train_sft.py"), *arguments], cwd=ROOT, stdout=out, stderr=out, env=environment)
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={ranks}",
+                str(ROOT / "train_sft.py"),
+                *arguments,
+            ],
+            cwd=ROOT,
+            stdout=out,
+            stderr=out,
+            env=environment,
+        )
 
 
 def descendants(pid: int) -> list[int]:
@@ -103,8 +134,10 @@ def wait_for(process: subprocess.Popen, condition, seconds: float = 120) -> bool
 def history(out: Path) -> tuple[list[tuple], list[str]]:
     """What must be equal between two runs: (step, loss, norm, lr) of every step, and the validation lines."""
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return ([(m["step"], m["loss"], m["grad_norm"], m["lr"]) for m in steps],
-            (out / "validation.jsonl").read_text().splitlines())
+    return (
+        [(m["step"], m["loss"], m["grad_norm"], m["lr"]) for m in steps],
+        (out / "validation.jsonl").read_text().splitlines(),
+    )
 
 
 def weights(out: Path) -> dict[str, bytes]:
@@ -131,7 +164,12 @@ def where(out: Path) -> str:
     done = lines(out / "metrics.jsonl")
     if not done:
         return "before the first step"
-    if saved and max(saved) == done and done % 6 == 0 and lines(out / "validation.jsonl") < done // 6 + 1:
+    if (
+        saved
+        and max(saved) == done
+        and done % 6 == 0
+        and lines(out / "validation.jsonl") < done // 6 + 1
+    ):
         return "between save and validation"
     return "right after a save" if saved and max(saved) == done else "in a step"
 
@@ -146,10 +184,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         total = 3 * args.kills
-        common = [*make_inputs(folder), *SETTINGS, "--steps", str(total), "--save_every", "3", "--val_every", "6"]
+        common = [
+            *make_inputs(folder),
+            *SETTINGS,
+            "--steps",
+            str(total),
+            "--save_every",
+            "3",
+            "--val_every",
+            "6",
+        ]
         alone, killed = folder / "alone", folder / "killed"
         assert start([*common, "--out", str(alone)], log=folder / "alone.log").wait() == 0
-        kinds = [k for k in ("set-up", "step", "save", "step", "save", "validation") for _ in range(args.kills)]
+        kinds = [
+            k
+            for k in ("set-up", "step", "save", "step", "save", "validation")
+            for _ in range(args.kills)
+        ]
         for i in range(args.kills):
             kind = "export" if i == args.kills - 1 else kinds[draw.randrange(len(kinds))]
             process = start([*common, "--out", str(killed)], log=folder / "killed.log")
@@ -167,12 +218,19 @@ def main() -> None:
             else:
                 kill_tree(process)
             found["after its end" if ended else place] += 1
-            print(f"kill {i + 1}: {place}, {lines(killed / 'metrics.jsonl')} steps logged", flush=True)
+            print(
+                f"kill {i + 1}: {place}, {lines(killed / 'metrics.jsonl')} steps logged", flush=True
+            )
         assert start([*common, "--out", str(killed)], log=folder / "killed.log").wait() == 0
-        same = {"weights": weights(alone) == weights(killed), "steps": history(alone)[0] == history(killed)[0],
-                "validation": history(alone)[1] == history(killed)[1]}
-        print(f"{args.kills} kills ({', '.join(f'{n} {k}' for k, n in found.most_common())}); {total} steps; bit-equal "
-              f"to the uninterrupted run: {same}")
+        same = {
+            "weights": weights(alone) == weights(killed),
+            "steps": history(alone)[0] == history(killed)[0],
+            "validation": history(alone)[1] == history(killed)[1],
+        }
+        print(
+            f"{args.kills} kills ({', '.join(f'{n} {k}' for k, n in found.most_common())}); {total} steps; bit-equal "
+            f"to the uninterrupted run: {same}"
+        )
         if not all(same.values()):
             raise SystemExit(1)
 

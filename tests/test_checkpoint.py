@@ -1,4 +1,5 @@
 """Weights in and out against transformers, byte for byte; mistakes; and which training states are kept."""
+
 import json
 import shutil
 
@@ -10,7 +11,7 @@ from test_model import load, text_stream
 from tiny import make_tiny_tokenizer
 from tiny_model import make_tiny_qwen2, make_tiny_vl
 
-from checkpoint import (
+from core.checkpoint import (
     WeightFiles,
     build_model,
     check_model_dir,
@@ -21,7 +22,7 @@ from checkpoint import (
     resolve_model_dir,
     save_state,
 )
-from optim import adamw, guarded_step
+from core.optim import adamw, guarded_step
 
 
 def tensors(folder):
@@ -46,10 +47,16 @@ def test_load_and_export_give_every_byte_back(bf16_dir, world, tmp_path):
     for out in (tmp_path / "one", tmp_path / "many"):
         again = tensors(out)
         assert again.keys() == source.keys()
-        assert all(torch.equal(again[n], t) and again[n].dtype == t.dtype for n, t in source.items())
-        assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= {p.name for p in out.iterdir()}
+        assert all(
+            torch.equal(again[n], t) and again[n].dtype == t.dtype for n, t in source.items()
+        )
+        assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= {
+            p.name for p in out.iterdir()
+        }
         assert not out.with_name(out.name + ".tmp").exists()
-    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())["weight_map"]
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())[
+        "weight_map"
+    ]
     assert index.keys() == source.keys() and len(set(index.values())) > 3
     for file in set(index.values()):
         with safe_open(tmp_path / "many" / file, "pt") as f:
@@ -60,23 +67,32 @@ def test_load_and_export_give_every_byte_back(bf16_dir, world, tmp_path):
 def test_what_is_exported_loads_in_transformers_with_our_logits(make, world, tmp_path):
     """After a step, so that the weights are ours."""
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
+
     source = make(tmp_path / "m")
     model, (tokens, positions, cu) = build_model(source, world), text_stream([12])
     optimizer = adamw(model, lr=1e-2, weight_decay=0.0)
     (-model(tokens, positions, cu, targets=tokens)[0].sum()).backward()
     guarded_step(model, optimizer, lr=1e-2, max_norm=1.0, loss=1.0)
     export_hf(model, source, tmp_path / "out", world)
-    kind = {"qwen2": Qwen2ForCausalLM}.get(AutoConfig.from_pretrained(source).model_type, Qwen2_5_VLForConditionalGeneration)
+    kind = {"qwen2": Qwen2ForCausalLM}.get(
+        AutoConfig.from_pretrained(source).model_type, Qwen2_5_VLForConditionalGeneration
+    )
     theirs = kind.from_pretrained(tmp_path / "out")(input_ids=tokens[None]).logits[0]
     assert (model(tokens, positions, cu) - theirs).abs().max() <= 1e-4
     assert (load(source)(tokens, positions, cu) - theirs).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("written, published", [
-    ("model.language_model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
-    ("model.visual.blocks.0.norm1.weight", "visual.blocks.0.norm1.weight"),
-    ("language_model.model.norm.weight", "model.norm.weight"), ("language_model.lm_head.weight", "lm_head.weight"),
-    ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"), ("visual.merger.mlp.0.bias",) * 2])
+@pytest.mark.parametrize(
+    "written, published",
+    [
+        ("model.language_model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("model.visual.blocks.0.norm1.weight", "visual.blocks.0.norm1.weight"),
+        ("language_model.model.norm.weight", "model.norm.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("visual.merger.mlp.0.bias",) * 2,
+    ],
+)
 def test_names_of_every_transformers_version_mean_the_same(written, published):
     assert published_name(written) == published
 
@@ -111,13 +127,21 @@ def broken(kind, folder):
         (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("kind, words", [
-    ("no weights", "no *.safetensors weights"), ("a pickle", "pytorch_model.bin, a pickle"),
-    ("cut short", "truncated or not a safetensors file"), ("a parameter less", "1 parameters are missing"),
-    ("an unknown tensor", "q_norm.weight; is config.json from another model"), ("another shape", "has shape (95, 64)"),
-    ("an index that names what is missing", "names model-2.safetensors, which is missing"),
-    ("an index that is wrong", "does not hold lm_head.extra"), ("no index", "broken index"),
-    ("config.json of another size", "not part of this architecture")])
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("no weights", "no *.safetensors weights"),
+        ("a pickle", "pytorch_model.bin, a pickle"),
+        ("cut short", "truncated or not a safetensors file"),
+        ("a parameter less", "1 parameters are missing"),
+        ("an unknown tensor", "q_norm.weight; is config.json from another model"),
+        ("another shape", "has shape (95, 64)"),
+        ("an index that names what is missing", "names model-2.safetensors, which is missing"),
+        ("an index that is wrong", "does not hold lm_head.extra"),
+        ("no index", "broken index"),
+        ("config.json of another size", "not part of this architecture"),
+    ],
+)
 def test_broken_directories_are_named(bf16_dir, tmp_path, kind, words):
     """Each in words that say what to do, from the headers alone; loading it anyway would train nonsense."""
     shutil.copytree(bf16_dir, tmp_path / "m")
@@ -194,7 +218,9 @@ def test_every_damage_is_noticed(training, world, tmp_path, damage):
     assert newest_state(tmp_path, world) is None
 
 
-def test_a_state_gives_weights_moments_and_counts_back_bit_for_bit(training, bf16_dir, world, tmp_path):
+def test_a_state_gives_weights_moments_and_counts_back_bit_for_bit(
+    training, bf16_dir, world, tmp_path
+):
     model, optimizer = training
     tokens, positions, cu = text_stream([12])
     for _ in range(2):
@@ -208,5 +234,7 @@ def test_a_state_gives_weights_moments_and_counts_back_bit_for_bit(training, bf1
         assert torch.equal(a.full_tensor(), b.full_tensor())
         for slot in ("step", "exp_avg", "exp_avg_sq"):
             x, y = (o.state[p][slot] for o, p in ((optimizer, a), (second, b)))
-            assert torch.equal(*(t.full_tensor() if hasattr(t, "full_tensor") else t for t in (x, y)))
+            assert torch.equal(
+                *(t.full_tensor() if hasattr(t, "full_tensor") else t for t in (x, y))
+            )
         assert float(optimizer.state[a]["step"]) == 2

@@ -1,4 +1,5 @@
 """The chunked loss against torch's own cross-entropies: value, hidden gradient, weight gradient."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,10 @@ ROWS, WIDTH, WORDS = 96, 32, 300
 def inputs(dtype):
     """Hidden states, output matrix and targets of which a quarter is ignored; realistic logits of a few units."""
     g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(ROWS, WIDTH, generator=g), torch.randn(WORDS, WIDTH, generator=g) / WIDTH**0.5 * 2
+    hidden, weight = (
+        torch.randn(ROWS, WIDTH, generator=g),
+        torch.randn(WORDS, WIDTH, generator=g) / WIDTH**0.5 * 2,
+    )
     targets = torch.randint(0, WORDS, (ROWS,), generator=g)
     targets[::4] = -100
     return hidden.to(dtype), weight.to(dtype), targets
@@ -60,18 +64,25 @@ def test_bf16_weight_gradient_is_summed_in_fp32(monkeypatch, chunks):
         real(accumulated, d_logits, rows)
         total[:] = [accumulated]
         pieces.append((d_logits, rows))
+
     monkeypatch.setattr(model, "add_weight_gradient", record)
     loss, d_hidden, d_weight = ours(hidden, weight, targets, 72 // chunks)
     assert len(pieces) == chunks and loss.dtype == torch.float32
     same = sum(d.double().T @ rows.double() for d, rows in pieces)
     assert (total[0].double() - same).norm() <= 2e-4 * same.norm()
     if chunks > 1:
-        rounded = sum((d.T @ rows for d, rows in pieces), torch.zeros(WORDS, WIDTH, dtype=torch.bfloat16))
+        rounded = sum(
+            (d.T @ rows for d, rows in pieces), torch.zeros(WORDS, WIDTH, dtype=torch.bfloat16)
+        )
         assert (rounded.double() - same).norm() > 1e-3 * same.norm()
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     exact = F.cross_entropy(h @ w.T, targets, reduction="sum")
     exact.backward()
-    print("bf16 weight gradient before the cast, against fp64 from the inputs:",
-          ((total[0].double() - w.grad).norm() / w.grad.norm()).item())
+    print(
+        "bf16 weight gradient before the cast, against fp64 from the inputs:",
+        ((total[0].double() - w.grad).norm() / w.grad.norm()).item(),
+    )
     assert abs(loss - exact) <= 1e-4 * exact
-    assert (d_hidden - h.grad).norm() <= 2e-2 * h.grad.norm() and (d_weight - w.grad).norm() <= 2e-2 * w.grad.norm()
+    assert (d_hidden - h.grad).norm() <= 2e-2 * h.grad.norm() and (
+        d_weight - w.grad
+    ).norm() <= 2e-2 * w.grad.norm()

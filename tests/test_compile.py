@@ -1,5 +1,6 @@
 """--compile changes nothing but speed. Inductor's C++ takes a minute, so dynamo and autograd tracing are run with the
 `aot_eager` backend here; by hand with inductor the gradients are within 2e-6 too."""
+
 import pytest
 import torch
 from test_model import load, text_stream
@@ -12,7 +13,10 @@ def gradients(path, mode, compiled):
         block.checkpointing = mode
         if compiled:
             block.compile(backend="aot_eager")
-    for lengths in ([30, 5, 17], [12, 25]):  # another shape first: a graph specialised on it must not be used for the next
+    for lengths in (
+        [30, 5, 17],
+        [12, 25],
+    ):  # another shape first: a graph specialised on it must not be used for the next
         stream = text_stream(lengths)
         model.zero_grad()
         model(*stream, targets=stream[0])[0].sum().backward()

@@ -18,15 +18,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import convert
-import converters
 import data
-import releases
-import schema
+from convert import conversion as convert
+from convert import converters, releases
+from core import schema
 
 ROOT = Path(convert.__file__).parent
 REAL = ROOT.parent / "shared" / "data"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no copies of the real releases in ../shared/data")
+needs_real = pytest.mark.skipif(
+    not REAL.is_dir(), reason="no copies of the real releases in ../shared/data"
+)
 
 
 def picture(number: int, form: str = "PNG") -> bytes:
@@ -103,7 +104,13 @@ def test_gsm8k(tmp_path):
     parquet(tmp_path / "raw/socratic/test-00000-of-00001.parquet", rows * 2)
     out, info = run("gsm8k", tmp_path / "raw", tmp_path)
     assert out == [
-        {"id": "gsm8k/0", "task": "gsm8k", "kind": "math", "question": "How many?", "answer": "1234"},
+        {
+            "id": "gsm8k/0",
+            "task": "gsm8k",
+            "kind": "math",
+            "question": "How many?",
+            "answer": "1234",
+        },
         {"id": "gsm8k/1", "task": "gsm8k", "kind": "math", "question": "Cost?", "answer": "-5"},
     ]
     assert [f["file"] for f in info["source_files"]] == ["test-00000-of-00001.parquet"]
@@ -112,14 +119,21 @@ def test_gsm8k(tmp_path):
 def test_rows_that_the_loader_would_refuse_are_dropped_here(tmp_path):
     """Prevents one row that quotes the chat template (or holds half a character) from making a whole file unusable."""
     good = {"question": "Is a < |b| > c?", "answer": "#### 1"}
-    source = jsonl(tmp_path / "test.jsonl", [
-        good, {**good, "question": "What does <|im_start|>user do?"}, {**good, "answer": "#### <|image_pad|>"},
-        {**good, "question": "half \ud83d"}, {**good, "question": "Where is <image>?"},
-    ])
+    source = jsonl(
+        tmp_path / "test.jsonl",
+        [
+            good,
+            {**good, "question": "What does <|im_start|>user do?"},
+            {**good, "answer": "#### <|image_pad|>"},
+            {**good, "question": "half \ud83d"},
+            {**good, "question": "Where is <image>?"},
+        ],
+    )
     out, info = run("gsm8k", source, tmp_path)
     assert len(out) == 1
     assert {reason: what["rows"] for reason, what in info["dropped"].items()} == {
-        "a control token of the model stands in the text": 2, "half of a surrogate pair, not a character": 1,
+        "a control token of the model stands in the text": 2,
+        "half of a surrogate pair, not a character": 1,
         "literal <image> in the text": 1,
     }
     assert all(converters.CONTROL_TOKEN.fullmatch(token) for token in schema.CONTROL_TOKENS)
@@ -131,18 +145,25 @@ def test_orz_takes_the_first_human_turn_and_the_ground_truth(tmp_path):
     path.write_text(
         json.dumps(
             [
-                [{"from": "human", "value": "Find $n$."}, {"from": "assistant", "ground_truth": {"value": "n = 4"}}],
+                [
+                    {"from": "human", "value": "Find $n$."},
+                    {"from": "assistant", "ground_truth": {"value": "n = 4"}},
+                ],
                 [
                     {"from": "human", "value": "Sum?"},
                     {"from": "assistant", "ground_truth": {"value": "7", "pass_at_n": 0.5}},
                 ],
-                [{"from": "human", "value": "Empty?"}, {"from": "assistant", "ground_truth": {"value": " "}}],
+                [
+                    {"from": "human", "value": "Empty?"},
+                    {"from": "assistant", "ground_truth": {"value": " "}},
+                ],
             ]
         )
     )
     out, info = run("orz57k", path, tmp_path)
     assert [(r["question"], r["answer"], r.get("meta")) for r in out] == [
-        ("Find $n$.", "n = 4", None), ("Sum?", "7", {"pass_at_n": 0.5}),
+        ("Find $n$.", "n = 4", None),
+        ("Sum?", "7", {"pass_at_n": 0.5}),
     ]
     assert info["dropped"] == {"the answer is empty": {"rows": 1, "examples": [f"{path} row 2"]}}
 
@@ -150,16 +171,34 @@ def test_orz_takes_the_first_human_turn_and_the_ground_truth(tmp_path):
 def test_mmlu_pro_strips_padding_and_marks_the_health_slice(tmp_path):
     """Prevents N/A as an option that can be chosen, and a health suite that has to be run a second time."""
     base = {
-        "question_id": 5, "question": "Which?", "options": ["x", "y", "z", "N/A", "N/A"], "answer": "B",
-        "answer_index": 1, "cot_content": "", "category": "health", "src": "s",
+        "question_id": 5,
+        "question": "Which?",
+        "options": ["x", "y", "z", "N/A", "N/A"],
+        "answer": "B",
+        "answer_index": 1,
+        "cot_content": "",
+        "category": "health",
+        "src": "s",
     }
     path = parquet(
         tmp_path / "raw/data/test-0.parquet",
-        [base, {**base, "question_id": 6, "category": "law", "options": ["x", "N/A"], "answer_index": 0}],
+        [
+            base,
+            {
+                **base,
+                "question_id": 6,
+                "category": "law",
+                "options": ["x", "N/A"],
+                "answer_index": 0,
+            },
+        ],
     )
     out, info = run("mmlu_pro", tmp_path / "raw", tmp_path)
-    assert [(r["id"], r["options"], r["answer"], r["subset"], r["meta"].get("health")) for r in out] == [
-        ("mmlu_pro/5", ["x", "y", "z"], "B", "health", True), ("mmlu_pro/6", ["x", "N/A"], "B", "law", None),
+    assert [
+        (r["id"], r["options"], r["answer"], r["subset"], r["meta"].get("health")) for r in out
+    ] == [
+        ("mmlu_pro/5", ["x", "y", "z"], "B", "health", True),
+        ("mmlu_pro/6", ["x", "N/A"], "B", "law", None),
     ]
     assert info["notes"] == {
         "N/A padding removed from the options": 2,
@@ -171,15 +210,23 @@ def test_mmlu_pro_strips_padding_and_marks_the_health_slice(tmp_path):
 def test_medqa_knows_its_two_releases_apart(tmp_path):
     """Prevents a 4-option score printed as the paper's 5-option MedQA: the files have the same fields."""
     row = {
-        "question": "Dx?", "answer": "gout", "options": {"A": "flu", "B": "gout", "C": "x", "D": "y"},
-        "meta_info": "step1", "answer_idx": "B",
+        "question": "Dx?",
+        "answer": "gout",
+        "options": {"A": "flu", "B": "gout", "C": "x", "D": "y"},
+        "meta_info": "step1",
+        "answer_idx": "B",
     }
     four = jsonl(tmp_path / "phrases_no_exclude_test.jsonl", [row])
     out, _ = run("medqa_4ops", four, tmp_path)
     assert out == [
         {
-            "id": "medqa_4ops/0", "task": "medqa_4ops", "subset": "step1", "kind": "choice", "question": "Dx?",
-            "options": ["flu", "gout", "x", "y"], "answer": "B",
+            "id": "medqa_4ops/0",
+            "task": "medqa_4ops",
+            "subset": "step1",
+            "kind": "choice",
+            "question": "Dx?",
+            "options": ["flu", "gout", "x", "y"],
+            "answer": "B",
         }
     ]
     with pytest.raises(ValueError, match=r"row 0: 4 options where medqa has 5.*medqa_4ops"):
@@ -187,7 +234,8 @@ def test_medqa_knows_its_two_releases_apart(tmp_path):
     row["options"]["E"] = "z"
     member = {
         "data_clean/questions/US/test.jsonl": json.dumps(row).encode(),
-        "data_clean/questions/US/train.jsonl": b"not read", "data_clean/questions/Mainland/test.jsonl": b"not read",
+        "data_clean/questions/US/train.jsonl": b"not read",
+        "data_clean/questions/Mainland/test.jsonl": b"not read",
     }
     out, info = run("medqa", archive(tmp_path / "data_clean.zip", member), tmp_path)
     assert out[0]["options"] == ["flu", "gout", "x", "y", "z"]
@@ -197,9 +245,14 @@ def test_medqa_knows_its_two_releases_apart(tmp_path):
 def test_medxpertqa_does_not_repeat_its_options(tmp_path):
     """Prevents options twice in the prompt (the question ends with them), and lost or reordered images."""
     mm = {
-        "id": "MM-26", "question": "See A and B.\nAnswer Choices: (A) one (B) two",
-        "options": {"A": "one", "B": "two"}, "label": "B", "images": ["MM-26-a.jpeg", "MM-26-b.jpeg"],
-        "medical_task": "Diagnosis", "body_system": "Skeletal", "question_type": "Reasoning",
+        "id": "MM-26",
+        "question": "See A and B.\nAnswer Choices: (A) one (B) two",
+        "options": {"A": "one", "B": "two"},
+        "label": "B",
+        "images": ["MM-26-a.jpeg", "MM-26-b.jpeg"],
+        "medical_task": "Diagnosis",
+        "body_system": "Skeletal",
+        "question_type": "Reasoning",
     }
     jsonl(tmp_path / "raw/MM/test.jsonl", [mm])
     jsonl(tmp_path / "raw/Text/test.jsonl", [{**mm, "id": "Text-1", "images": None}])
@@ -221,9 +274,16 @@ def test_medxpertqa_does_not_repeat_its_options(tmp_path):
 
 def mmmu_row(**changes) -> dict:
     row = {
-        "id": "validation_Pharmacy_3", "question": "Which?", "options": "['a', \"it's\"]", "explanation": "",
-        **{f"image_{n}": None for n in range(1, 8)}, "img_type": "['x']", "answer": "A", "topic_difficulty": "Easy",
-        "question_type": "multiple-choice", "subfield": "s",
+        "id": "validation_Pharmacy_3",
+        "question": "Which?",
+        "options": "['a', \"it's\"]",
+        "explanation": "",
+        **{f"image_{n}": None for n in range(1, 8)},
+        "img_type": "['x']",
+        "answer": "A",
+        "topic_difficulty": "Easy",
+        "question_type": "multiple-choice",
+        "subfield": "s",
     }
     return {**row, **changes}
 
@@ -235,7 +295,9 @@ def test_mmmu_images_follow_the_text_through_question_and_options(tmp_path):
         tmp_path / "raw/Pharmacy/validation-00000-of-00001.parquet",
         [
             mmmu_row(
-                question="Like <image 2>?", options="['<image 3>', 'none', '<image 1>', '<image 2>']", answer="D",
+                question="Like <image 2>?",
+                options="['<image 3>', 'none', '<image 1>', '<image 2>']",
+                answer="D",
                 **three,
             ),
             mmmu_row(id="validation_Pharmacy_4", question="No tag here.", **three),
@@ -245,9 +307,15 @@ def test_mmmu_images_follow_the_text_through_question_and_options(tmp_path):
     )
     parquet(tmp_path / "raw/Pharmacy/dev-00000-of-00001.parquet", [mmmu_row(id="dev_Pharmacy_1")])
     out, info = run("mmmu", tmp_path / "raw", tmp_path)
-    assert (out[0]["question"], out[0]["options"]) == ("Like <image>?", ["<image>", "none", "<image>", "<image>"])
+    assert (out[0]["question"], out[0]["options"]) == (
+        "Like <image>?",
+        ["<image>", "none", "<image>", "<image>"],
+    )
     assert bytes_of(out[0], tmp_path) == [picture(2), picture(3), picture(1), picture(2)]
-    assert out[1]["question"] == "<image>\n<image>\n<image>\nNo tag here." and len(out[1]["images"]) == 3
+    assert (
+        out[1]["question"] == "<image>\n<image>\n<image>\nNo tag here."
+        and len(out[1]["images"]) == 3
+    )
     assert bytes_of(out[2], tmp_path) == [picture(1)]
     assert info["notes"] == {"a row has images that its question never names (left out)": 1}
     assert list(info["dropped"]) == ["the text names an image that the row does not have"]
@@ -261,15 +329,25 @@ def test_mmmu_open_questions_are_open_and_may_have_several_golds(tmp_path):
         tmp_path / "raw/Art/validation-0.parquet",
         [
             mmmu_row(
-                id="validation_Art_1", question_type="open", options="[]", answer="['24/7', '3.429']",
+                id="validation_Art_1",
+                question_type="open",
+                options="[]",
+                answer="['24/7', '3.429']",
                 image_1=embedded(1),
             ),
-            mmmu_row(id="validation_Art_2", question_type="open", options="[]", answer="C", image_1=embedded(1)),
+            mmmu_row(
+                id="validation_Art_2",
+                question_type="open",
+                options="[]",
+                answer="C",
+                image_1=embedded(1),
+            ),
         ],
     )
     out, _ = run("mmmu", tmp_path / "raw", tmp_path)
     assert [(r["kind"], r["answer"], "options" in r) for r in out] == [
-        ("open", ["24/7", "3.429"], False), ("open", "C", False),
+        ("open", ["24/7", "3.429"], False),
+        ("open", "C", False),
     ]
     assert out[0]["meta"]["cluster"] == out[1]["meta"]["cluster"]  # two questions on one image
     assert "health" not in out[0]["meta"]
@@ -293,24 +371,49 @@ def test_option_lists_are_read_never_run(tmp_path):
 
 def test_mmmu_pro_has_three_forms_under_three_names(tmp_path):
     """Prevents the four-option or the vision form counted as the ten-option set, and options given twice for pages."""
-    base = mmmu_row(options=str([f"o{i}" for i in range(12)]), answer="L", subject="Public_Health", image_1=embedded(1))
+    base = mmmu_row(
+        options=str([f"o{i}" for i in range(12)]),
+        answer="L",
+        subject="Public_Health",
+        image_1=embedded(1),
+    )
     base.pop("question_type")
     parquet(tmp_path / "raw/standard (10 options)/test-0.parquet", [base])
     parquet(
-        tmp_path / "raw/standard (4 options)/test-0.parquet", [{**base, "options": "['a','b','c','d']", "answer": "D"}]
+        tmp_path / "raw/standard (4 options)/test-0.parquet",
+        [{**base, "options": "['a','b','c','d']", "answer": "D"}],
     )
     parquet(
         tmp_path / "raw/vision/test-0.parquet",
-        [{"id": "v1", "image": embedded(9), "options": "['a','b','c']", "answer": "C", "subject": "Music"}],
+        [
+            {
+                "id": "v1",
+                "image": embedded(9),
+                "options": "['a','b','c']",
+                "answer": "C",
+                "subject": "Music",
+            }
+        ],
     )
     (ten,), _ = run("mmmu_pro", tmp_path / "raw", tmp_path)
     (four,), _ = run("mmmu_pro_4ops", tmp_path / "raw", tmp_path)
     (vision,), _ = run("mmmu_pro_vision", tmp_path / "raw", tmp_path)
-    assert (ten["task"], ten["answer"], len(ten["options"]), ten["subset"]) == ("mmmu_pro", "L", 12, "Public_Health")
+    assert (ten["task"], ten["answer"], len(ten["options"]), ten["subset"]) == (
+        "mmmu_pro",
+        "L",
+        12,
+        "Public_Health",
+    )
     assert ten["meta"]["health"] is True
-    assert (four["id"], four["answer"], len(four["options"])) == ("mmmu_pro_4ops/validation_Pharmacy_3", "D", 4)
+    assert (four["id"], four["answer"], len(four["options"])) == (
+        "mmmu_pro_4ops/validation_Pharmacy_3",
+        "D",
+        4,
+    )
     assert (vision["options"], vision["answer"], vision["meta"]["option_texts"]) == (
-        ["A", "B", "C"], "C", ["a", "b", "c"],
+        ["A", "B", "C"],
+        "C",
+        ["a", "b", "c"],
     )
     assert vision["question"].count("<image>") == 1 and bytes_of(vision, tmp_path) == [picture(9)]
 
@@ -318,7 +421,11 @@ def test_mmmu_pro_has_three_forms_under_three_names(tmp_path):
 def test_mmstar_options_leave_the_question_where_they_can_be_read(tmp_path):
     """Prevents options shown twice, options cut at a comma inside them, and `<image 1>` of its sources left as text."""
     base = {
-        "index": 0, "image": embedded(1)["bytes"], "answer": "A", "category": "math", "l2_category": "geometry",
+        "index": 0,
+        "image": embedded(1)["bytes"],
+        "answer": "A",
+        "category": "math",
+        "l2_category": "geometry",
         "meta_info": {"source": "s", "split": "val", "image_path": "p"},
     }
     parquet(
@@ -326,7 +433,9 @@ def test_mmstar_options_leave_the_question_where_they_can_be_read(tmp_path):
         [
             {**base, "question": "What?\nOptions: A: red, white, B: blue, C: green, D: a, b and c"},
             {
-                **base, "index": 1, "question": "<image 1> Find x.\nChoices:\n(A) 1 \n(B) 2 \n(C) 3 \n(D) 4",
+                **base,
+                "index": 1,
+                "question": "<image 1> Find x.\nChoices:\n(A) 1 \n(B) 2 \n(C) 3 \n(D) 4",
                 "answer": "D",
             },
             {**base, "index": 2, "question": "Pick one. A) here B) there"},
@@ -334,7 +443,8 @@ def test_mmstar_options_leave_the_question_where_they_can_be_read(tmp_path):
     )
     out, info = run("mmstar", tmp_path / "raw", tmp_path)
     assert [(r["question"], r["options"]) for r in out] == [
-        ("<image>\nWhat?", ["red, white", "blue", "green", "a, b and c"]), ("<image> Find x.", ["1", "2", "3", "4"]),
+        ("<image>\nWhat?", ["red, white", "blue", "green", "a, b and c"]),
+        ("<image> Find x.", ["1", "2", "3", "4"]),
         ("<image>\nPick one. A) here B) there", ["A", "B", "C", "D"]),
     ]
     assert info["notes"] == {"options left in the question's text": 1}
@@ -342,9 +452,18 @@ def test_mmstar_options_leave_the_question_where_they_can_be_read(tmp_path):
 
 def mathvista_row(**changes) -> dict:
     row = {
-        "pid": "1", "question": "Q?", "image": "images/1.jpg", "decoded_image": embedded(1, "JPEG"), "choices": None,
-        "unit": None, "precision": None, "answer": "3", "question_type": "free_form", "answer_type": "integer",
-        "metadata": {"task": "figure question answering", "language": "english", "category": "c"}, "query": "Hint",
+        "pid": "1",
+        "question": "Q?",
+        "image": "images/1.jpg",
+        "decoded_image": embedded(1, "JPEG"),
+        "choices": None,
+        "unit": None,
+        "precision": None,
+        "answer": "3",
+        "question_type": "free_form",
+        "answer_type": "integer",
+        "metadata": {"task": "figure question answering", "language": "english", "category": "c"},
+        "query": "Hint",
     }
     return {**row, **changes}
 
@@ -364,7 +483,9 @@ def test_mathvista_gold_text_becomes_a_letter_and_precision_an_integer(tmp_path)
     )
     out, info = run("mathvista", tmp_path / "raw", tmp_path)
     assert [(r["kind"], r.get("options"), r["answer"]) for r in out] == [
-        ("choice", ["yes", "No.", "no answer"], "B"), ("math", None, "1.20"), ("open", None, "[2014, 2016]"),
+        ("choice", ["yes", "No.", "no answer"], "B"),
+        ("math", None, "1.20"),
+        ("open", None, "[2014, 2016]"),
         ("choice", ["9", "18", "12"], "B"),
     ]
     assert (out[1]["meta"]["precision"], out[1]["meta"]["unit"]) == (2, "g")
@@ -376,28 +497,43 @@ def test_mathvista_gold_text_becomes_a_letter_and_precision_an_integer(tmp_path)
 def test_mathvision_has_one_picture_whatever_its_tags_say(tmp_path):
     """Prevents tag counts that no image meets, and options that are bare letters of the picture rejected."""
     base = {
-        "id": "1", "question": "Which of <image1> and <image2>?", "options": ["<image2>", "<image3>"],
-        "image": "images/1.jpg", "decoded_image": embedded(1), "answer": "B", "solution": "", "level": 2,
+        "id": "1",
+        "question": "Which of <image1> and <image2>?",
+        "options": ["<image2>", "<image3>"],
+        "image": "images/1.jpg",
+        "decoded_image": embedded(1),
+        "answer": "B",
+        "solution": "",
+        "level": 2,
         "subject": "algebra",
     }
     parquet(
         tmp_path / "raw/data/test-0.parquet",
         [
-            base, {**base, "id": "2", "question": "No tag", "options": [], "answer": "\\frac{1}{2}"},
+            base,
+            {**base, "id": "2", "question": "No tag", "options": [], "answer": "\\frac{1}{2}"},
             {**base, "id": "3", "options": list("ABCDE"), "answer": "E"},
         ],
     )
     parquet(tmp_path / "raw/data/testmini-0.parquet", [base] * 5)
     out, info = run("mathvision", tmp_path / "raw", tmp_path)
     assert info["rows_in"] == 3
-    assert (out[0]["question"], out[0]["options"]) == ("Which of <image> and (image 2)?", ["(image 2)", "(image 3)"])
-    assert (out[1]["kind"], out[1]["question"], out[1]["answer"]) == ("math", "<image>\nNo tag", "\\frac{1}{2}")
+    assert (out[0]["question"], out[0]["options"]) == (
+        "Which of <image> and (image 2)?",
+        ["(image 2)", "(image 3)"],
+    )
+    assert (out[1]["kind"], out[1]["question"], out[1]["answer"]) == (
+        "math",
+        "<image>\nNo tag",
+        "\\frac{1}{2}",
+    )
     assert (out[2]["options"], out[2]["answer"]) == (list("ABCDE"), "E")
 
 
 def omnimedvqa_zip(path: Path, tables: dict[str, list[dict]], images: int) -> Path:
     members = {
-        f"OmniMedVQA/QA_information/Open-access/{name}.json": json.dumps(rows).encode() for name, rows in tables.items()
+        f"OmniMedVQA/QA_information/Open-access/{name}.json": json.dumps(rows).encode()
+        for name, rows in tables.items()
     }
     members |= {f"OmniMedVQA/Images/set/{i}.png": picture(i) for i in range(images)}
     members["OmniMedVQA/QA_information/Restricted-access/x.json"] = b"not read"
@@ -406,9 +542,17 @@ def omnimedvqa_zip(path: Path, tables: dict[str, list[dict]], images: int) -> Pa
 
 def omnimedvqa_row(i: int, **changes) -> dict:
     row = {
-        "dataset": "set", "question_id": f"set_{i:04d}", "question_type": "Disease Diagnosis",
-        "question": "What is it?", "gt_answer": "Gout", "image_path": f"Images/set/{i}.png", "option_A": "flu",
-        "option_B": "gout.", "option_C": "x", "option_D": "y", "modality_type": "CT",
+        "dataset": "set",
+        "question_id": f"set_{i:04d}",
+        "question_type": "Disease Diagnosis",
+        "question": "What is it?",
+        "gt_answer": "Gout",
+        "image_path": f"Images/set/{i}.png",
+        "option_A": "flu",
+        "option_B": "gout.",
+        "option_C": "x",
+        "option_D": "y",
+        "modality_type": "CT",
     }
     return {**row, **changes}
 
@@ -422,7 +566,8 @@ def test_omnimedvqa_reads_the_zip_and_finds_the_gold_among_two_to_four_options(t
         {
             "a": [omnimedvqa_row(0), odd],
             "b": [
-                omnimedvqa_row(2, gt_answer="goat"), omnimedvqa_row(3, image_path="Images/set/99.png"),
+                omnimedvqa_row(2, gt_answer="goat"),
+                omnimedvqa_row(3, image_path="Images/set/99.png"),
                 omnimedvqa_row(0),
             ],
         },
@@ -430,13 +575,20 @@ def test_omnimedvqa_reads_the_zip_and_finds_the_gold_among_two_to_four_options(t
     )
     out, info = run("omnimedvqa", path, tmp_path)
     assert [(r["subset"], r["options"], r["answer"]) for r in out] == [
-        ("CT", ["flu", "gout.", "x", "y"], "B"), ("X-Ray", ["flu", "gout."], "A"),
+        ("CT", ["flu", "gout.", "x", "y"], "B"),
+        ("X-Ray", ["flu", "gout."], "A"),
     ]
-    assert out[0]["question"] == "<image>\nWhat is it?" and bytes_of(out[1], tmp_path) == [picture(1)]
+    assert out[0]["question"] == "<image>\nWhat is it?" and bytes_of(out[1], tmp_path) == [
+        picture(1)
+    ]
     assert {reason: what["rows"] for reason, what in info["dropped"].items()} == {
-        "the answer's text equals no option": 1, "image not found": 1, "id seen before": 1,
+        "the answer's text equals no option": 1,
+        "image not found": 1,
+        "id seen before": 1,
     }
-    assert info["dropped"]["image not found"]["examples"][0].endswith("b.json row 1: Images/set/99.png")
+    assert info["dropped"]["image not found"]["examples"][0].endswith(
+        "b.json row 1: Images/set/99.png"
+    )
 
 
 def test_a_sample_is_in_proportion_seeded_and_independent_of_file_order(tmp_path):
@@ -460,8 +612,12 @@ def test_a_sample_is_in_proportion_seeded_and_independent_of_file_order(tmp_path
 def test_nejm_from_the_users_own_files(tmp_path):
     """Prevents the challenge's json (letters) and parquet (texts or letters) forms read differently."""
     base = {
-        "image_id": 1, "date": "may-02-2013", "question": "Diagnosis?", "relevant_context": "no",
-        "correct_answer": "C", **{f"option_{c}": f"text {c}" for c in "ABCDE"},
+        "image_id": 1,
+        "date": "may-02-2013",
+        "question": "Diagnosis?",
+        "relevant_context": "no",
+        "correct_answer": "C",
+        **{f"option_{c}": f"text {c}" for c in "ABCDE"},
         **{f"option_{c}_votes": 10 for c in "ABCDE"},
     }
     folder = tmp_path / "mine"
@@ -470,19 +626,30 @@ def test_nejm_from_the_users_own_files(tmp_path):
     (folder / "images/jan-01-2014.png").write_bytes(picture(2))
     (folder / "challenge.json").write_text(
         json.dumps(
-            [base, {**base, "image_id": 2, "date": "jan-01-2014"}, {**base, "image_id": 3, "date": "jan-01-2015"}]
+            [
+                base,
+                {**base, "image_id": 2, "date": "jan-01-2014"},
+                {**base, "image_id": 3, "date": "jan-01-2015"},
+            ]
         )
     )
     for source in (folder, folder / "challenge.json"):
         out, info = run("nejm", source, tmp_path)
-        assert [(r["subset"], r["answer"], len(r["options"])) for r in out] == [("2013", "C", 5), ("2014", "C", 5)]
+        assert [(r["subset"], r["answer"], len(r["options"])) for r in out] == [
+            ("2013", "C", 5),
+            ("2014", "C", 5),
+        ]
         assert [bytes_of(r, tmp_path) for r in out] == [[picture(1, "JPEG")], [picture(2)]]
         assert info["dropped"]["image not found"]["examples"][0].endswith("row 2: 3 or jan-01-2015")
     table = parquet(
         tmp_path / "test.parquet",
         [
             {
-                "image_id": "9", "date": "2020", "question": "Dx?", "image": embedded(3), "options": list("vwxyz"),
+                "image_id": "9",
+                "date": "2020",
+                "question": "Dx?",
+                "image": embedded(3),
+                "options": list("vwxyz"),
                 "answer": "y",
             }
         ],
@@ -496,14 +663,22 @@ def test_nejm_from_the_users_own_files(tmp_path):
 def test_vqa_sets_keep_closed_and_open_questions_apart(tmp_path):
     """Prevents one number over yes/no and open questions, Chinese rows in an English score, CLOSED taken as yes/no."""
     base = {
-        "img_id": 1, "img_name": "xmlab1/source.jpg", "question": "Is it?", "answer": "Yes", "q_lang": "en",
-        "answer_type": "CLOSED", "modality": "CT", "qid": 7,
+        "img_id": 1,
+        "img_name": "xmlab1/source.jpg",
+        "question": "Is it?",
+        "answer": "Yes",
+        "q_lang": "en",
+        "answer_type": "CLOSED",
+        "modality": "CT",
+        "qid": 7,
     }
     (tmp_path / "slake").mkdir()
     (tmp_path / "slake/test.json").write_text(
         json.dumps(
             [
-                base, {**base, "qid": 8, "answer": "left"}, {**base, "qid": 9, "q_lang": "zh"},
+                base,
+                {**base, "qid": 8, "answer": "left"},
+                {**base, "qid": 9, "q_lang": "zh"},
                 {**base, "qid": 10, "answer": "no"},
             ]
         )
@@ -514,10 +689,14 @@ def test_vqa_sets_keep_closed_and_open_questions_apart(tmp_path):
     )
     out, info = run("slake", tmp_path / "slake", tmp_path)
     assert [(r["id"], r["kind"], r["answer"], r["subset"]) for r in out] == [
-        ("slake/7", "choice", "A", "closed"), ("slake/8", "open", "left", "open"),
+        ("slake/7", "choice", "A", "closed"),
+        ("slake/8", "open", "left", "open"),
         ("slake/10", "choice", "B", "closed"),
     ]
-    assert info["dropped"]["not English"]["rows"] == 1 and len({r["meta"]["cluster"] for r in out}) == 1
+    assert (
+        info["dropped"]["not English"]["rows"] == 1
+        and len({r["meta"]["cluster"] for r in out}) == 1
+    )
     for name in ("pathvqa", "vqarad"):
         parquet(
             tmp_path / name / "data/test-0.parquet",
@@ -528,7 +707,8 @@ def test_vqa_sets_keep_closed_and_open_questions_apart(tmp_path):
         )
         out, _ = run(name, tmp_path / name, tmp_path)
         assert [(r["kind"], r.get("options"), r["answer"]) for r in out] == [
-            ("choice", ["yes", "no"], "B"), ("open", None, "a node"),
+            ("choice", ["yes", "no"], "B"),
+            ("open", None, "a node"),
         ]
 
 
@@ -540,13 +720,16 @@ def test_images_keep_their_bytes_and_get_the_extension_of_those_bytes(tmp_path):
         for i, form in enumerate(forms)
     ]
     rows += [
-        rows[0], {"image": {"bytes": b"<html>404", "path": "x.jpg"}, "question": "?", "answer": "a"},
+        rows[0],
+        {"image": {"bytes": b"<html>404", "path": "x.jpg"}, "question": "?", "answer": "a"},
         {"image": None, "question": "?", "answer": "a"},
     ]
     rows[-1]["image"] = {"bytes": None, "path": None}
     out, info = run("pathvqa", parquet(tmp_path / "test.parquet", rows), tmp_path)
     assert [Path(r["images"][0]).suffix[1:] for r in out] == [*forms.values(), "png"]
-    assert [bytes_of(r, tmp_path)[0] for r in out[:6]] == [picture(i, form) for i, form in enumerate(forms)]
+    assert [bytes_of(r, tmp_path)[0] for r in out[:6]] == [
+        picture(i, form) for i, form in enumerate(forms)
+    ]
     assert (info["images"], info["image_tags"]) == (6, 7)  # the same picture twice is one file
     assert set(info["dropped"]) == {"not an image (png, jpg, gif, bmp, tif, webp)", "image missing"}
 
@@ -564,7 +747,10 @@ def test_openthoughts_both_forms_give_the_papers_turns(tmp_path):
     default = {
         "system": "Your role as an assistant …",
         "conversations": [
-            {"from": "user", "value": "Return your final response within \\boxed{}. What is {question} 1+1?"},
+            {
+                "from": "user",
+                "value": "Return your final response within \\boxed{}. What is {question} 1+1?",
+            },
             {"from": "assistant", "value": THOUGHT},
         ],
     }
@@ -590,15 +776,21 @@ def test_openthoughts_both_forms_give_the_papers_turns(tmp_path):
         ]
     }
     assert {reason: what["rows"] for reason, what in info["dropped"].items()} == {
-        "no complete thought and solution markers": 1, "a tag of the format stands inside the text": 1,
+        "no complete thought and solution markers": 1,
+        "a tag of the format stands inside the text": 1,
         "literal <image> in the text": 1,
     }
     parquet(
         tmp_path / "raw/metadata/train-0.parquet",
         [
             {
-                "problem": "Write f.", "deepseek_reasoning": "\nOkay.\n", "deepseek_solution": "Done.",
-                "ground_truth_solution": None, "domain": "code", "source": "s", "test_cases": None,
+                "problem": "Write f.",
+                "deepseek_reasoning": "\nOkay.\n",
+                "deepseek_solution": "Done.",
+                "ground_truth_solution": None,
+                "domain": "code",
+                "source": "s",
+                "test_cases": None,
                 "starter_code": "def f():",
             }
         ],
@@ -620,7 +812,9 @@ def test_closing_tags_begin_with_the_tokens_of_forced_exit():
 
     tokenizer = AutoTokenizer.from_pretrained(REAL / "qwen2_5_tokenizer")
     row = converters.openthoughts(
-        releases.Row({"problem": "p", "deepseek_reasoning": "So 2.", "deepseek_solution": "$2$."}), 0, None
+        releases.Row({"problem": "p", "deepseek_reasoning": "So 2.", "deepseek_solution": "$2$."}),
+        0,
+        None,
     )
     ids = tokenizer.encode(row["messages"][1]["content"])
     forced = tokenizer.encode("</think>\n<answer>")
@@ -652,8 +846,12 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
     wrapped = tmp_path / "wrapped.json"
     wrapped.write_text('{"version": 1, "data": []}')
     for source, message in (
-        (wrong, r"wrong\.jsonl row 1: field 'question' is missing \(fields here: Question, answer\)"),
-        (torn, r"torn\.jsonl line 2: not JSON"), (latin, "latin.jsonl: not utf-8 at byte 17"),
+        (
+            wrong,
+            r"wrong\.jsonl row 1: field 'question' is missing \(fields here: Question, answer\)",
+        ),
+        (torn, r"torn\.jsonl line 2: not JSON"),
+        (latin, "latin.jsonl: not utf-8 at byte 17"),
         (empty, "no row .* could be converted: tables are empty"),
         (nothing, r"could be converted: no #### in the answer \(.*nothing\.jsonl row 0\)"),
         (tmp_path / "folder", r"no table whose name matches .*tables here: other\.jsonl"),
@@ -676,12 +874,16 @@ def test_an_image_path_cannot_leave_the_release(tmp_path):
     """Prevents a data set that reads the user's other files into the images folder."""
     (tmp_path / "secret.png").write_bytes(picture(1))
     row = {"img_name": "../secret.png", "question": "?", "answer": "a"}
-    table = jsonl(tmp_path / "raw/test.jsonl", [row, {**row, "img_name": str(tmp_path / "secret.png")}])
+    table = jsonl(
+        tmp_path / "raw/test.jsonl", [row, {**row, "img_name": str(tmp_path / "secret.png")}]
+    )
     with pytest.raises(ValueError, match="image path leaves the release"):
         run("slake", table, tmp_path)
 
 
-def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_came_from(tmp_path, capsys, monkeypatch):
+def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_came_from(
+    tmp_path, capsys, monkeypatch
+):
     """Prevents results that cannot be traced to a revision: the download's commit goes to the conversion's report."""
 
     def snapshot_download(repo_id, *, repo_type, revision, allow_patterns, local_dir):
@@ -696,17 +898,25 @@ def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_cam
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     data.main(["download", "gsm8k", "--out", str(tmp_path / "raw"), "--revision", "main"])
     for out in ("one", "two"):
-        data.main(["convert", "gsm8k", str(tmp_path / "raw"), "--out", str(tmp_path / f"{out}.jsonl")])
-    infos = [json.loads((tmp_path / f"{out}.jsonl.info.json").read_text()) for out in ("one", "two")]
+        data.main(
+            ["convert", "gsm8k", str(tmp_path / "raw"), "--out", str(tmp_path / f"{out}.jsonl")]
+        )
+    infos = [
+        json.loads((tmp_path / f"{out}.jsonl.info.json").read_text()) for out in ("one", "two")
+    ]
     assert infos[0] == infos[1] and infos[0]["download"]["revision"] == "commit-of-main"
-    assert infos[0]["source_files"][0]["sha256"] == convert.file_sha256(tmp_path / "raw/main/test-0.parquet")
+    assert infos[0]["source_files"][0]["sha256"] == convert.file_sha256(
+        tmp_path / "raw/main/test-0.parquet"
+    )
     assert "the whole split has 1,319 rows" in capsys.readouterr().out
 
 
 def test_the_code_names_no_host():
     """Prevents an address in the code that is wrong on mirrors and blocked machines: the hub client knows its host."""
     for name in ("convert", "converters", "releases"):
-        assert not re.search(r"https?://|\bwww\.|huggingface\.co", (ROOT / f"{name}.py").read_text())
+        assert not re.search(
+            r"https?://|\bwww\.|huggingface\.co", (ROOT / f"{name}.py").read_text()
+        )
 
 
 # -------------------- Real releases --------------------
@@ -716,9 +926,12 @@ def test_the_code_names_no_host():
 @pytest.mark.parametrize(
     "name,path,rows",
     [
-        ("gsm8k", "gsm8k/test.jsonl", 1319), ("math500", "math/math500_test.jsonl", 500),
-        ("medqa", "medqa/test_5options.jsonl", 1273), ("medqa_4ops", "medqa/test_4options.jsonl", 1273),
-        ("mmlu_pro", "mmlu_pro/mmlu_pro_test_12020.jsonl", 12020), ("orz57k", "orz/orz_math_57k_head1967.json", 1967),
+        ("gsm8k", "gsm8k/test.jsonl", 1319),
+        ("math500", "math/math500_test.jsonl", 500),
+        ("medqa", "medqa/test_5options.jsonl", 1273),
+        ("medqa_4ops", "medqa/test_4options.jsonl", 1273),
+        ("mmlu_pro", "mmlu_pro/mmlu_pro_test_12020.jsonl", 12020),
+        ("orz57k", "orz/orz_math_57k_head1967.json", 1967),
         ("mmmu_pro", "images_mmmu_pro/questions.jsonl", 20),
     ],
 )
@@ -727,21 +940,36 @@ def test_real_releases_convert_without_loss(name, path, rows, tmp_path):
     out, info = run(name, REAL / path, tmp_path)
     assert (info["rows_in"], info["rows_out"], info["dropped"]) == (rows, rows, {})
     if name == "mmlu_pro":
-        assert info["subsets"]["health"] == 817  # of 818: one is among the twelve rows that this copy lacks
+        assert (
+            info["subsets"]["health"] == 817
+        )  # of 818: one is among the twelve rows that this copy lacks
     if name == "mmmu_pro":
-        assert (info["images"], info["image_tags"], info["subsets"]) == (24, 24, {"": 20})  # no id, no subject here
+        assert (info["images"], info["image_tags"], info["subsets"]) == (
+            24,
+            24,
+            {"": 20},
+        )  # no id, no subject here
         music = next(r for r in out if r["question"].startswith("<image> is a substitution"))
         expected = [REAL / f"images_mmmu_pro/test_Music_251_{n}.png" for n in (1, 4, 2, 5, 3)]
-        assert bytes_of(music, tmp_path) == [p.read_bytes() for p in expected] and music["options"] == ["<image>"] * 4
+        assert (
+            bytes_of(music, tmp_path) == [p.read_bytes() for p in expected]
+            and music["options"] == ["<image>"] * 4
+        )
 
 
 @needs_real
 def test_real_mathvista(tmp_path):
     """Prevents wrong letters on the real choices. The pictures are stand-ins under the real names."""
     rows = json.loads((REAL / "mathvista/testmini_no_images.json").read_text())
-    images = archive(tmp_path / "images.zip", {row["image"]: picture(i) for i, row in enumerate(rows.values())})
+    images = archive(
+        tmp_path / "images.zip", {row["image"]: picture(i) for i, row in enumerate(rows.values())}
+    )
     out, info = run("mathvista", [REAL / "mathvista/testmini_no_images.json", images], tmp_path)
-    assert (info["rows_out"], info["kinds"], info["images"]) == (1000, {"math": 458, "choice": 540, "open": 2}, 1000)
+    assert (info["rows_out"], info["kinds"], info["images"]) == (
+        1000,
+        {"math": 458, "choice": 540, "open": 2},
+        1000,
+    )
     assert info["notes"] == {"two options with the gold's own text were merged": 1}
     for row in out:
         published = rows[row["id"].removeprefix("mathvista/")]
@@ -756,9 +984,16 @@ def test_real_medxpertqa_mm(tmp_path):
     table = REAL / "medxpertqa_mm/medxpertqa_mm_input.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     names = [image["image_path"] for row in rows for image in row["images"]]
-    images = archive(tmp_path / "images.zip", {f"images/{name}": picture(i) for i, name in enumerate(names)})
+    images = archive(
+        tmp_path / "images.zip", {f"images/{name}": picture(i) for i, name in enumerate(names)}
+    )
     out, info = run("medxpertqa_mm", [table, images], tmp_path)
-    assert (info["rows_out"], info["image_tags"], info["dropped"], info["notes"]) == (2000, len(names), {}, {})
+    assert (info["rows_out"], info["image_tags"], info["dropped"], info["notes"]) == (
+        2000,
+        len(names),
+        {},
+        {},
+    )
     counts = [len(row["images"]) for row in out]
     assert [counts.count(n) for n in range(1, 7)] == [1581, 236, 59, 22, 78, 24]
     assert not any("Answer Choices" in row["question"] for row in out)

@@ -1,4 +1,5 @@
 """data.py, schema.py and datacheck.py: bad rows named, loss mask, token cache, packing, batches, prompts."""
+
 import json
 import os
 import random
@@ -14,18 +15,23 @@ from PIL import Image
 from tiny import make_tiny_tokenizer
 
 import data
-import datacheck
-import schema
-from vision import ImageConfig, mrope_positions, num_image_tokens
+from core import schema
+from core.vision import ImageConfig, mrope_positions, num_image_tokens
+from tools import check as datacheck
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-USER, ASSISTANT = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "<think>\nadd\n</think>\n4"}
+USER, ASSISTANT = (
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "<think>\nadd\n</think>\n4"},
+)
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     path = make_tiny_tokenizer(tmp_path_factory.mktemp("tiny_tokenizer"))
-    (path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 56 * 56, "max_pixels": 112 * 112}))
+    (path / "preprocessor_config.json").write_text(
+        json.dumps({"min_pixels": 56 * 56, "max_pixels": 112 * 112})
+    )
     return path
 
 
@@ -39,8 +45,13 @@ def real_tokenizer(tmp_path_factory):
     if not (SHARED / "qwen2_5_tokenizer").is_dir():
         pytest.skip("Qwen2.5's own tokenizer is not here (../shared/data)")
     path = tmp_path_factory.mktemp("real_tokenizer")
-    for source in [*(SHARED / "qwen2_5_tokenizer").iterdir(),
-                   *(SHARED / "qwen2_5_vl_config" / f"{n}.json" for n in ("tokenizer_config", "chat_template"))]:
+    for source in [
+        *(SHARED / "qwen2_5_tokenizer").iterdir(),
+        *(
+            SHARED / "qwen2_5_vl_config" / f"{n}.json"
+            for n in ("tokenizer_config", "chat_template")
+        ),
+    ]:
         (path / source.name).write_bytes(source.read_bytes())
     return data.load_tokenizer(path)
 
@@ -48,28 +59,49 @@ def real_tokenizer(tmp_path_factory):
 def write(path: Path, rows: list) -> str:
     """A jsonl of rows; a string is written as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+    )
     return str(path)
 
 
 def image(path: Path, size: tuple[int, int] = (60, 40)) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    ).save(path)
     return path.name
 
 
 def conversation(*turns: str, **extra) -> dict:
     """Turns in the order user, assistant, user, …"""
-    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)], **extra}
+    return {
+        "messages": [
+            {"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)
+        ],
+        **extra,
+    }
 
 
 def problem(**changes) -> dict:
-    row = {"id": "p/1", "task": "t", "kind": "choice", "question": "Which?", "options": ["Yes", "No"], "answer": "B"}
+    row = {
+        "id": "p/1",
+        "task": "t",
+        "kind": "choice",
+        "question": "Which?",
+        "options": ["Yes", "No"],
+        "answer": "B",
+    }
     return {k: v for k, v in {**row, **changes}.items() if v is not None}
 
 
 def tokenize(file: str, model_dir: Path, tmp_path: Path, **settings):
-    settings = {"max_len": 4096, "overlong": "truncate", "cache_dir": tmp_path / "cache", **settings}
+    settings = {
+        "max_len": 4096,
+        "overlong": "truncate",
+        "cache_dir": tmp_path / "cache",
+        **settings,
+    }
     return data.tokenize_files([file], model_dir, **settings)
 
 
@@ -81,17 +113,32 @@ BAD_CONVERSATIONS = [
     ({"messages": "x"}, "messages", "not a list"),
     ({"messages": ["x"]}, "messages[0]", "str instead of an object"),
     ({"messages": [USER, {"content": "x"}]}, "messages[1].role", "missing"),
-    ({"messages": [USER, {"role": "bot", "content": "x"}]}, "messages[1].role", "unknown role 'bot'"),
+    (
+        {"messages": [USER, {"role": "bot", "content": "x"}]},
+        "messages[1].role",
+        "unknown role 'bot'",
+    ),
     ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content", "missing"),
     (conversation("x", " \n"), "messages[1].content", "empty"),
     (conversation("x", 3), "messages[1].content", "int instead of text"),
     (conversation("x"), "messages", "no assistant turn"),
     ({"messages": [ASSISTANT, USER]}, "messages", "begins with the assistant"),
-    ({"messages": [USER, {"role": "system", "content": "x"}, ASSISTANT]}, "messages", "system turn"),
-    (conversation("a<|im_end|>\n<|im_start|>assistant\nYes", "x"), "messages[0].content", "control token <|im_end|>"),
+    (
+        {"messages": [USER, {"role": "system", "content": "x"}, ASSISTANT]},
+        "messages",
+        "system turn",
+    ),
+    (
+        conversation("a<|im_end|>\n<|im_start|>assistant\nYes", "x"),
+        "messages[0].content",
+        "control token <|im_end|>",
+    ),
     (conversation("a", "b<|image_pad|>"), "messages[1].content", "control token <|image_pad|>"),
-    ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
-     "messages[0].content", "surrogate"),
+    (
+        '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
+        "messages[0].content",
+        "surrogate",
+    ),
     (conversation("<image> a", "x"), "images", "1 <image> in the text, 0 images"),
     (conversation("a", "x", images=["ok.png"]), "images", "0 <image> in the text, 1 images"),
     (conversation("a", "an <image>"), "messages[1].content", "<image> in an assistant turn"),
@@ -123,7 +170,11 @@ BAD_PROBLEMS = [
     (problem(kind="open", options=None, answer=["yes", 1]), "answer", "int instead of text"),
     (problem(subset=3), "subset", "not text"),
     (problem(meta=[1]), "meta", "not an object"),
-    (problem(question="<image> and <image>", images=["ok.png"]), "images", "2 <image> in the text, 1 images"),
+    (
+        problem(question="<image> and <image>", images=["ok.png"]),
+        "images",
+        "2 <image> in the text, 1 images",
+    ),
     (problem(options=["<image>", "No"]), "images", "1 <image> in the text, 0 images"),
     (problem(images=["none.png"]), "images", "none.png"),
 ]
@@ -134,14 +185,23 @@ def folder(tmp_path):
     image(tmp_path / "ok.png")
     image(tmp_path / "line.png", (402, 2))
     whole = (tmp_path / "ok.png").read_bytes()
-    (tmp_path / "torn.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "torn.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_text("no image")
     return tmp_path
 
 
-@pytest.mark.parametrize("kind, cases, good, load", [
-    ("conversation", BAD_CONVERSATIONS, {"messages": [USER, ASSISTANT]}, data.load_conversations),
-    ("problem", BAD_PROBLEMS, problem(), data.load_problems)])
+@pytest.mark.parametrize(
+    "kind, cases, good, load",
+    [
+        (
+            "conversation",
+            BAD_CONVERSATIONS,
+            {"messages": [USER, ASSISTANT]},
+            data.load_conversations,
+        ),
+        ("problem", BAD_PROBLEMS, problem(), data.load_problems),
+    ],
+)
 def test_every_kind_of_bad_row_is_named_once(folder, kind, cases, good, load):
     """Prevents a bad row that trains silently, that ends a run by a traceback, or that is reported as something else;
     and good rows between bad ones that get lost."""
@@ -155,14 +215,19 @@ def test_every_kind_of_bad_row_is_named_once(folder, kind, cases, good, load):
     for fault, (_, field, why) in zip(faults, cases):
         assert fault.field == field and why in fault.why and fault.mend, fault
     assert [r["id"] for r in kept] == [str(i) for i in range(len(cases))]
-    with pytest.raises(ValueError, match=rf"{len(cases)} bad row\(s\), {len(cases)} good(.|\n)*{kind}.jsonl:1: "):
+    with pytest.raises(
+        ValueError, match=rf"{len(cases)} bad row\(s\), {len(cases)} good(.|\n)*{kind}.jsonl:1: "
+    ):
         load(path)
 
 
 def test_file_level_faults(model_dir, tmp_path):
     """Prevents --skip_bad_rows from hiding a file that is not there, empty, or bad from end to end."""
-    for name, content, why in (("none", None, "no such file"), ("empty", b"\n \n", "the file is empty"),
-                               ("latin", '{"messages": "é"}\n'.encode("latin-1"), "not JSON.*utf-8")):
+    for name, content, why in (
+        ("none", None, "no such file"),
+        ("empty", b"\n \n", "the file is empty"),
+        ("latin", '{"messages": "é"}\n'.encode("latin-1"), "not JSON.*utf-8"),
+    ):
         path = tmp_path / f"{name}.jsonl"
         if content is not None:
             path.write_bytes(content)
@@ -174,7 +239,10 @@ def test_file_level_faults(model_dir, tmp_path):
 
 def test_ids_must_differ_over_all_files(tmp_path):
     """Prevents two problems that share rollout seeds and overwrite each other's result on resume."""
-    a, b = write(tmp_path / "a.jsonl", [problem()]), write(tmp_path / "b.jsonl", [problem(id="p/2"), problem()])
+    a, b = (
+        write(tmp_path / "a.jsonl", [problem()]),
+        write(tmp_path / "b.jsonl", [problem(id="p/2"), problem()]),
+    )
     with pytest.raises(ValueError, match=r"b.jsonl:2: id: 'p/1' stands in .*a.jsonl:1 already"):
         data.load_problems([a, b])
 
@@ -182,16 +250,36 @@ def test_ids_must_differ_over_all_files(tmp_path):
 def test_good_rows_pass_and_image_paths_follow_the_file(folder):
     """Prevents paths that are looked up from where the command was started; and a validator that refuses good rows:
     several turns, a BOM, gold lists, letters beyond D, images in options or without a place in the question."""
-    rows = [conversation("<image> a", "b", "c <image>", "d", images=["ok.png", "ok.png"]),
-            {"messages": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT, USER, ASSISTANT], "other": 1}]
+    rows = [
+        conversation("<image> a", "b", "c <image>", "d", images=["ok.png", "ok.png"]),
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                USER,
+                ASSISTANT,
+                USER,
+                ASSISTANT,
+            ],
+            "other": 1,
+        },
+    ]
     path = write(folder / "c.jsonl", rows)
     Path(path).write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes() + b"\n\n")
     kept, faults = data.load_conversations(path)
     assert not faults and kept[1]["messages"] == rows[1]["messages"]
     assert kept[0]["images"] == [str(folder / "ok.png")] * 2
-    problems = [problem(id="1", options=[str(i) for i in range(10)], answer="J", subset=None, meta={"precision": 2}),
-                problem(id="2", kind="open", options=None, answer=["yes", "Yes"]), problem(id="3", images=["ok.png"]),
-                problem(id="4", question="<image>?", options=["<image>", "b"], images=["ok.png", "ok.png"])]
+    problems = [
+        problem(
+            id="1",
+            options=[str(i) for i in range(10)],
+            answer="J",
+            subset=None,
+            meta={"precision": 2},
+        ),
+        problem(id="2", kind="open", options=None, answer=["yes", "Yes"]),
+        problem(id="3", images=["ok.png"]),
+        problem(id="4", question="<image>?", options=["<image>", "b"], images=["ok.png", "ok.png"]),
+    ]
     assert len(data.load_problems(write(folder / "p.jsonl", problems))[0]) == 4
 
 
@@ -201,24 +289,37 @@ def supervised_texts(tokens: np.ndarray, learned: np.ndarray, tokenizer) -> list
     return [tokenizer.decode(tokens[a:b]) for a, b in edges.reshape(-1, 2)]
 
 
-MULTI = [{"role": "system", "content": "Be brief."}, USER, ASSISTANT, {"role": "user", "content": "And 3 + 3?\n\n"},
-         {"role": "assistant", "content": "  Six.\n"}, {"role": "user", "content": "Thanks"}]
+MULTI = [
+    {"role": "system", "content": "Be brief."},
+    USER,
+    ASSISTANT,
+    {"role": "user", "content": "And 3 + 3?\n\n"},
+    {"role": "assistant", "content": "  Six.\n"},
+    {"role": "user", "content": "Thanks"},
+]
 
 
 def test_supervised_tokens_decode_to_assistant_turns_and_their_end(tokenizer):
     """Prevents loss on user or system text, on headers or on the line break after a turn; and an end token that is
     never learned (endless generation)."""
-    (tokens, learned), = data.encode_conversations([{"messages": MULTI}], tokenizer, None)
+    ((tokens, learned),) = data.encode_conversations([{"messages": MULTI}], tokenizer, None)
     assert tokens.dtype == np.int32 and learned.dtype == bool
-    assert supervised_texts(tokens, learned, tokenizer) == [ASSISTANT["content"] + "<|im_end|>", "  Six.\n<|im_end|>"]
+    assert supervised_texts(tokens, learned, tokenizer) == [
+        ASSISTANT["content"] + "<|im_end|>",
+        "  Six.\n<|im_end|>",
+    ]
     assert tokenizer.decode(tokens) == tokenizer.apply_chat_template(MULTI, tokenize=False)
 
 
 def test_default_system_turn_is_kept_and_not_learned(tokenizer):
     """Prevents dropping "You are a helpful assistant.", which the published template writes where no system turn is."""
-    (tokens, learned), = data.encode_conversations([{"messages": [USER, ASSISTANT]}], tokenizer, None)
+    ((tokens, learned),) = data.encode_conversations(
+        [{"messages": [USER, ASSISTANT]}], tokenizer, None
+    )
     text = tokenizer.decode(tokens)
-    assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n2 + 2?")
+    assert text.startswith(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n2 + 2?"
+    )
     assert supervised_texts(tokens, learned, tokenizer) == [ASSISTANT["content"] + "<|im_end|>"]
 
 
@@ -231,41 +332,64 @@ def test_mask_equals_transformers_own_generation_mask(tokenizer, model_dir):
 {%- else -%}{{ m.content + '<|im_end|>' }}{%- endif -%}{{ '\n' }}{%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
     theirs = marked.apply_chat_template(MULTI, return_dict=True, return_assistant_tokens_mask=True)
-    (tokens, learned), = data.encode_conversations([{"messages": MULTI}], marked, None)
+    ((tokens, learned),) = data.encode_conversations([{"messages": MULTI}], marked, None)
     assert tokens.tolist() == theirs["input_ids"]
     assert learned.astype(int).tolist() == theirs["assistant_masks"]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=2, max_size=4))
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=2, max_size=4
+    )
+)
 def test_any_text_survives(tokenizer, turns):
     """Prevents text lost or learned in the wrong place for odd characters: line breaks at a turn's ends, emoji, NUL."""
-    turns = turns[:len(turns) // 2 * 2]
-    (tokens, learned), = data.encode_conversations([conversation(*turns)], tokenizer, None)
+    turns = turns[: len(turns) // 2 * 2]
+    ((tokens, learned),) = data.encode_conversations([conversation(*turns)], tokenizer, None)
     assert supervised_texts(tokens, learned, tokenizer) == [
-        unicodedata.normalize("NFC", t + "<|im_end|>") for t in turns[1::2]]
+        unicodedata.normalize("NFC", t + "<|im_end|>") for t in turns[1::2]
+    ]
 
 
 def test_prompt_of_a_row_has_the_tokens_of_generation(tokenizer):
     """Prevents training on prompt tokens that generation never sees: with a leading line break in the answer, a joint
     tokenisation would merge it with the header's."""
-    (tokens, learned), = data.encode_conversations([conversation("Hi", "\nYes")], tokenizer, None)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]
-    assert tokens[:int(learned.argmax())].tolist() == prompt
+    ((tokens, learned),) = data.encode_conversations([conversation("Hi", "\nYes")], tokenizer, None)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True
+    )["input_ids"]
+    assert tokens[: int(learned.argmax())].tolist() == prompt
 
 
-@pytest.mark.parametrize("change, turns, why", [
-    (("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"), 4, "another way"),
-    (("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"), 2, "drops a part of assistant turn 1"),
-    (("{{ '<|im_end|>\n' }}\n{%- endfor", "{{ '\n' }}\n{%- endfor"), 2, "no special token"),
-])
+@pytest.mark.parametrize(
+    "change, turns, why",
+    [
+        (
+            (
+                "{{ m.content }}",
+                "{{ m.content if loop.last else m.content.split('</think>')[-1] }}",
+            ),
+            4,
+            "another way",
+        ),
+        (
+            ("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"),
+            2,
+            "drops a part of assistant turn 1",
+        ),
+        (("{{ '<|im_end|>\n' }}\n{%- endfor", "{{ '\n' }}\n{%- endfor"), 2, "no special token"),
+    ],
+)
 def test_templates_that_cannot_be_trained_on_are_refused(model_dir, change, turns, why):
     """Prevents silent nonsense with templates that strip the thoughts, or that end a turn with nothing."""
     tokenizer = data.load_tokenizer(model_dir)
     assert change[0] in tokenizer.chat_template
     tokenizer.chat_template = tokenizer.chat_template.replace(*change)
     with pytest.raises(ValueError, match=why):
-        data.chat_segments(conversation(*["Q", ASSISTANT["content"]] * (turns // 2))["messages"], tokenizer)
+        data.chat_segments(
+            conversation(*["Q", ASSISTANT["content"]] * (turns // 2))["messages"], tokenizer
+        )
 
 
 def test_tiny_template_is_the_published_one_in_other_words(tokenizer, real_tokenizer):
@@ -273,8 +397,10 @@ def test_tiny_template_is_the_published_one_in_other_words(tokenizer, real_token
     parts = [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "image"}]
     for messages in (MULTI, [USER, ASSISTANT], [{"role": "user", "content": parts}, ASSISTANT]):
         for header in (True, False):
-            ours, theirs = (t.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
-                            for t in (tokenizer, real_tokenizer))
+            ours, theirs = (
+                t.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
+                for t in (tokenizer, real_tokenizer)
+            )
             assert ours == theirs
 
 
@@ -285,7 +411,9 @@ def test_real_tokenizer_on_real_thoughts(real_tokenizer):
     rows = [conversation(r["question"], r["completion"]) for r in rows]
     for row, (tokens, learned) in zip(rows, data.encode_conversations(rows, real_tokenizer, None)):
         assert tokens.tolist() == real_tokenizer.apply_chat_template(row["messages"])["input_ids"]
-        assert supervised_texts(tokens, learned, real_tokenizer) == [row["messages"][1]["content"] + "<|im_end|>"]
+        assert supervised_texts(tokens, learned, real_tokenizer) == [
+            row["messages"][1]["content"] + "<|im_end|>"
+        ]
 
 
 # -------------------------------------------------------------------------------------------------- the token cache
@@ -298,11 +426,22 @@ def test_overlong_policies_are_counted(model_dir, tokenizer, tmp_path):
     whole = [t for t, _ in data.encode_conversations(ROWS, tokenizer, None)]
     cut = len(whole[0]) + 10
     dataset, stats = tokenize(file, model_dir, tmp_path, max_len=cut)
-    assert stats["truncated"] == 1 and stats["dropped_nothing_to_learn"] == 1 and stats["documents"] == 2
+    assert (
+        stats["truncated"] == 1
+        and stats["dropped_nothing_to_learn"] == 1
+        and stats["documents"] == 2
+    )
     assert dataset.lengths.tolist() == [len(whole[0]), cut]
-    assert np.array_equal(dataset.get(1).tokens, whole[1][:cut]) and dataset.get(1).source == f"{file}:2"
+    assert (
+        np.array_equal(dataset.get(1).tokens, whole[1][:cut])
+        and dataset.get(1).source == f"{file}:2"
+    )
     dataset, stats = tokenize(file, model_dir, tmp_path, max_len=cut, overlong="drop")
-    assert stats["dropped_overlong"] == 2 and stats["truncated"] == 0 and dataset.lengths.tolist() == [len(whole[0])]
+    assert (
+        stats["dropped_overlong"] == 2
+        and stats["truncated"] == 0
+        and dataset.lengths.tolist() == [len(whole[0])]
+    )
     with pytest.raises(ValueError, match=rf"a.jsonl:2: {len(whole[1])} tokens, max_len is {cut}"):
         tokenize(file, model_dir, tmp_path, max_len=cut, overlong="error")
     _, stats = tokenize(file, model_dir, tmp_path, max_len=max(map(len, whole)), overlong="error")
@@ -328,7 +467,9 @@ def test_bad_rows_stop_before_tokenising_unless_skipped(model_dir, tmp_path, mon
             tokenize(file, model_dir, tmp_path)
     dataset, stats = tokenize(file, model_dir, tmp_path, skip_bad_rows=True)
     assert len(dataset) == 2 and stats["bad_rows"] == 1 and "a.jsonl:2" in stats["faults"][0]
-    with pytest.raises(ValueError, match="1 bad row"):  # not excused by the cache of the run that skipped
+    with pytest.raises(
+        ValueError, match="1 bad row"
+    ):  # not excused by the cache of the run that skipped
         tokenize(file, model_dir, tmp_path)
 
 
@@ -385,6 +526,7 @@ def test_two_processes_may_build_the_cache_at_once(model_dir, tmp_path, monkeypa
             with monkeypatch.context() as m:
                 m.setattr(os, "getpid", lambda: 999_999)
                 depth.append(tokenize(file, model_dir, tmp_path)[0].lengths.tolist())
+
     monkeypatch.setattr(data, "write_cache", slow)
     dataset, _ = tokenize(file, model_dir, tmp_path)
     assert dataset.lengths.tolist() == depth[1] and len(list((tmp_path / "cache").iterdir())) == 1
@@ -419,7 +561,9 @@ def test_pack_plan_is_best_fit_decreasing(lengths, seed, epoch):
 def test_pack_plan_fills_is_pure_and_changes_by_epoch():
     """Prevents under-filled packs on lengths like R1's, an order that a resumed run cannot rebuild, and the same
     packs in every epoch."""
-    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(4800), 0.75, 5000), 50, 16384).astype(int)
+    lengths = np.clip(
+        np.random.default_rng(0).lognormal(np.log(4800), 0.75, 5000), 50, 16384
+    ).astype(int)
     plan = data.pack_plan(lengths, 16384, seed=1, epoch=0)
     assert lengths.sum() / (len(plan) * 16384) >= 0.99
     same = data.pack_plan(lengths.copy(), 16384, seed=1, epoch=0)
@@ -446,14 +590,16 @@ def test_balance_gives_every_item_once_and_equal_numbers(costs, world):
 def test_balance_evens_out_the_work():
     """Prevents seven ranks waiting for the one that got the longest documents: 0.5 % over the mean at most."""
     assert data.balance([9, 5, 4, 1], 2) == [[0, 3], [1, 2]]
-    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(4800), 0.75, 4000), 50, 32768).astype(int)
+    lengths = np.clip(
+        np.random.default_rng(0).lognormal(np.log(4800), 0.75, 4000), 50, 32768
+    ).astype(int)
     plan = data.pack_plan(lengths, 32768, seed=0, epoch=0)
     costs = np.array([data.attention_cost(lengths[p]) for p in plan])
     balanced, as_they_come = [], []
     for i in range(0, len(plan) - 31, 32):
-        loads = [costs[i:i + 32][s].sum() for s in data.balance(costs[i:i + 32], 8)]
+        loads = [costs[i : i + 32][s].sum() for s in data.balance(costs[i : i + 32], 8)]
         balanced.append(max(loads) / np.mean(loads))
-        as_they_come.append(costs[i:i + 32].reshape(8, 4).sum(1).max() / np.mean(loads))
+        as_they_come.append(costs[i : i + 32].reshape(8, 4).sum(1).max() / np.mean(loads))
     assert np.mean(balanced) < 1.005 < np.mean(as_they_come)
     assert data.attention_cost(np.array([1000, 1000])) < data.attention_cost(np.array([2000]))
 
@@ -466,7 +612,9 @@ def document(tokens: list[int], learned: list[int]) -> data.Document:
 def test_collate_shifts_inside_documents():
     """Prevents the last token of a document from being trained to predict the first of the next, and positions that
     run on over documents."""
-    batch = data.collate([document([10, 11, 12], [0, 1, 1]), document([13], [1]), document([14, 15], [1, 1])])
+    batch = data.collate(
+        [document([10, 11, 12], [0, 1, 1]), document([13], [1]), document([14, 15], [1, 1])]
+    )
     assert batch.tokens.tolist() == [10, 11, 12, 13, 14, 15] and batch.tokens.dtype == torch.long
     assert batch.targets.tolist() == [11, 12, -100, -100, 15, -100]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]] * 3
@@ -477,16 +625,26 @@ def test_collate_shifts_inside_documents():
 def test_documents_with_images(model_dir, tokenizer, folder):
     """Prevents placeholders, patches and positions that do not belong together, in training data with images."""
     image(folder / "wide.png", (200, 50))
-    rows = [conversation("a", "b"), conversation("<image>What, and <image>?", "x", images=["ok.png", "wide.png"])]
+    rows = [
+        conversation("a", "b"),
+        conversation("<image>What, and <image>?", "x", images=["ok.png", "wide.png"]),
+    ]
     dataset, stats = tokenize(write(folder / "i.jsonl", rows), model_dir, folder)
     assert dataset.has_images and stats["documents"] == 2
     config = ImageConfig.from_dir(model_dir)
     batch = data.collate([dataset.get(i) for i in (0, 1)], config)
     counts = [num_image_tokens(g, config.merge_size) for g in batch.grid_thw.tolist()]
     start = int(batch.cu_seqlens[1])
-    assert int((batch.tokens == 302).sum()) == sum(counts) and batch.pixel_values.shape == (4 * sum(counts), 1176)
-    expected, _ = mrope_positions(batch.tokens[start:], batch.grid_thw, image_token_id=302, merge_size=2)
-    assert torch.equal(batch.position_ids[:, start:], expected) and not torch.equal(expected[0], expected[2])
+    assert int((batch.tokens == 302).sum()) == sum(counts) and batch.pixel_values.shape == (
+        4 * sum(counts),
+        1176,
+    )
+    expected, _ = mrope_positions(
+        batch.tokens[start:], batch.grid_thw, image_token_id=302, merge_size=2
+    )
+    assert torch.equal(batch.position_ids[:, start:], expected) and not torch.equal(
+        expected[0], expected[2]
+    )
     assert not (batch.targets == 302).any()
     image(folder / "wide.png", (50, 50))
     with pytest.raises(ValueError, match="i.jsonl:2: an image has another size"):
@@ -499,7 +657,9 @@ def test_a_cut_through_an_image_drops_the_document(model_dir, tokenizer, folder)
     file = write(folder / "i.jsonl", rows)
     kept, config = data.load_conversations(file)[0], ImageConfig.from_dir(model_dir)
     (tokens, _), _ = data.encode_conversations(kept, tokenizer, config)
-    dataset, stats = tokenize(file, model_dir, folder, max_len=int(np.flatnonzero(tokens == 302)[-1]))
+    dataset, stats = tokenize(
+        file, model_dir, folder, max_len=int(np.flatnonzero(tokens == 302)[-1])
+    )
     assert stats["dropped_cut_image"] == 1 and stats["documents"] == 1 and not dataset.has_images
 
 
@@ -509,17 +669,27 @@ def test_prompts_are_the_papers():
     assert data.prompt_text(problem(), "train") == (
         "You will solve a problem/request. You should provide your thoughts within <think> </think> tags before "
         "providing the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: "
-        "Which? Options:\n\nA: Yes\nB: No")
-    assert data.prompt_text(problem()) == data.prompt_text(problem(), "mcq") == (
-        "You should provide your thoughts within <think> </think> tags, then answer with just one of the options below "
-        "within <answer> </answer> tags (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
-        "should answer with <think>...</think> <answer>B: No </answer>). Here is the question: Which? "
-        "Options:\n\nA: Yes\nB: No")
+        "Which? Options:\n\nA: Yes\nB: No"
+    )
+    assert (
+        data.prompt_text(problem())
+        == data.prompt_text(problem(), "mcq")
+        == (
+            "You should provide your thoughts within <think> </think> tags, then answer with just one of the options below "
+            "within <answer> </answer> tags (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
+            "should answer with <think>...</think> <answer>B: No </answer>). Here is the question: Which? "
+            "Options:\n\nA: Yes\nB: No"
+        )
+    )
     math = problem(kind="math", options=None, answer="2", question="1+1?")
     text = data.prompt_text(math)
-    assert text.startswith("A conversation between User and Assistant. The user asks a question, and you as the ")
-    assert text.endswith("you should answer with <think> your reasoning </think> <answer>2 </answer>).\n\n"
-                         "Here is the question: 1+1?")
+    assert text.startswith(
+        "A conversation between User and Assistant. The user asks a question, and you as the "
+    )
+    assert text.endswith(
+        "you should answer with <think> your reasoning </think> <answer>2 </answer>).\n\n"
+        "Here is the question: 1+1?"
+    )
     assert data.prompt_text({**math, "kind": "open"}).startswith("You will solve")
     with pytest.raises(ValueError, match="prompt style 'poem'"):
         data.prompt_text(math, "poem")
@@ -529,7 +699,9 @@ def test_image_places():
     """Prevents images that move: at their place where the question has one, else between instruction and question."""
     head = data.INSTRUCTIONS["mcq"]
     assert data.prompt_text(problem(images=["a", "b"])).startswith(head + "<image><image>Which?")
-    assert data.prompt_text(problem(question="In <image>?", images=["a"])).startswith(head + "In <image>?")
+    assert data.prompt_text(problem(question="In <image>?", images=["a"])).startswith(
+        head + "In <image>?"
+    )
     inside = data.prompt_text(problem(options=["<image>", "No"], images=["a"]))
     assert inside == head + "Which? Options:\n\nA: <image>\nB: No"
 
@@ -540,18 +712,27 @@ def test_prompts_equal_transformers_processor(model_dir, tokenizer, folder):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     class Processor(Qwen2_5_VLProcessor):
-        def check_argument_for_proper_class(self, *args):  # the video processor would need torchvision
+        def check_argument_for_proper_class(
+            self, *args
+        ):  # the video processor would need torchvision
             pass
+
     config = ImageConfig.from_dir(model_dir)
-    theirs = Processor(Qwen2VLImageProcessorPil(min_pixels=config.min_pixels, max_pixels=config.max_pixels), tokenizer,
-                       None, chat_template=tokenizer.chat_template)
+    theirs = Processor(
+        Qwen2VLImageProcessorPil(min_pixels=config.min_pixels, max_pixels=config.max_pixels),
+        tokenizer,
+        None,
+        chat_template=tokenizer.chat_template,
+    )
     image(folder / "wide.png", (200, 50))
     row = problem(question="Left <image> or right <image>?", images=["ok.png", "wide.png"])
     (row,), _ = data.load_problems(write(folder / "p.jsonl", [row]))
     prompt = data.render_problem(row, tokenizer, config, "kind")
     turn = [{"role": "user", "content": data.with_image_parts(data.prompt_text(row))}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    expected = theirs(text=[text], images=[Image.open(f) for f in row["images"]], return_tensors="pt")
+    expected = theirs(
+        text=[text], images=[Image.open(f) for f in row["images"]], return_tensors="pt"
+    )
     assert prompt.tokens == expected["input_ids"][0].tolist()
     assert torch.equal(prompt.grid_thw, expected["image_grid_thw"])
     assert torch.equal(prompt.pixel_values, expected["pixel_values"])
@@ -561,8 +742,11 @@ def test_text_prompt_ends_with_the_assistant_header(tokenizer):
     """Prevents a prompt that the model has to open its own turn for."""
     prompt = data.render_problem(problem(), tokenizer, None, "train")
     text = tokenizer.decode(prompt.tokens)
-    assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-                    + data.prompt_text(problem(), "train") + "<|im_end|>\n<|im_start|>assistant\n")
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        + data.prompt_text(problem(), "train")
+        + "<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert prompt.pixel_values is None and prompt.grid_thw is None
 
 
@@ -586,15 +770,19 @@ def test_model_directory_without_tokenizer_or_template(model_dir, tmp_path):
     with pytest.raises(ValueError, match="no chat template"):
         data.load_tokenizer(tmp_path)
     template = data.load_tokenizer(model_dir).chat_template
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))  # the form of older releases
+    (tmp_path / "chat_template.json").write_text(
+        json.dumps({"chat_template": template})
+    )  # the form of older releases
     assert data.load_tokenizer(tmp_path).chat_template == template
 
 
 # ----------------------------------------------------------------------------------------------- check and inspect
 def plant(rows: list, rng: random.Random) -> dict[int, str]:
     """Put 37 faults into 37 rows; line → what check has to say about it."""
+
     def reply(text: str):
         return lambda q: conversation(q, text)
+
     kinds = [
         (lambda q: '{"messages": [{"role": "user"', "not JSON"),
         (lambda q: [conversation(q, "x")], "a JSON list"),
@@ -623,8 +811,13 @@ def plant(rows: list, rng: random.Random) -> dict[int, str]:
 def test_check_names_37_planted_faults_of_10000_and_nothing_else(tmp_path, capsys):
     """Prevents bad rows that slip through among thousands, and false alarms that make people ignore the check."""
     rng = random.Random(0)
-    rows = [conversation(f"What is {i} + {i}? Put it in <answer></answer>, thoughts in <think></think>.",
-                         f"<think>\n{i} + {i} = {2 * i}\n</think>\n<answer>{2 * i}</answer>") for i in range(10_000)]
+    rows = [
+        conversation(
+            f"What is {i} + {i}? Put it in <answer></answer>, thoughts in <think></think>.",
+            f"<think>\n{i} + {i} = {2 * i}\n</think>\n<answer>{2 * i}</answer>",
+        )
+        for i in range(10_000)
+    ]
     planted = plant(rows, rng)
     (tmp_path / "bad.png").write_text("no")
     image(tmp_path / "ok.png")
@@ -639,9 +832,12 @@ def test_check_names_37_planted_faults_of_10000_and_nothing_else(tmp_path, capsy
 def test_check_of_problems_tries_the_golds(tmp_path):
     """Prevents golds that no answer can match, which would be zero reward for ever."""
     pytest.importorskip("rewards")
-    rows = [problem(id="1", kind="math", options=None, answer=r"\frac{1}{2}"), problem(id="2"),
-            problem(id="3", kind="math", options=None, question="x", answer=r"\frac{1}{"),
-            problem(id="2", question="new")]
+    rows = [
+        problem(id="1", kind="math", options=None, answer=r"\frac{1}{2}"),
+        problem(id="2"),
+        problem(id="3", kind="math", options=None, question="x", answer=r"\frac{1}{"),
+        problem(id="2", question="new"),
+    ]
     faults = datacheck.check([write(tmp_path / "p.jsonl", rows)])
     assert [(f.line, f.field) for f in faults] == [(3, "answer"), (4, "id")]
 
@@ -652,14 +848,18 @@ def test_check_counts_tokens(model_dir, tmp_path):
     dataset, _ = tokenize(file, model_dir, tmp_path)
     faults = datacheck.check([file], str(model_dir), int(dataset.lengths[1]) - 1)
     assert [(f.line, f"{dataset.lengths[f.line - 1]} tokens" in f.why) for f in faults] == [
-        (i + 1, True) for i in range(3) if dataset.lengths[i] >= dataset.lengths[1]]
+        (i + 1, True) for i in range(3) if dataset.lengths[i] >= dataset.lengths[1]
+    ]
     with pytest.raises(ValueError, match="--model"):
         datacheck.check([file], None, 10)
 
 
 def test_command_line(model_dir, tmp_path, capsys, monkeypatch):
     """Prevents an exit code 0 for bad data, and commands that `data.py` does not pass on."""
-    good, bad = write(tmp_path / "good.jsonl", ROWS), write(tmp_path / "bad.jsonl", [*ROWS, conversation("x", "")])
+    good, bad = (
+        write(tmp_path / "good.jsonl", ROWS),
+        write(tmp_path / "bad.jsonl", [*ROWS, conversation("x", "")]),
+    )
     data.main(["check", good])
     with pytest.raises(SystemExit) as e:
         data.main(["check", good, bad])
@@ -669,11 +869,16 @@ def test_command_line(model_dir, tmp_path, capsys, monkeypatch):
     assert "no such file" in str(e.value.code)
     data.main(["inspect", good, "--model", str(model_dir), "--max_len", "100"])
     out = capsys.readouterr().out
-    assert "3 good conversation rows" in out and "⟦Yes<|im_end|>⟧" in out and "max_len 100: 2 rows are longer" in out
+    assert (
+        "3 good conversation rows" in out
+        and "⟦Yes<|im_end|>⟧" in out
+        and "max_len 100: 2 rows are longer" in out
+    )
     data.main(["inspect", write(tmp_path / "p.jsonl", [problem()]), "--model", str(model_dir)])
     assert "A: Yes\nB: No<|im_end|>" in capsys.readouterr().out
     called = []
-    import convert
+    from convert import conversion as convert
+
     monkeypatch.setattr(convert, "main", called.append)
     data.main(["convert", "gsm8k", "x", "--out", "y"])
     assert called == [["convert", "gsm8k", "x", "--out", "y"]]

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import notation
-from equality import full_equal, quick_equal
+from grading import notation
+from grading.equality import full_equal, quick_equal
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data (../shared/data) is not here")
@@ -196,7 +196,10 @@ def test_an_empty_gold_equals_nothing():
 def test_text_is_never_executed(tmp_path):
     """sympify and parse_expr run Python: this string would create the file."""
     target = tmp_path / "owned"
-    for text in (f'__import__("pathlib").Path("{target}").touch()', f'exec(\'open("{target}","w")\')'):
+    for text in (
+        f'__import__("pathlib").Path("{target}").touch()',
+        f'exec(\'open("{target}","w")\')',
+    ):
         assert not full_equal(text, "1") and not full_equal("1", text)
     assert not target.exists()
 
@@ -209,7 +212,9 @@ NOTATIONS = (
     lambda q: rf"\frac{{{3 * q.numerator}}}{{{3 * q.denominator}}}",
     lambda q: rf"x = \frac{{{q.numerator}}}{{{q.denominator}}}",
     lambda q: rf"${q.numerator} / {q.denominator}$",
-    lambda q: r"{}{}\frac{{{}}}{{{}}}".format("-" * (q < 0), *divmod(abs(q.numerator), q.denominator), q.denominator),
+    lambda q: r"{}{}\frac{{{}}}{{{}}}".format(
+        "-" * (q < 0), *divmod(abs(q.numerator), q.denominator), q.denominator
+    ),
     lambda q: f"{Fraction(q * 100).numerator}/{Fraction(q * 100).denominator}\\%",
     lambda q: rf"\frac{{{q.numerator}}}{{{q.denominator}}}\text{{ cm}}",
 )
@@ -232,7 +237,10 @@ def test_a_rational_equals_itself_in_ten_notations_and_no_neighbour(a, b, rng):
         1 / q if q not in (0, 1, -1) else q + 1,
         q + Fraction(1, 10**9),
     ):
-        assert neighbour == q or [w(neighbour) for w in NOTATIONS if full_equal(w(neighbour), gold)] == []
+        assert (
+            neighbour == q
+            or [w(neighbour) for w in NOTATIONS if full_equal(w(neighbour), gold)] == []
+        )
 
 
 ATOMS = st.sampled_from(
@@ -241,7 +249,10 @@ ATOMS = st.sampled_from(
 EXPRESSIONS = st.recursive(
     ATOMS,
     lambda inner: st.builds(
-        lambda a, op, b: rf"\left({a}{op}{b}\right)", inner, st.sampled_from(["+", "-", r" \cdot "]), inner
+        lambda a, op, b: rf"\left({a}{op}{b}\right)",
+        inner,
+        st.sampled_from(["+", "-", r" \cdot "]),
+        inner,
     ),
     max_leaves=4,
 )
@@ -269,7 +280,10 @@ def evaluate(text: str) -> float:
 
     names = dict(x=1.7, y=-0.6, n=2.3, pi=math.pi, sin=math.sin, sqrt=math.sqrt)
     python = (
-        text.replace(r"\left", "").replace(r"\right", "").replace(r"\sin x", "sin(x)").replace(r"\sqrt{2}", "sqrt(2)")
+        text.replace(r"\left", "")
+        .replace(r"\right", "")
+        .replace(r"\sin x", "sin(x)")
+        .replace(r"\sqrt{2}", "sqrt(2)")
     )
     python = (
         python.replace(r"\frac{1}{2}", "(1/2)")
@@ -290,9 +304,15 @@ def test_expressions_are_equal_only_if_their_values_are(a, b):
 
 
 def gold_answers() -> dict[str, list[str]]:
-    orz = [x[1]["ground_truth"]["value"] for x in json.loads((DATA / "orz/orz_math_57k_head1967.json").read_text())]
+    orz = [
+        x[1]["ground_truth"]["value"]
+        for x in json.loads((DATA / "orz/orz_math_57k_head1967.json").read_text())
+    ]
     math500 = [json.loads(line)["answer"] for line in (DATA / "math/math500_test.jsonl").open()]
-    gsm8k = [json.loads(line)["answer"].split("####")[1].strip() for line in (DATA / "gsm8k/test.jsonl").open()]
+    gsm8k = [
+        json.loads(line)["answer"].split("####")[1].strip()
+        for line in (DATA / "gsm8k/test.jsonl").open()
+    ]
     return {"orz": orz, "math500": math500, "gsm8k": gsm8k}
 
 
@@ -307,9 +327,13 @@ def test_real_golds_equal_themselves_and_shuffled_only_true_equals():
         assert [a for a in answers if quick_equal(a, a) is not True] == []
         shuffled = answers[:]
         random.Random(0).shuffle(shuffled)
-        called = [(a, b) for a, b in zip(answers, shuffled) if a.strip() != b.strip() and full_equal(a, b)]
+        called = [
+            (a, b) for a, b in zip(answers, shuffled) if a.strip() != b.strip() and full_equal(a, b)
+        ]
         assert [
-            (a, b) for a, b in called if not verify(parse(f"${b}$"), parse(f"${a}$")) and "x = y = z" not in b
+            (a, b)
+            for a, b in called
+            if not verify(parse(f"${b}$"), parse(f"${a}$")) and "x = y = z" not in b
         ] == []
 
 

@@ -1,4 +1,5 @@
 """eval.py: from files to figures, with a tiny random model, and with outputs written by hand where scores matter."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,7 +18,7 @@ import data
 import eval as ev
 import rewards
 import sampling
-import scoring
+from scoring import scores as scoring
 
 ROOT = Path(ev.__file__).parent
 REAL = ROOT.parent / "shared" / "data" / "images_mmmu_pro"
@@ -50,14 +51,22 @@ def model_dir(tmp_path_factory):
     """A random Qwen2.5-VL with tokenizer and image settings."""
     from tiny import make_tiny_tokenizer
     from tiny_model import make_tiny_vl
+
     folder = make_tiny_tokenizer(make_tiny_vl(tmp_path_factory.mktemp("model")))
     (folder / "preprocessor_config.json").write_text('{"min_pixels": 3136, "max_pixels": 12845056}')
     return folder
 
 
 def choice(i: int, **changes) -> dict:
-    return {"id": f"q/{i}", "task": "quiz", "kind": "choice", "question": f"Question {i}?", "options": ["Yes", "No"],
-            "answer": "B", **changes}
+    return {
+        "id": f"q/{i}",
+        "task": "quiz",
+        "kind": "choice",
+        "question": f"Question {i}?",
+        "options": ["Yes", "No"],
+        "answer": "B",
+        **changes,
+    }
 
 
 def write(file: Path, rows: list[dict]) -> Path:
@@ -70,21 +79,55 @@ def problems(tmp_path_factory):
     """Text, one image, two images, a page that is all image, math and open questions; two tasks, one health slice."""
     folder = tmp_path_factory.mktemp("data")
     for i, size in enumerate([(56, 56), (84, 56), (60, 120)]):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return write(folder / "p.jsonl", [
-        choice(0), choice(1, subset="a", images=["0.png"], question="<image> What?", meta={"health": True}),
-        choice(2, subset="b", images=["0.png", "1.png"], question="Is <image> or <image>?"), choice(3, images=["2.png"]),
-        {"id": "m/0", "task": "sums", "kind": "math", "question": "1+1?", "answer": "2"},
-        {"id": "m/1", "task": "sums", "kind": "open", "question": "Which lung?", "answer": ["left", "left lung"]}])
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
+    return write(
+        folder / "p.jsonl",
+        [
+            choice(0),
+            choice(
+                1, subset="a", images=["0.png"], question="<image> What?", meta={"health": True}
+            ),
+            choice(2, subset="b", images=["0.png", "1.png"], question="Is <image> or <image>?"),
+            choice(3, images=["2.png"]),
+            {"id": "m/0", "task": "sums", "kind": "math", "question": "1+1?", "answer": "2"},
+            {
+                "id": "m/1",
+                "task": "sums",
+                "kind": "open",
+                "question": "Which lung?",
+                "answer": ["left", "left lung"],
+            },
+        ],
+    )
 
 
 def config(model_dir, problems, out, **changes) -> ev.Config:
-    return ev.Config(**{**dict(data=[str(problems)], out=str(out), model=str(model_dir), max_new_tokens=40,
-                               answer_budget=6, min_pixels=0, max_pixels=6272, slots=8, device="cpu", graders=1), **changes})
+    return ev.Config(
+        **{
+            **dict(
+                data=[str(problems)],
+                out=str(out),
+                model=str(model_dir),
+                max_new_tokens=40,
+                answer_budget=6,
+                min_pixels=0,
+                max_pixels=6272,
+                slots=8,
+                device="cpu",
+                graders=1,
+            ),
+            **changes,
+        }
+    )
 
 
 def stored(out: Path, name: str = "samples.jsonl") -> dict:
-    return {(r["id"], r["sample"]): r for r in map(json.loads, (out / name).read_text().strip().split("\n"))}
+    return {
+        (r["id"], r["sample"]): r
+        for r in map(json.loads, (out / name).read_text().strip().split("\n"))
+    }
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -115,7 +158,9 @@ def test_two_ranks_and_a_resumed_crash_give_the_same_files(model_dir, problems, 
     (out / "config.json").write_bytes((five / "config.json").read_bytes())
     lines = (five / "samples.jsonl").read_text().strip().split("\n")
     raw = [{k: json.loads(line)[k] for k in scoring.SAMPLED} for line in lines]
-    write(out / "samples.part0.jsonl", raw[:7])  # problems 0 whole and 1 in part, as a killed run of two ranks left them
+    write(
+        out / "samples.part0.jsonl", raw[:7]
+    )  # problems 0 whole and 1 in part, as a killed run of two ranks left them
     write(out / "samples.part1.jsonl", raw[20:23])
     with open(out / "samples.part1.jsonl", "a") as f:
         f.write(lines[23][:50])
@@ -132,21 +177,42 @@ def test_every_sample_is_whole_on_disk(five, problems, model_dir):
         ended = row["finish"] == "stop"
         assert tokenizer.decode(row["tokens"][:-1] if ended else row["tokens"]) == row["text"]
         assert row["finish"] in ("stop", "length") and (ended or len(row["tokens"]) == 40)
-        assert row["seed"] > 0 and row["forced_at"] is None and row["status"] in ("no_answer", "truncated")
+        assert (
+            row["seed"] > 0
+            and row["forced_at"] is None
+            and row["status"] in ("no_answer", "truncated")
+        )
     by_id = {p["id"]: p for p in data.load_problems([problems])[0]}
-    assert rows["q/1", 3]["prompt"] == data.prompt_text(by_id["q/1"]) and rows["q/1", 3]["gold"] == "B"
+    assert (
+        rows["q/1", 3]["prompt"] == data.prompt_text(by_id["q/1"]) and rows["q/1", 3]["gold"] == "B"
+    )
     assert len({tuple(rows["q/0", i]["tokens"]) for i in range(5)}) == 5  # samples differ
     header = json.loads((five / "header.json").read_text())
     assert "Is the earth flat?" in header["prompts"]["choice"] and header["versions"]["torch"]
-    assert header["prompts"]["choice"].startswith("<|im_start|>system\nYou are a helpful assistant.")
+    assert header["prompts"]["choice"].startswith(
+        "<|im_start|>system\nYou are a helpful assistant."
+    )
     result = json.loads((five / "result.json").read_text())
-    assert result["data"][0]["sha256"] and result["settings"]["max_pixels"] == 6272 and result["rules"]["rule"] == "answer"
+    assert (
+        result["data"][0]["sha256"]
+        and result["settings"]["max_pixels"] == 6272
+        and result["rules"]["rule"] == "answer"
+    )
     assert result["prompts"]["choice"] == data.INSTRUCTIONS["mcq"]
 
 
-@pytest.mark.parametrize("changes, name", [({"temperature": 0.5}, "temperature"), ({"max_pixels": 3136}, "max_pixels"),
-                                           ({"think_budget": 8}, "think_budget"), ({"blind": True}, "blind"),
-                                           ({"seed": 1}, "seed"), ({"dtype": "bf16"}, "dtype"), ({"n": 4}, "n")])
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"temperature": 0.5}, "temperature"),
+        ({"max_pixels": 3136}, "max_pixels"),
+        ({"think_budget": 8}, "think_budget"),
+        ({"blind": True}, "blind"),
+        ({"seed": 1}, "seed"),
+        ({"dtype": "bf16"}, "dtype"),
+        ({"n": 4}, "n"),
+    ],
+)
 def test_a_changed_setting_refuses_to_mix(five, model_dir, problems, changes, name, inline):
     """Prevents old samples from being served under new settings."""
     with pytest.raises(ValueError, match=f"its {name} is .*another --out"):
@@ -156,6 +222,7 @@ def test_a_changed_setting_refuses_to_mix(five, model_dir, problems, changes, na
 def test_a_changed_model_or_file_refuses_to_mix(five, model_dir, problems, tmp_path, inline):
     """Prevents an older checkpoint's samples, or another file's, from counting for this one."""
     import shutil
+
     other = shutil.copytree(model_dir, tmp_path / "model")
     assert ev.model_fingerprint(other) == ev.model_fingerprint(model_dir)
     blob = bytearray((other / "model.safetensors").read_bytes())
@@ -165,7 +232,10 @@ def test_a_changed_model_or_file_refuses_to_mix(five, model_dir, problems, tmp_p
         ev.evaluate(config(other, problems, five, n=5, temperature=1.0))
     copy = tmp_path / "p.jsonl"
     rows = [json.loads(line) for line in problems.read_text().splitlines()]
-    write(copy, [{**r, "images": [str(problems.parent / i) for i in r.get("images", [])]} for r in rows])
+    write(
+        copy,
+        [{**r, "images": [str(problems.parent / i) for i in r.get("images", [])]} for r in rows],
+    )
     with pytest.raises(ValueError, match="its data_sha256 is"):
         ev.evaluate(config(model_dir, copy, five, n=5, temperature=1.0))
     write(copy, [{**json.loads(copy.read_text().splitlines()[0]), "question": "Another?"}])
@@ -173,7 +243,9 @@ def test_a_changed_model_or_file_refuses_to_mix(five, model_dir, problems, tmp_p
         ev.evaluate(config("", copy, five, rescore=True))
 
 
-def test_budget_curve_equals_runs_with_these_budgets(model_dir, problems, tmp_path, inline, monkeypatch):
+def test_budget_curve_equals_runs_with_these_budgets(
+    model_dir, problems, tmp_path, inline, monkeypatch
+):
     """Prevents a curve that is not what forced exit at that budget gives: wrong cut, wrong positions after images, a
     missing exit text, an answer of another length. Greedy, so that each point can be held to a run of its own."""
     out = tmp_path / "curve"
@@ -183,12 +255,18 @@ def test_budget_curve_equals_runs_with_these_budgets(model_dir, problems, tmp_pa
         ev.evaluate(config(model_dir, problems, direct, think_budget=budget))
         want, point = stored(direct), stored(out) | stored(out, f"budget_{budget}.jsonl")
         keys = ("tokens", "finish", "forced_at", "text", "prompt_tokens", "score")
-        assert {k: [r[x] for x in keys] for k, r in point.items()} == {k: [r[x] for x in keys] for k, r in want.items()}
+        assert {k: [r[x] for x in keys] for k, r in point.items()} == {
+            k: [r[x] for x in keys] for k, r in want.items()
+        }
         figures = result["budgets"][str(budget)]["quiz"]
         whole = json.loads((direct / "result.json").read_text())["sets"]["quiz"]
         assert figures == {k: whole[k] for k in figures}
         assert whole["forced"] == 1 and whole["accuracy_natural"] is None
-    monkeypatch.setattr(ev, "build_model", lambda *a, **k: pytest.fail("nothing is left to sample: no model is needed"))
+    monkeypatch.setattr(
+        ev,
+        "build_model",
+        lambda *a, **k: pytest.fail("nothing is left to sample: no model is needed"),
+    )
     assert ev.evaluate(config(model_dir, problems, out, budgets="5,12")) == result
     assert ev.evaluate(config("", problems, out, rescore=True)) == result  # the curve stays
     with pytest.raises(ValueError, match="--budgets 64: the stored thoughts end at 40 tokens"):
@@ -204,13 +282,29 @@ def test_exit_place():
     table = sampling.close_table(pieces, "</think>").tolist()
 
     def at(text: str, budget: int, forced_at=None, cut_off=False):
-        return ev.exit_place([pieces.index(p) for p in text.split()], forced_at, cut_off, table, budget)
+        return ev.exit_place(
+            [pieces.index(p) for p in text.split()], forced_at, cut_off, table, budget
+        )
+
     natural = "a a </ think > a a"
-    assert [at(natural, b) for b in range(7)] == [0, 1, 2, None, None, None, None]  # from 3 on it is closing by itself
-    assert at("a < a a </ think > a", 2) == 3  # "<" might have become the close: waits for one token
+    assert [at(natural, b) for b in range(7)] == [
+        0,
+        1,
+        2,
+        None,
+        None,
+        None,
+        None,
+    ]  # from 3 on it is closing by itself
+    assert (
+        at("a < a a </ think > a", 2) == 3
+    )  # "<" might have become the close: waits for one token
     assert at("a a a a", 2, cut_off=True) == 2 and at("a a a a", 4, cut_off=True) == 4
     assert at("a a a a", 4) is None and at("a a a a", 9) is None  # ended by itself without a close
-    assert at("a a a </ think > a", 3, forced_at=3) == 3 and at("a a a </ think > a", 1, forced_at=3) == 1
+    assert (
+        at("a a a </ think > a", 3, forced_at=3) == 3
+        and at("a a a </ think > a", 1, forced_at=3) == 1
+    )
     assert at("a </ think > a a", 4, cut_off=True) is None  # only the answer was cut
 
 
@@ -219,7 +313,9 @@ def test_blind_removes_the_images_and_their_places(model_dir, problems, tmp_path
     result = ev.evaluate(config(model_dir, problems, tmp_path / "out", blind=True))
     rows = stored(tmp_path / "out")
     assert not any("<image>" in r["prompt"] or "image_pad" in r["prompt"] for r in rows.values())
-    assert result["sets"]["quiz"]["n"] == 4 and result["sets"]["quiz"]["clusters"] == 3  # 1 and 2 show one image first
+    assert (
+        result["sets"]["quiz"]["n"] == 4 and result["sets"]["quiz"]["clusters"] == 3
+    )  # 1 and 2 show one image first
     assert result["sets"]["quiz:health"]["n"] == 1
     only_text = write(tmp_path / "text.jsonl", [choice(0)])
     with pytest.raises(ValueError, match="--blind: no problem of --data has an image"):
@@ -232,27 +328,58 @@ def test_limit_takes_the_same_problems_of_each_task(model_dir, tmp_path, problem
     a, b = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[::-1])
     chosen = [ev.choose_problems(config(model_dir, f, tmp_path / "o", limit=5))[0] for f in (a, b)]
     assert {p["id"] for p in chosen[0]} == {p["id"] for p in chosen[1]} and len(chosen[0]) == 8
-    assert [p["id"] for p in chosen[0]] == [p["id"] for p in chosen[1]][::-1]  # the file's order stays
+    assert [p["id"] for p in chosen[0]] == [p["id"] for p in chosen[1]][
+        ::-1
+    ]  # the file's order stays
     fewer, _ = ev.choose_problems(config(model_dir, a, tmp_path / "o", limit=2))
     assert {p["id"] for p in fewer} < {p["id"] for p in chosen[0]}
-    (tmp_path / "solved.txt").write_text(f"{fewer[0]['id']}\n")  # of a blind run with the same limit: no other fills its place
-    left, told = ev.choose_problems(config(model_dir, a, tmp_path / "o", limit=2, drop=str(tmp_path / "solved.txt")))
+    (tmp_path / "solved.txt").write_text(
+        f"{fewer[0]['id']}\n"
+    )  # of a blind run with the same limit: no other fills its place
+    left, told = ev.choose_problems(
+        config(model_dir, a, tmp_path / "o", limit=2, drop=str(tmp_path / "solved.txt"))
+    )
     assert [p["id"] for p in left] == [p["id"] for p in fewer[1:]] and told["dropped"] == 1
 
 
 # --------------------------------------------------------------------------------------- scores of written outputs
-def make_run(out: Path, outputs: dict[str, list[tuple[str, str]]], problems: list[dict], **settings) -> Path:
+def make_run(
+    out: Path, outputs: dict[str, list[tuple[str, str]]], problems: list[dict], **settings
+) -> Path:
     """An evaluation whose samples were written by hand: id → [(text, finish), …]."""
     out.mkdir()
     defaults = {k: getattr(ev.Config, k) for k in ev.SAMPLES_DEPEND_ON}
     n = len(next(iter(outputs.values())))
-    (out / "config.json").write_text(json.dumps({**defaults, "n": n, "temperature": 0.3 if n > 1 else 0.0,
-                                                 "open_thought": False, **settings}))
+    (out / "config.json").write_text(
+        json.dumps(
+            {
+                **defaults,
+                "n": n,
+                "temperature": 0.3 if n > 1 else 0.0,
+                "open_thought": False,
+                **settings,
+            }
+        )
+    )
     by_id = {p["id"]: p for p in problems}
-    write(out / "samples.jsonl", [
-        {"id": i, "sample": s, "seed": 1, "prompt": data.prompt_text(by_id[i]), "finish": finish, "text": text,
-         "forced_at": 3 if "forced" in finish else None, "prompt_tokens": 9, "tokens": list(range(len(text)))}
-        for i, texts in outputs.items() for s, (text, finish) in enumerate(texts)])
+    write(
+        out / "samples.jsonl",
+        [
+            {
+                "id": i,
+                "sample": s,
+                "seed": 1,
+                "prompt": data.prompt_text(by_id[i]),
+                "finish": finish,
+                "text": text,
+                "forced_at": 3 if "forced" in finish else None,
+                "prompt_tokens": 9,
+                "tokens": list(range(len(text))),
+            }
+            for i, texts in outputs.items()
+            for s, (text, finish) in enumerate(texts)
+        ],
+    )
     return out
 
 
@@ -261,7 +388,9 @@ def say(content: str, finish: str = "stop") -> tuple[str, str]:
 
 
 def rescore(out: Path, file: Path, **changes) -> dict:
-    return ev.evaluate(ev.Config(data=[str(file)], out=str(out), rescore=True, device="cpu", **changes))
+    return ev.evaluate(
+        ev.Config(data=[str(file)], out=str(out), rescore=True, device="cpu", **changes)
+    )
 
 
 def test_figures_of_one_sample(tmp_path, inline, world):
@@ -269,41 +398,85 @@ def test_figures_of_one_sample(tmp_path, inline, world):
     micro, a slice that is left out."""
     problems = [choice(i, subset="x" if i < 6 else "y", meta={"health": i < 2}) for i in range(8)]
     file = write(tmp_path / "p.jsonl", problems)
-    outputs = {"q/0": say("B"), "q/1": say("B: No", "forced+stop"), "q/2": say("A"), "q/3": say("A", "forced+stop"),
-               "q/4": say("B", "length"), "q/5": ("<think>B", "forced+length"), "q/6": ("</think>Answer: B", "stop"),
-               "q/7": say("No")}
+    outputs = {
+        "q/0": say("B"),
+        "q/1": say("B: No", "forced+stop"),
+        "q/2": say("A"),
+        "q/3": say("A", "forced+stop"),
+        "q/4": say("B", "length"),
+        "q/5": ("<think>B", "forced+length"),
+        "q/6": ("</think>Answer: B", "stop"),
+        "q/7": say("No"),
+    }
     out = make_run(tmp_path / "run", {k: [v] for k, v in outputs.items()}, problems)
     result = rescore(out, file)
     s = result["sets"]["quiz"]
     assert (s["n"], s["metric"], s["accuracy"], s["lenient"]) == (8, "greedy", 3 / 8, 6 / 8)
     assert (s["unparsed"], s["truncated"], s["forced"]) == (1 / 8, 2 / 8, 3 / 8)
-    assert (s["accuracy_natural"], s["accuracy_forced"], s["accuracy_without_exit"]) == (2 / 5, 1 / 3, 2 / 8)
+    assert (s["accuracy_natural"], s["accuracy_forced"], s["accuracy_without_exit"]) == (
+        2 / 5,
+        1 / 3,
+        2 / 8,
+    )
     low, high = scipy.stats.binomtest(3, 8).proportion_ci(method="wilson")
     assert (s["low"], s["high"], s["method"]) == (pytest.approx(low), pytest.approx(high), "wilson")
     assert s["subsets"]["x"]["accuracy"] == 2 / 6 and s["subsets"]["y"]["accuracy"] == 1 / 2
     assert s["macro"] == pytest.approx(5 / 12) and result["sets"]["quiz:health"]["accuracy"] == 1
     assert result["statuses"] == {"no_answer": 1, "ok": 5, "truncated": 2}
     rows = stored(out)
-    assert [rows[f"q/{i}", 0]["answer"] for i in range(8)] == ["B", "B", "A", "A", None, None, None, "B"]
+    assert [rows[f"q/{i}", 0]["answer"] for i in range(8)] == [
+        "B",
+        "B",
+        "A",
+        "A",
+        None,
+        None,
+        None,
+        "B",
+    ]
     assert (out / "solved.txt").read_text().split() == ["q/0", "q/1", "q/7"]
 
 
 def test_votes_and_passes_of_five_samples(tmp_path, inline, world):
     """Prevents votes on raw text, votes of samples without an answer, pass@k as any of the first k, and k repeats that
     count as k questions."""
-    problems = [{"id": f"m/{i}", "task": "sums", "kind": "math", "question": f"{i}?", "answer": "1/2"} for i in range(3)]
+    problems = [
+        {"id": f"m/{i}", "task": "sums", "kind": "math", "question": f"{i}?", "answer": "1/2"}
+        for i in range(3)
+    ]
     file = write(tmp_path / "p.jsonl", problems)
     cut = say("0.5", "length")
-    out = make_run(tmp_path / "run", {
-        "m/0": [say("0.5"), say(r"\frac{1}{2}"), say("3"), say("3.0"), say("1/2")],  # 3 of 5, in three dresses
-        "m/1": [say("0.5"), ("?", "stop"), ("?", "stop"), ("?", "stop"), say("7")],  # a tie of one against one
-        "m/2": [say("4"), say("4"), say("4.0"), cut, cut]}, problems)
+    out = make_run(
+        tmp_path / "run",
+        {
+            "m/0": [
+                say("0.5"),
+                say(r"\frac{1}{2}"),
+                say("3"),
+                say("3.0"),
+                say("1/2"),
+            ],  # 3 of 5, in three dresses
+            "m/1": [
+                say("0.5"),
+                ("?", "stop"),
+                ("?", "stop"),
+                ("?", "stop"),
+                say("7"),
+            ],  # a tie of one against one
+            "m/2": [say("4"), say("4"), say("4.0"), cut, cut],
+        },
+        problems,
+    )
     s = rescore(out, file)["sets"]["sums"]
     assert s["metric"] == "avg@5" and s["accuracy"] == pytest.approx((3 / 5 + 1 / 5) / 3)
     assert s["se"] == pytest.approx(scipy.stats.sem([0.6, 0.2, 0.0])) and s["clusters"] == 3
     assert s["maj"] == {"5": pytest.approx((1 + 0.5 + 0) / 3)} and s["all"] == {"5": 0}
-    assert s["pass"] == {"1": pytest.approx(0.8 / 3), "2": pytest.approx(((1 - 1 / 10) + (1 - 6 / 10)) / 3),
-                         "4": pytest.approx((1 + 0.8) / 3), "5": pytest.approx(2 / 3)}
+    assert s["pass"] == {
+        "1": pytest.approx(0.8 / 3),
+        "2": pytest.approx(((1 - 1 / 10) + (1 - 6 / 10)) / 3),
+        "4": pytest.approx((1 + 0.8) / 3),
+        "5": pytest.approx(2 / 3),
+    }
 
 
 def test_compare_and_drop(tmp_path, inline, world, capsys):
@@ -313,8 +486,14 @@ def test_compare_and_drop(tmp_path, inline, world, capsys):
     problems = [choice(i, meta={"cluster": str(i // 2)}) for i in range(40)]
     file = write(tmp_path / "p.jsonl", problems)
     right = rng.random((2, 40)) < [[0.7], [0.4]]
-    a, b = (make_run(tmp_path / name, {f"q/{i}": [say("B" if r else "A")] for i, r in enumerate(right[k])}, problems)
-            for k, name in enumerate("ab"))
+    a, b = (
+        make_run(
+            tmp_path / name,
+            {f"q/{i}": [say("B" if r else "A")] for i, r in enumerate(right[k])},
+            problems,
+        )
+        for k, name in enumerate("ab")
+    )
     rescore(b, file)
     s = rescore(a, file, compare=str(b))["compare"]["sets"]["quiz"]
     d = right[0].astype(float) - right[1]
@@ -327,11 +506,24 @@ def test_compare_and_drop(tmp_path, inline, world, capsys):
     assert (s["only_this"], s["only_other"]) == only
     assert s["mcnemar"] == pytest.approx(scipy.stats.binomtest(only[0], sum(only)).pvalue)
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert last["compare"]["quiz"]["difference"] == s["difference"] and last["sets"]["quiz"]["accuracy"] == right[0].mean()
-    same = rescore(b, file, compare=str(b))["compare"]["sets"]["quiz"]  # no spread: nothing is known of chance
-    assert (same["difference"], same["low"], same["p"], same["mde"], same["mcnemar"]) == (0, None, None, None, 1)
+    assert (
+        last["compare"]["quiz"]["difference"] == s["difference"]
+        and last["sets"]["quiz"]["accuracy"] == right[0].mean()
+    )
+    same = rescore(b, file, compare=str(b))["compare"]["sets"][
+        "quiz"
+    ]  # no spread: nothing is known of chance
+    assert (same["difference"], same["low"], same["p"], same["mde"], same["mcnemar"]) == (
+        0,
+        None,
+        None,
+        None,
+        1,
+    )
     dropped = rescore(a, file, drop=str(b / "solved.txt"))
-    assert dropped["dropped"] == right[1].sum() and dropped["sets"]["quiz"]["n"] == (~right[1]).sum()
+    assert (
+        dropped["dropped"] == right[1].sum() and dropped["sets"]["quiz"]["n"] == (~right[1]).sum()
+    )
     assert dropped["sets"]["quiz"]["accuracy"] == pytest.approx(right[0][~right[1]].mean())
     assert len(stored(a)) == 40  # the others are kept on disk
     old = json.loads((b / "result.json").read_text())
@@ -347,7 +539,10 @@ def test_rescore_takes_mended_golds_and_refuses_other_settings(tmp_path, inline,
     """Prevents a mended gold from needing new samples, and flags that a rescore would silently ignore."""
     problems = [choice(0), choice(1)]
     file = write(tmp_path / "p.jsonl", problems)
-    odd = ("<think>\u2028 \x85 \x0b</think><answer>B</answer>", "stop")  # str.splitlines would cut here
+    odd = (
+        "<think>\u2028 \x85 \x0b</think><answer>B</answer>",
+        "stop",
+    )  # str.splitlines would cut here
     out = make_run(tmp_path / "run", {"q/0": [say("A")], "q/1": [odd]}, problems)
     assert rescore(out, file)["micro"] == 0.5
     write(file, [choice(0, answer="A"), choice(1)])
@@ -366,15 +561,25 @@ def test_looping():
     """Prevents both a loop that is not seen and ordinary text that counts as one."""
     rng = np.random.default_rng(0)
     text = rng.integers(0, 1000, 600).tolist()
-    assert not scoring.is_looping(text) and not scoring.is_looping([1] * 63) and scoring.is_looping([1] * 64)
-    assert scoring.is_looping(text + list(range(40)) * 20) and not scoring.is_looping([*([1] * 300), *text])
+    assert (
+        not scoring.is_looping(text)
+        and not scoring.is_looping([1] * 63)
+        and scoring.is_looping([1] * 64)
+    )
+    assert scoring.is_looping(text + list(range(40)) * 20) and not scoring.is_looping(
+        [*([1] * 300), *text]
+    )
     assert not scoring.is_looping(list(range(100)) + list(range(40)))
 
 
 # ------------------------------------------------------------------------------------------------- user's mistakes
 MISTAKES = [
     ([choice(0, images=["none.png"])], {}, r"p.jsonl:1: images: .*none.png"),
-    ([choice(0), choice(1, answer="C")], {}, r"p.jsonl:2: answer: 'C' is not a letter of its 2 options"),
+    (
+        [choice(0), choice(1, answer="C")],
+        {},
+        r"p.jsonl:2: answer: 'C' is not a letter of its 2 options",
+    ),
     ([choice(0, question="<image>?")], {}, r"p.jsonl:1: images: 1 <image> in the text, 0 images"),
     ([], {}, "p.jsonl: the file is empty"),
     ([choice(0, answer=None)], {}, r"p.jsonl:1: answer: missing"),
@@ -393,7 +598,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("rows, changes, message", MISTAKES)
-def test_mistakes_are_named_before_the_model_is_loaded(model_dir, tmp_path, monkeypatch, world, rows, changes, message):
+def test_mistakes_are_named_before_the_model_is_loaded(
+    model_dir, tmp_path, monkeypatch, world, rows, changes, message
+):
     """Prevents minutes of loading before a typing error shows, and errors that do not say where."""
     monkeypatch.setattr(ev, "build_model", lambda *a, **k: pytest.fail("the model was loaded"))
     file = write(tmp_path / "p.jsonl", rows)
@@ -401,7 +608,9 @@ def test_mistakes_are_named_before_the_model_is_loaded(model_dir, tmp_path, monk
         ev.evaluate(config(model_dir, file, tmp_path / "out", **changes))
 
 
-def test_a_refused_start_does_not_hold_the_directory(model_dir, tmp_path, problems, world, inline, monkeypatch):
+def test_a_refused_start_does_not_hold_the_directory(
+    model_dir, tmp_path, problems, world, inline, monkeypatch
+):
     """Prevents a mended command from being refused because the mistaken one wrote its settings down."""
     with pytest.raises(ValueError, match="leaves no room"):
         ev.evaluate(config(model_dir, problems, tmp_path / "out", think_budget=39))
@@ -417,9 +626,13 @@ def test_a_refused_start_does_not_hold_the_directory(model_dir, tmp_path, proble
 def test_torchrun_lets_every_flag_through():
     """Prevents flags that torchrun takes for its own: on Python 3.11 it refuses --n as an abbreviation of several."""
     from torch.distributed.run import parse_args
+
     flags = ["--samples", *(f"--{f.name}" for f in dataclasses.fields(ev.Config) if f.name != "n")]
     for flag in flags:
-        assert parse_args(["--nproc_per_node=2", "eval.py", flag, "5"]).training_script_args == [flag, "5"]
+        assert parse_args(["--nproc_per_node=2", "eval.py", flag, "5"]).training_script_args == [
+            flag,
+            "5",
+        ]
 
 
 def test_command_line(tmp_path, world):
@@ -427,8 +640,18 @@ def test_command_line(tmp_path, world):
     problems = [choice(0), choice(1)]
     file = write(tmp_path / "p.jsonl", problems)
     out = make_run(tmp_path / "run", {"q/0": [say("B")] * 2, "q/1": [say("A")] * 2}, problems)
-    command = [sys.executable, str(ROOT / "eval.py"), "--data", str(file), "--out", str(out), "--rescore"]
-    done = subprocess.run([*command, "--samples", "2", "--temperature", "0.3"], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "eval.py"),
+        "--data",
+        str(file),
+        "--out",
+        str(out),
+        "--rescore",
+    ]
+    done = subprocess.run(
+        [*command, "--samples", "2", "--temperature", "0.3"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["sets"]["quiz"]["accuracy"] == 0.5
     assert "quiz  2   50.0" in done.stdout and (out / "result.json").is_file()
@@ -443,13 +666,33 @@ def test_real_images_and_questions(model_dir, tmp_path, world, inline):
     for i in (0, 1, 5):
         q = json.loads(lines[i])
         names = [str(REAL / q[k]) for k in sorted(q) if k.startswith("image_")]
-        rows.append(choice(i, question="<image>" * len(names) + "Which?", answer=q["answer"], images=names,
-                           options=[o.replace("<image", "<picture") for o in q["options"]]))
+        rows.append(
+            choice(
+                i,
+                question="<image>" * len(names) + "Which?",
+                answer=q["answer"],
+                images=names,
+                options=[o.replace("<image", "<picture") for o in q["options"]],
+            )
+        )
     page = sorted((REAL / "vision_pages").glob("*.png"))[0]
-    rows.append(choice(99, question="<image>\nThe question and its options are in the image.", options=list("ABCD"),
-                       images=[str(page)]))
-    result = ev.evaluate(config(model_dir, write(tmp_path / "p.jsonl", rows), tmp_path / "out", think_budget=4,
-                                max_pixels=28224))
+    rows.append(
+        choice(
+            99,
+            question="<image>\nThe question and its options are in the image.",
+            options=list("ABCD"),
+            images=[str(page)],
+        )
+    )
+    result = ev.evaluate(
+        config(
+            model_dir,
+            write(tmp_path / "p.jsonl", rows),
+            tmp_path / "out",
+            think_budget=4,
+            max_pixels=28224,
+        )
+    )
     assert result["sets"]["quiz"]["n"] == 4 and result["sets"]["quiz"]["forced"] == 1
     assert max(len(r["images"]) for r in rows) == 5
     assert [r["prompt"].count("<image>") for r in stored(tmp_path / "out").values()] == [1, 1, 5, 1]

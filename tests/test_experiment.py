@@ -1,10 +1,11 @@
 """The frame around a run: how a user's mistake ends a script."""
+
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 
-from experiment import Run, user_errors
+from core.run import Run, exit_on_value_error
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -16,7 +17,8 @@ def test_traceback_is_printed_when_asked_for(asked, monkeypatch, capsys):
 
     def read_file() -> None:
         raise ValueError("p.jsonl:3: answer: missing")
-    with pytest.raises(SystemExit) as end, user_errors():
+
+    with pytest.raises(SystemExit) as end, exit_on_value_error():
         read_file()
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.splitlines()[-1] == "error: p.jsonl:3: answer: missing"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import grader
-from grader import Pool
+from grading import workers as grader
+from grading.workers import Pool
 
 ROOT = Path(grader.__file__).parent
 FUNCTIONS = """
@@ -109,7 +109,11 @@ def test_whatever_the_function_does_the_next_item_is_served(functions, what, sta
 def test_prints_and_reads_do_not_disturb_the_protocol(functions):
     """A print in a user's reward must not be read as the reply; reading stdin must not eat the next item."""
     with Pool("bad_functions:act", workers=1) as pool:
-        assert [pool.submit(w).result().value for w in ("print", "stdin", "fine")] == ["print", "", "fine"]
+        assert [pool.submit(w).result().value for w in ("print", "stdin", "fine")] == [
+            "print",
+            "",
+            "fine",
+        ]
 
 
 def test_a_worker_imports_no_torch(functions):
@@ -203,7 +207,7 @@ def test_no_worker_outlives_a_killed_parent(functions, end):
     """kill -9 of a rank runs no handler: workers stuck in an item must still die (Ctrl-C and SIGTERM alike)."""
     script = textwrap.dedent("""
         import sys, time
-        from grader import Pool
+        from grading.workers import Pool
         pool = Pool("bad_functions:act", workers=2, deadline=1000)
         futures = [pool.submit("bignum"), pool.submit("sleep")]
         time.sleep(0.3)
@@ -212,7 +216,11 @@ def test_no_worker_outlives_a_killed_parent(functions, end):
     """)
     env = dict(os.environ, PYTHONPATH=str(ROOT))
     parent = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=env,
+        text=True,
     )
     pids = [int(p) for p in parent.stdout.readline().split()]
     assert len(pids) == 2 and all(map(running, pids))
@@ -231,4 +239,8 @@ def test_an_exit_without_close_is_clean(functions):
         text=True,
         timeout=60,
     )
-    assert done.returncode == 0 and done.stderr == "" and all_gone([int(p) for p in done.stdout.split()])
+    assert (
+        done.returncode == 0
+        and done.stderr == ""
+        and all_gone([int(p) for p in done.stdout.split()])
+    )

@@ -1,4 +1,5 @@
 """The memory plan against published arithmetic, torch's own memory tracker on a real training step, and saved tensors."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -6,9 +7,18 @@ import torch
 from test_model import FLAT_7B, text_stream
 from torch.distributed._tools.mem_tracker import MemTracker
 
-import memory
-from memory import GIB, Setting, block_activations, kv_bytes, parameters, plan_grpo, plan_step, published_config
 from model import Block, ModelConfig, rope_cos_sin
+from tools import memory
+from tools.memory import (
+    GIB,
+    Setting,
+    block_activations,
+    kv_bytes,
+    parameters,
+    plan_grpo,
+    plan_step,
+    published_config,
+)
 
 SEVEN = published_config("7B")
 
@@ -17,23 +27,36 @@ SEVEN = published_config("7B")
 def test_published_sizes_have_the_published_numbers():
     """Counts of the released checkpoints; the 7B's also from its own config.json."""
     counts = parameters(SEVEN)
-    assert (counts["total"], counts["block"], counts["embedding"], counts["head"]) == \
-        (7_615_616_512, 233_057_792, 544_997_376, 544_997_376)
+    assert (counts["total"], counts["block"], counts["embedding"], counts["head"]) == (
+        7_615_616_512,
+        233_057_792,
+        544_997_376,
+        544_997_376,
+    )
     assert parameters(ModelConfig.from_dict(FLAT_7B), with_vision=True)["vision"] == 676_550_144
     assert parameters(published_config("3B"))["total"] == 3_085_938_688
-    assert [round(parameters(published_config(n))["total"] / 1e9, 1) for n in ("32B", "72B")] == [32.8, 72.7]
+    assert [round(parameters(published_config(n))["total"] / 1e9, 1) for n in ("32B", "72B")] == [
+        32.8,
+        72.7,
+    ]
 
 
-@pytest.mark.parametrize("ranks, adam_bytes, gib", [(1, 4, 113.5), (8, 4, 14.2), (1, 2, 85.1), (8, 2, 10.6)])
+@pytest.mark.parametrize(
+    "ranks, adam_bytes, gib", [(1, 4, 113.5), (8, 4, 14.2), (1, 2, 85.1), (8, 2, 10.6)]
+)
 def test_states_of_the_7b(ranks, adam_bytes, gib):
     """16 bytes a parameter with fp32 moments, 12 with bf16 ones, over all shards."""
     plan = plan_step(SEVEN, Setting(ranks, adam_bytes=adam_bytes))
-    assert sum(plan[k] for k in ("weights", "gradients", "optimizer")) / GIB == pytest.approx(gib, abs=0.06)
+    assert sum(plan[k] for k in ("weights", "gradients", "optimizer")) / GIB == pytest.approx(
+        gib, abs=0.06
+    )
     doubled = plan_step(SEVEN, Setting(2 * ranks, replicas=2, adam_bytes=adam_bytes))
     assert doubled["weights"] == plan["weights"]  # HSDP shards within a replica only
 
 
-@pytest.mark.parametrize("mode, gib", [("full", 3.06), ("attn", 3.06 + 3.11), ("matmul", 45.5 + 3.06), ("none", 84.2)])
+@pytest.mark.parametrize(
+    "mode, gib", [("full", 3.06), ("attn", 3.06 + 3.11), ("matmul", 45.5 + 3.06), ("none", 84.2)]
+)
 @pytest.mark.parametrize("tokens", [16384, 32768])
 def test_activations_of_the_7b(mode, gib, tokens):
     """Independent arithmetic: boundaries 3.06 GiB at 16k, attention's output and statistics 3.11, q, k, v, o 7.0, gate
@@ -47,7 +70,9 @@ def test_gathered_copies_and_kv_cache_of_the_7b():
     counts = parameters(SEVEN)
     assert (counts["total"] - counts["blocks"]) * 2 / GIB == pytest.approx(2.03, abs=0.01)
     assert plan_step(SEVEN, Setting())["gathered"] / GIB == pytest.approx(2.03 + 0.87, abs=0.01)
-    assert plan_step(SEVEN, Setting(reshard=False))["gathered"] / GIB == pytest.approx(14.2, abs=0.05)
+    assert plan_step(SEVEN, Setting(reshard=False))["gathered"] / GIB == pytest.approx(
+        14.2, abs=0.05
+    )
     assert kv_bytes(SEVEN) == 57_344
 
 
@@ -62,16 +87,28 @@ def test_grpo_adds_reference_cache_and_gathered_weights():
     offloaded = plan_grpo(SEVEN, setting, reference=True, kv_gb=40, offload_optimizer=True)
     assert with_reference["sampling peak"] - offloaded["sampling peak"] == offloaded["optimizer"]
     assert offloaded["training peak"] == with_reference["training peak"]
-    assert plan_grpo(SEVEN, setting, reference=False, slots=100, max_len=6144)["KV cache"] == 100 * 6144 * 57_344
+    assert (
+        plan_grpo(SEVEN, setting, reference=False, slots=100, max_len=6144)["KV cache"]
+        == 100 * 6144 * 57_344
+    )
     kept = plan_grpo(SEVEN, setting, reference=True, kv_gb=40, keep_sampler=True)
     assert kept["training peak"] - with_reference["training peak"] == 40e9
 
 
 # --------------------------------------------------------------------------------------------- against what happens
 def small(heads=8, kv_heads=2, mlp=192):
-    return ModelConfig.from_dict({**FLAT_7B, "hidden_size": 64, "num_attention_heads": heads, "intermediate_size": mlp,
-                                  "num_key_value_heads": kv_heads, "vocab_size": 320, "num_hidden_layers": 1,
-                                  "rope_scaling": {"type": "mrope", "mrope_section": [32 // heads - 2, 1, 1]}})
+    return ModelConfig.from_dict(
+        {
+            **FLAT_7B,
+            "hidden_size": 64,
+            "num_attention_heads": heads,
+            "intermediate_size": mlp,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": 320,
+            "num_hidden_layers": 1,
+            "rope_scaling": {"type": "mrope", "mrope_section": [32 // heads - 2, 1, 1]},
+        }
+    )
 
 
 def one_block(mode, dtype, config, lengths):
@@ -100,7 +137,9 @@ def test_what_a_block_keeps_is_what_is_planned(mode, dtype, heads, kv_heads):
         after = tracker.get_tracker_snapshot("current")[torch.device("cpu")]["Total"]
     x = inputs[0]
     expected = block_activations(config, sum(lengths), mode, dtype.itemsize, fused=False)
-    lives_anyway = x.nbytes if dtype == torch.float32 or mode != "none" else 0  # the input itself; bf16 keeps fp32 copies
+    lives_anyway = (
+        x.nbytes if dtype == torch.float32 or mode != "none" else 0
+    )  # the input itself; bf16 keeps fp32 copies
     assert after - before - y.nbytes == expected - lives_anyway
 
 
@@ -115,8 +154,12 @@ def test_saved_tensors_of_a_block_have_the_planned_size(dtype):
     def pack(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in shared and t.shape != (1,):
-            sizes[storage.data_ptr()] = (storage.nbytes(), t)  # the tensor too, or its address may be used again
+            sizes[storage.data_ptr()] = (
+                storage.nbytes(),
+                t,
+            )  # the tensor too, or its address may be used again
         return t
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         block(*inputs)
     saved = sum(n for n, t in sizes.values() if t.dim() < 3 or t.shape[-1] != config.head_dim // 2)
@@ -125,44 +168,68 @@ def test_saved_tensors_of_a_block_have_the_planned_size(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["none", "attn", "matmul", "full"])
-def test_the_peak_of_a_training_step_is_within_5_percent_of_the_plan(world, tmp_path_factory, mode, dtype):
+def test_the_peak_of_a_training_step_is_within_5_percent_of_the_plan(
+    world, tmp_path_factory, mode, dtype
+):
     """Sharded model, AdamW, forward and backward of a second micro-batch, by torch's memory tracker. Without a GPU this
     is the closest to its allocator's peak."""
-    from checkpoint import build_model
-    from optim import adamw
+    from core.checkpoint import build_model
+    from core.optim import adamw
     from train_sft import accumulate_gradients
+
     path = wide_model(tmp_path_factory)
     model = build_model(path, world, checkpointing=mode, compute_dtype=dtype)
     model.loss_chunk = 64
     optimizer = adamw(model, lr=1e-3, weight_decay=0.0)
     tokens, positions, cu = text_stream([256, 512, 256])
-    batch = SimpleNamespace(tokens=tokens, targets=tokens, position_ids=positions, cu_seqlens=cu, pixel_values=None,
-                            grid_thw=None)
+    batch = SimpleNamespace(
+        tokens=tokens,
+        targets=tokens,
+        position_ids=positions,
+        cu_seqlens=cu,
+        pixel_values=None,
+        grid_thw=None,
+    )
     accumulate_gradients(model, [batch], 1024, world)
     tracker = MemTracker()
     tracker.track_external(model, optimizer, *(p.grad for p in model.parameters()))
     with tracker:
         accumulate_gradients(model, [batch], 1024, world)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    setting = Setting(1, tokens=1024, compute_bytes=dtype.itemsize, checkpointing=mode, logit_rows=64, fused=False)
+    setting = Setting(
+        1, tokens=1024, compute_bytes=dtype.itemsize, checkpointing=mode, logit_rows=64, fused=False
+    )
     assert plan_step(model.config, setting)["peak"] == pytest.approx(peak, rel=0.05)
 
 
 def wide_model(factory):
     """A model whose every term of the plan is seen: six layers, 2,000 words, an untied head."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
     path = factory.getbasetemp() / "wide"
     if not path.is_dir():
-        Qwen2ForCausalLM(Qwen2Config(vocab_size=2000, hidden_size=64, intermediate_size=192, num_hidden_layers=6,
-                                     num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False,
-                                     )).save_pretrained(path)
+        Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=2000,
+                hidden_size=64,
+                intermediate_size=192,
+                num_hidden_layers=6,
+                num_attention_heads=8,
+                num_key_value_heads=2,
+                tie_word_embeddings=False,
+            )
+        ).save_pretrained(path)
     return path
 
 
 # ----------------------------------------------------------------------------------------------------- command line
 def test_command_line(capsys, tiny_vl):
     memory.main(["--model", "7B", "--ranks", "8"])
-    assert "7,615,616,512 parameters" in (said := capsys.readouterr().out) and "peak" in said and "80 GB" in said
+    assert (
+        "7,615,616,512 parameters" in (said := capsys.readouterr().out)
+        and "peak" in said
+        and "80 GB" in said
+    )
     memory.main(["--model", "7B", "--ranks", "8", "--grpo"])
     assert "KV cache" in capsys.readouterr().out
     memory.main(["--model", str(tiny_vl)])

@@ -1,4 +1,5 @@
 """The decoder against transformers' Qwen2.5-VL and Qwen2 on the same random weights, and the chunked loss."""
+
 import json
 
 import pytest
@@ -6,8 +7,16 @@ import torch
 import torch.nn.functional as F
 from tiny_model import IDS, VOCAB, make_tiny_qwen2, make_tiny_vl
 
-from checkpoint import load_hf
-from model import ChunkedLogProbs, Model, ModelConfig, add_weight_gradient, head_logits, rope_cos_sin, train_flops
+from core.checkpoint import load_hf
+from model import (
+    ChunkedLogProbs,
+    Model,
+    ModelConfig,
+    add_weight_gradient,
+    head_logits,
+    rope_cos_sin,
+    train_flops,
+)
 
 
 def load(path, with_vision=False):
@@ -26,7 +35,10 @@ def text_stream(lengths, seed=1):
 
 def reference(path):
     from transformers import Qwen2_5_VLForConditionalGeneration
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="eager").eval()
+
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        path, attn_implementation="eager"
+    ).eval()
 
 
 def documents(stream):
@@ -47,12 +59,19 @@ def test_text_logits_and_gradients_equal_transformers(tmp_path, tied):
     (expected * weight).sum().backward()
     theirs_grad = {n: p.grad for n, p in theirs.named_parameters()}
     for name, p in ours.named_parameters():
-        key = name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
-        assert (p.grad - theirs_grad[key]).abs().max() <= 1e-4 * theirs_grad[key].abs().max().clamp(min=1), name
+        key = (
+            name.replace("model.", "model.language_model.", 1)
+            if name.startswith("model.")
+            else name
+        )
+        assert (p.grad - theirs_grad[key]).abs().max() <= 1e-4 * theirs_grad[key].abs().max().clamp(
+            min=1
+        ), name
 
 
 def test_text_only_family_equals_transformers(tmp_path):
     from transformers import Qwen2ForCausalLM
+
     path = make_tiny_qwen2(tmp_path)
     theirs, stream = Qwen2ForCausalLM.from_pretrained(path).eval(), text_stream([9, 21])
     expected = torch.cat([theirs(input_ids=d[None]).logits[0] for d in documents(stream)])
@@ -61,18 +80,28 @@ def test_text_only_family_equals_transformers(tmp_path):
 
 def image_stream(sizes_per_document, seed=3):
     """Documents of random text with images of these patch-grid sizes between; the pieces transformers needs too."""
-    from vision import mrope_positions
+    from core.vision import mrope_positions
+
     g = torch.Generator().manual_seed(seed)
     docs, grids, positions = [], [], []
     for sizes in sizes_per_document:
         parts = [torch.randint(0, 290, (4,), generator=g)]
         for h, w in sizes:
-            parts += [torch.tensor([IDS["vision_start_token_id"]]), torch.full((h * w // 4,), IDS["image_token_id"]),
-                      torch.tensor([IDS["vision_end_token_id"]]), torch.randint(0, 290, (3,), generator=g)]
-        tokens, grid = torch.cat(parts), torch.tensor([(1, h, w) for h, w in sizes], dtype=torch.long).reshape(-1, 3)
+            parts += [
+                torch.tensor([IDS["vision_start_token_id"]]),
+                torch.full((h * w // 4,), IDS["image_token_id"]),
+                torch.tensor([IDS["vision_end_token_id"]]),
+                torch.randint(0, 290, (3,), generator=g),
+            ]
+        tokens, grid = (
+            torch.cat(parts),
+            torch.tensor([(1, h, w) for h, w in sizes], dtype=torch.long).reshape(-1, 3),
+        )
         docs.append(tokens)
         grids.append(grid)
-        positions.append(mrope_positions(tokens, grid, image_token_id=IDS["image_token_id"], merge_size=2)[0])
+        positions.append(
+            mrope_positions(tokens, grid, image_token_id=IDS["image_token_id"], merge_size=2)[0]
+        )
     patches = torch.randn(sum(int(x.prod(1).sum()) for x in grids), 1176, generator=g)
     cu = torch.tensor([0, *map(len, docs)]).cumsum(0).int()
     return docs, grids, patches, (torch.cat(docs), torch.cat(positions, 1), cu)
@@ -88,8 +117,12 @@ def test_images_of_several_sizes_in_one_stream_equal_transformers(tiny_vl):
     for tokens, grid in zip(docs, grids):
         used = int(grid.prod(1).sum())
         kinds = (tokens == IDS["image_token_id"]).int()
-        kwargs = dict(pixel_values=patches[start:start + used], image_grid_thw=grid) if used else {}
-        expected.append(theirs(input_ids=tokens[None], mm_token_type_ids=kinds[None], **kwargs).logits[0])
+        kwargs = (
+            dict(pixel_values=patches[start : start + used], image_grid_thw=grid) if used else {}
+        )
+        expected.append(
+            theirs(input_ids=tokens[None], mm_token_type_ids=kinds[None], **kwargs).logits[0]
+        )
         start += used
     assert (logits - torch.cat(expected)).abs().max() <= 1e-4
 
@@ -121,7 +154,9 @@ def test_packed_gradient_equals_sum_of_documents(tiny_vl):
     model.zero_grad()
     total = 0.0
     for a, b in zip(cu[:-1], cu[1:]):
-        one = -model(tokens[a:b], positions[:, a:b], torch.tensor([0, b - a]).int(), targets=targets[a:b])[0].sum()
+        one = -model(
+            tokens[a:b], positions[:, a:b], torch.tensor([0, b - a]).int(), targets=targets[a:b]
+        )[0].sum()
         one.backward()
         total += one.item()
     assert abs(total - loss.item()) <= 1e-5 * abs(total)
@@ -194,7 +229,9 @@ def test_no_supervised_token_is_a_zero_and_not_a_nan(tiny_vl):
     model, stream = load(tiny_vl), text_stream([6])
     loss = -model(*stream, targets=torch.full((6,), -100))[0].sum()
     loss.backward()
-    assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+    assert loss.item() == 0 and all(
+        (p.grad == 0).all() for p in model.parameters() if p.grad is not None
+    )
 
 
 def test_banned_ids_get_no_probability(tiny_vl):
@@ -207,14 +244,36 @@ def test_banned_ids_get_no_probability(tiny_vl):
 
 
 # ------------------------------------------------------------------------------------------------- configuration
-FLAT_7B = {"model_type": "qwen2_5_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
-           "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-           "tie_word_embeddings": False, "vocab_size": 152064, "image_token_id": 151655, "use_sliding_window": False,
-           "vision_start_token_id": 151652, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-           "vision_config": {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
-                             "num_heads": 16, "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14,
-                             "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-                             "temporal_patch_size": 2}}
+FLAT_7B = {
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "vocab_size": 152064,
+    "image_token_id": 151655,
+    "use_sliding_window": False,
+    "vision_start_token_id": 151652,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": {
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "in_chans": 3,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "temporal_patch_size": 2,
+    },
+}
 
 
 def test_published_flat_config_gives_the_published_parameter_counts():
@@ -227,17 +286,36 @@ def test_published_flat_config_gives_the_published_parameter_counts():
 
 def test_nested_config_of_transformers_5_means_the_same():
     from transformers import Qwen2_5_VLConfig
+
     flat = ModelConfig.from_dict(FLAT_7B)
-    nested = ModelConfig.from_dict(json.loads(Qwen2_5_VLConfig(**FLAT_7B).to_json_string(use_diff=False)))
-    for field in ("hidden_size", "num_hidden_layers", "head_dim", "rope_theta", "mrope_section", "tie_word_embeddings",
-                  "rms_norm_eps", "num_key_value_heads", "vocab_size", "image_token_id", "vision"):
+    nested = ModelConfig.from_dict(
+        json.loads(Qwen2_5_VLConfig(**FLAT_7B).to_json_string(use_diff=False))
+    )
+    for field in (
+        "hidden_size",
+        "num_hidden_layers",
+        "head_dim",
+        "rope_theta",
+        "mrope_section",
+        "tie_word_embeddings",
+        "rms_norm_eps",
+        "num_key_value_heads",
+        "vocab_size",
+        "image_token_id",
+        "vision",
+    ):
         assert getattr(flat, field) == getattr(nested, field), field
 
 
-@pytest.mark.parametrize("change, word", [({"model_type": "llama"}, "supported: qwen2_5_vl"),
-                                          ({"use_sliding_window": True}, "use_sliding_window"),
-                                          ({"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"),
-                                          ({"hidden_act": "gelu"}, "hidden_act")])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"model_type": "llama"}, "supported: qwen2_5_vl"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+    ],
+)
 def test_unsupported_architectures_are_named(change, word):
     with pytest.raises(ValueError, match=word):
         ModelConfig.from_dict({**FLAT_7B, **change})
@@ -248,6 +326,7 @@ def test_flop_count_equals_torchs_counter(tiny_vl):
     SDPA's math backend on CPU: the flash kernel is not in its registry)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
+
     model, (tokens, positions, cu) = load(tiny_vl), text_stream([32])
     cos, sin = rope_cos_sin(positions, model.config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -257,4 +336,6 @@ def test_flop_count_equals_torchs_counter(tiny_vl):
         head_logits(model.model.norm(x), model.head_weight(), 1.0, None).sum().backward()
     strict, palm = train_flops(model.config, [32])
     assert counter.get_total_flops() == palm
-    assert palm == strict + 6 * 3 * 64 * 32**2  # 6 · L · Hq · D · len²: the causal half that strict leaves out
+    assert (
+        palm == strict + 6 * 3 * 64 * 32**2
+    )  # 6 · L · Hq · D · len²: the causal half that strict leaves out

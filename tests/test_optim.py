@@ -1,15 +1,18 @@
 """The optimizer step: groups, schedules, the guard, against torch's and transformers' own."""
+
 import math
 
 import pytest
 import torch
 from test_model import load, text_stream
 
-from optim import adamw, guarded_step, lr_at
+from core.optim import adamw, guarded_step, lr_at
 
 
 def rates(steps, **settings):
-    return [lr_at(s, lr=1e-5, total_steps=steps, steps_per_epoch=10, **settings) for s in range(steps)]
+    return [
+        lr_at(s, lr=1e-5, total_steps=steps, steps_per_epoch=10, **settings) for s in range(steps)
+    ]
 
 
 def test_the_papers_schedule_is_torchs_step_lr():
@@ -24,23 +27,34 @@ def test_the_papers_schedule_is_torchs_step_lr():
     assert rates(40, schedule="epoch_decay") == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule, name", [("linear", "get_linear_schedule_with_warmup"), ("constant",
-                         "get_constant_schedule_with_warmup"), ("cosine", "get_cosine_schedule_with_warmup")])
+@pytest.mark.parametrize(
+    "schedule, name",
+    [
+        ("linear", "get_linear_schedule_with_warmup"),
+        ("constant", "get_constant_schedule_with_warmup"),
+        ("cosine", "get_cosine_schedule_with_warmup"),
+    ],
+)
 def test_schedules_have_the_shape_of_transformers(schedule, name):
     """Ours reaches its peak at the last warmup step and its end at the last step; transformers' starts at 0, one step
     that trains nothing, and never reaches its end. So ours over n steps is theirs one step on, after warmup over one
     step less."""
     import transformers
+
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-5)
     arguments = (optimizer, 5) if schedule == "constant" else (optimizer, 5, 5 + 24)
     theirs = getattr(transformers, name)(*arguments)
     expected = [theirs.lr_lambdas[0](s) * 1e-5 for s in range(5 + 25)]
     ours = rates(30, schedule=schedule, warmup_steps=5)
-    assert ours[:5] == pytest.approx(expected[1:6], rel=1e-9) and ours[5:] == pytest.approx(expected[5:], abs=1e-12)
+    assert ours[:5] == pytest.approx(expected[1:6], rel=1e-9) and ours[5:] == pytest.approx(
+        expected[5:], abs=1e-12
+    )
 
 
 def test_warmup_then_epochs_and_a_floor():
-    assert rates(30, schedule="epoch_decay", warmup_steps=4)[:5] == pytest.approx([2.5e-6, 5e-6, 7.5e-6, 1e-5, 1e-5])
+    assert rates(30, schedule="epoch_decay", warmup_steps=4)[:5] == pytest.approx(
+        [2.5e-6, 5e-6, 7.5e-6, 1e-5, 1e-5]
+    )
     assert rates(30, schedule="cosine", min_ratio=0.1)[-1] == pytest.approx(1e-6)
 
 
@@ -50,9 +64,18 @@ def trained(tiny_vl, steps=3, **settings):
     ours, theirs = load(tiny_vl), load(tiny_vl)
     optimizer = adamw(ours, lr=1e-3, **settings)
     named = dict(theirs.named_parameters())
-    plain = torch.optim.AdamW([{"params": [p for n, p in named.items() if "norm" in n or "bias" in n], "weight_decay": 0},
-                               {"params": [p for n, p in named.items() if "norm" not in n and "bias" not in n]}],
-                              lr=1e-3, foreach=False, **settings)
+    plain = torch.optim.AdamW(
+        [
+            {
+                "params": [p for n, p in named.items() if "norm" in n or "bias" in n],
+                "weight_decay": 0,
+            },
+            {"params": [p for n, p in named.items() if "norm" not in n and "bias" not in n]},
+        ],
+        lr=1e-3,
+        foreach=False,
+        **settings,
+    )
     norms = []
     for _ in range(steps):
         for model in (ours, theirs):

@@ -3,6 +3,7 @@
 Processes are dear to start, so each number of ranks is started once: `on_two_ranks` and `on_four_ranks` do everything
 that needs them and write what they saw, the tests read it.
 """
+
 import json
 import shutil
 import subprocess
@@ -16,7 +17,16 @@ from ranks import run_ranks
 from test_model import load
 from tiny_model import make_tiny_vl
 
-LENGTHS = [23, 5, 41, 1, 17, 30, 8, 12]  # documents; document 3 has one token, so nothing to predict
+LENGTHS = [
+    23,
+    5,
+    41,
+    1,
+    17,
+    30,
+    8,
+    12,
+]  # documents; document 3 has one token, so nothing to predict
 
 
 def documents():
@@ -34,13 +44,19 @@ def documents():
 def batch(docs):
     """A packed stream of (tokens, targets) documents."""
     lengths = [len(t) for t, _ in docs]
-    return SimpleNamespace(tokens=torch.cat([t for t, _ in docs]), targets=torch.cat([y for _, y in docs]),
-                           position_ids=torch.cat([torch.arange(n) for n in lengths]).expand(3, -1),
-                           cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), pixel_values=None, grid_thw=None)
+    return SimpleNamespace(
+        tokens=torch.cat([t for t, _ in docs]),
+        targets=torch.cat([y for _, y in docs]),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]).expand(3, -1),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        pixel_values=None,
+        grid_thw=None,
+    )
 
 
 def whole(tensor):
     from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -51,13 +67,14 @@ def whole_gradients(model):
 def one_step(world, model_dir, micro, naive=False, replicas=1):
     """All documents over world.size ranks × `micro` micro-batches (empty ones where they run out) → gradients, loss
     sum, norm. naive: each rank divides by its own token count, the mistake that these tests must notice."""
-    from checkpoint import build_model
-    from parallel import all_sum, grad_norm
+    from core.checkpoint import build_model
+    from core.parallel import all_sum, grad_norm
     from train_sft import accumulate_gradients, empty_batch
+
     model = build_model(model_dir, world, replicas=replicas)
     docs = documents()
-    pieces = [docs[i::world.size * micro] for i in range(world.size * micro)]
-    mine = [batch(p) if p else empty_batch() for p in pieces[world.rank::world.size]]
+    pieces = [docs[i :: world.size * micro] for i in range(world.size * micro)]
+    mine = [batch(p) if p else empty_batch() for p in pieces[world.rank :: world.size]]
     supervised = sum(int((y != -100).sum()) for _, y in docs)
     if naive:
         supervised = max(1, sum(int((b.targets != -100).sum()) for b in mine)) * world.size
@@ -67,10 +84,11 @@ def one_step(world, model_dir, micro, naive=False, replicas=1):
 
 def gather_twice(world, model_dir):
     """Ranks run different numbers of forwards inside `gathered`, train, and gather again → the logits of both."""
-    from checkpoint import build_model
-    from optim import adamw, guarded_step
-    from parallel import gathered
+    from core.checkpoint import build_model
+    from core.optim import adamw, guarded_step
+    from core.parallel import gathered
     from train_sft import accumulate_gradients
+
     model = build_model(model_dir, world)
     optimizer = adamw(model, lr=1e-2, weight_decay=0.0)
     b = batch(documents())
@@ -87,27 +105,35 @@ def gather_twice(world, model_dir):
 
 
 def dtypes_in_bf16(world, model_dir):
-    from checkpoint import build_model
-    from parallel import gathered
+    from core.checkpoint import build_model
+    from core.parallel import gathered
     from train_sft import accumulate_gradients
+
     model = build_model(model_dir, world, compute_dtype=torch.bfloat16)
     accumulate_gradients(model, [batch(documents())], 100, world)
     with gathered(model):
         compute = {p.dtype for p in model.parameters()}
-    return {p.grad.dtype for p in model.parameters()}, {p.dtype for p in model.parameters()}, compute
+    return (
+        {p.grad.dtype for p in model.parameters()},
+        {p.dtype for p in model.parameters()},
+        compute,
+    )
 
 
 def train_from_newest(world, model_dir, root, save=False):
     """Three steps, or what is left of them after the newest whole checkpoint → (where it began, weights at the end)."""
-    from checkpoint import build_model, load_state, newest_state, save_state
-    from optim import adamw, guarded_step
+    from core.checkpoint import build_model, load_state, newest_state, save_state
+    from core.optim import adamw, guarded_step
     from train_sft import accumulate_gradients
+
     model = build_model(model_dir, world)
     optimizer = adamw(model, lr=1e-2, weight_decay=0.0)
     folder = newest_state(root, world)
     at = load_state(folder, model, optimizer)["step"] if folder else 0
     for step in range(at, 3):
-        loss = accumulate_gradients(model, [batch(documents()[world.rank::world.size])], 100, world)
+        loss = accumulate_gradients(
+            model, [batch(documents()[world.rank :: world.size])], 100, world
+        )
         guarded_step(model, optimizer, lr=1e-2, max_norm=1.0, loss=loss)
         if save:
             save_state(root, step + 1, model, optimizer, {"step": step + 1}, world, keep_last=2)
@@ -121,7 +147,8 @@ def flip_one_bit(file):
 
 
 def on_two_ranks(world, model_dir, folder):
-    from parallel import barrier
+    from core.parallel import barrier
+
     seen = {f"gradient_{micro}": one_step(world, model_dir, micro) for micro in (1, 2)}
     seen["naive"] = one_step(world, model_dir, 1, naive=True)
     seen["gathered"] = gather_twice(world, model_dir)
@@ -182,7 +209,9 @@ def assert_same_step(result, single):
     assert distance(grads, single[0]) <= 1e-6
     assert abs(loss - single[1]) <= 1e-6 * abs(single[1])
     exact = torch.stack([g.norm() for g in single[0].values()]).norm().item()
-    assert abs(norm - exact) <= 1e-6 * exact  # the norm that clipping uses is the single process' own
+    assert (
+        abs(norm - exact) <= 1e-6 * exact
+    )  # the norm that clipping uses is the single process' own
 
 
 @pytest.mark.parametrize("micro", [1, 4])
@@ -249,10 +278,18 @@ def test_the_marker_lists_every_file(two):
     assert listed == {p.name for p in folder.iterdir()} - {"complete.json"}
 
 
-@pytest.mark.parametrize("body, code, said", [("pass", 0, ""), ("raise SystemExit", 0, ""), ("raise SystemExit(75)", 75, ""),
-                                              ("raise SystemExit('why')", 1, "why"), ("1 / 0", 1, "ZeroDivisionError")])
+@pytest.mark.parametrize(
+    "body, code, said",
+    [
+        ("pass", 0, ""),
+        ("raise SystemExit", 0, ""),
+        ("raise SystemExit(75)", 75, ""),
+        ("raise SystemExit('why')", 1, "why"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
 def test_a_script_ends_with_its_code_and_its_words(body, code, said):
     """Prevents an early exit that loses the last lines of the output, a traceback, or the code that a scheduler reads."""
-    program = f"import parallel\ndef main():\n    print('last words')\n    {body}\nparallel.end(main)"
+    program = f"import parallel\ndef main():\n    print('last words')\n    {body}\nparallel.run_and_exit(main)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (code, "last words\n") and said in done.stderr

@@ -1,5 +1,6 @@
 """The recipes run as they stand, their flags exist, the made-up releases are in the published forms, the paper's numbers
 and the docs' how-tos are true. RECIPES=full also runs the smoke modes to their end (some minutes)."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -16,13 +17,11 @@ import pytest
 from conftest import ROOT
 from scipy.stats import binomtest
 
-import convert
-import converters
 import data
-import from_samples
-import releases
-import schema
-import toy
+from convert import conversion as convert
+from convert import converters, from_samples, releases
+from core import schema
+from toy import world as toy
 
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "results")]
 import compare  # noqa: E402
@@ -30,15 +29,32 @@ import smoke_data  # noqa: E402
 import table  # noqa: E402
 
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]
+DOCS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "results/README.md",
+]
 
 
 def run_recipe(name: str, folder: Path, *arguments: str, **env) -> str:
     """A recipe, in smoke mode where it has one, with this interpreter; its whole output."""
-    env = {**os.environ, "SMOKE": "1", "VENV": "none", "RUNS": str(folder), "OMP_NUM_THREADS": "1",
-           "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env}
-    done = subprocess.run(["bash", str(ROOT / "recipes" / name), *arguments], env=env, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
+    env = {
+        **os.environ,
+        "SMOKE": "1",
+        "VENV": "none",
+        "RUNS": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **env,
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "recipes" / name), *arguments],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-5000:]
     return done.stdout
 
@@ -53,7 +69,7 @@ def test_one_ablation_runs_and_a_second_start_finds_it_done(tmp_path):
     (tmp_path / "data/gsm8k.jsonl.info.json").unlink()  # as if stopped while this was made
     second = run_recipe("ablations.sh", tmp_path, **settings)
     assert "train_sft.py" not in second and "eval.py" not in second
-    assert re.findall(r"\+ python convert.py convert (\w+)", second) == ["gsm8k"]
+    assert re.findall(r"\+ python -m convert (\w+)", second) == ["gsm8k"]
     assert "| direct |" in second
 
 
@@ -64,32 +80,59 @@ def test_demo_runs_from_nothing_to_its_report_and_goes_on(tmp_path):
     first = run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch")
     table = json.loads(first.splitlines()[-1])
     assert table["vision_untouched"] is True
-    assert set(table) == {"base", "sft", "grpo", "base-avg5", "sft-avg5", "grpo-avg5", "blind", "vision_untouched"}
+    assert set(table) == {
+        "base",
+        "sft",
+        "grpo",
+        "base-avg5",
+        "sft-avg5",
+        "grpo-avg5",
+        "blind",
+        "vision_untouched",
+    }
     assert all(set(table[name]) == set(toy.TASKS) for name in ("base", "sft", "grpo"))
     assert all("forced_exit" in table[name]["image"] for name in ("sft", "grpo"))
     out = tmp_path / "demo-0-from-scratch-quick"
     page = (out / "report.html").read_text()
     assert "SFT + GRPO" in page and "Stage two: GRPO" in page and "avg@5" in page
     assert "<svg" in (out / "accuracy.svg").read_text()
-    made = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.suffix not in (".html", ".svg")}
+    made = {
+        f: f.stat().st_mtime_ns
+        for f in out.rglob("*")
+        if f.is_file() and f.suffix not in (".html", ".svg")
+    }
     second = run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch")
     assert second.splitlines()[-1] == first.splitlines()[-1]
     assert made == {f: f.stat().st_mtime_ns for f in made}
     data_files = {f: f.read_bytes() for f in (out / "data").glob("*.jsonl")}
-    controls = json.loads(run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch", "--controls", NPROC="1")
-                          .splitlines()[-1])
+    controls = json.loads(
+        run_recipe(
+            "demo.sh", tmp_path, "--quick", "--from_scratch", "--controls", NPROC="1"
+        ).splitlines()[-1]
+    )
     assert {k: v for k, v in controls.items() if k in table} == table
     assert set(controls) - set(table) == {"direct", "rl_only", "with_images"}
     assert "forced_exit" in controls["with_images"]["image"]
     assert data_files == {f: f.read_bytes() for f in data_files}  # written again, as they were
-    assert made == {f: f.stat().st_mtime_ns for f in made} | {f: made[f] for f in made if "data" in f.parts}
-    towers = {name: toy.same_vision(out / "base", out / name / "final") for name in ("sft", "direct", "with_images")}
+    assert made == {f: f.stat().st_mtime_ns for f in made} | {
+        f: made[f] for f in made if "data" in f.parts
+    }
+    towers = {
+        name: toy.same_vision(out / "base", out / name / "final")
+        for name in ("sft", "direct", "with_images")
+    }
     assert towers == {"sft": True, "direct": True, "with_images": False}
 
 
 @pytest.mark.skipif(os.environ.get("RECIPES") != "full", reason="minutes: set RECIPES=full")
-@pytest.mark.parametrize("name, last", [("x_reasoner.sh", "x_reasoner  gsm8k"), ("x_reasoner_med.sh", "x_reasoner_med  medqa"),
-                                        ("ablations.sh", "| sft_16k_rl |")])
+@pytest.mark.parametrize(
+    "name, last",
+    [
+        ("x_reasoner.sh", "x_reasoner  gsm8k"),
+        ("x_reasoner_med.sh", "x_reasoner_med  medqa"),
+        ("ablations.sh", "| sft_16k_rl |"),
+    ],
+)
 def test_smoke_mode_runs_to_its_table(name, last, tmp_path):
     """A recipe that breaks in its last line costs its user a week."""
     assert last in run_recipe(name, tmp_path)
@@ -105,25 +148,44 @@ def flags_by_script() -> dict[str, set[str]]:
     import eval as evaluation
     import train_grpo
     import train_sft
-    return {name: {f.name for f in dataclasses.fields(config)} | {
-        a.lstrip("-") for f in dataclasses.fields(config) for a in f.metadata.get("aliases", [])} for name, config in (
-        ("train_sft", train_sft.Config), ("train_grpo", train_grpo.Config), ("eval", evaluation.Config))}
+
+    return {
+        name: {f.name for f in dataclasses.fields(config)}
+        | {a.lstrip("-") for f in dataclasses.fields(config) for a in f.metadata.get("aliases", [])}
+        for name, config in (
+            ("train_sft", train_sft.Config),
+            ("train_grpo", train_grpo.Config),
+            ("eval", evaluation.Config),
+        )
+    }
 
 
-CALLS = {"train_sft": r"train_sft\.py|\bsft\b|SFT_FLAGS|SFT=", "train_grpo": r"train_grpo\.py|\bgrpo\b|GRPO_FLAGS|RL=",
-         "eval": r"\beval\.py|\bevaluate\b|\bablate \w+ +eval|EVAL_FLAGS|EVAL=|STYLE=|protocol="}
+CALLS = {
+    "train_sft": r"train_sft\.py|\bsft\b|SFT_FLAGS|SFT=",
+    "train_grpo": r"train_grpo\.py|\bgrpo\b|GRPO_FLAGS|RL=",
+    "eval": r"\beval\.py|\bevaluate\b|\bablate \w+ +eval|EVAL_FLAGS|EVAL=|STYLE=|protocol=",
+}
 OTHERS = r"(report|data|toy|convert)\.py|torchrun --(?!nproc)"  # commands with flags of their own
 
 
-@pytest.mark.parametrize("file", [p for p in [*RECIPES, *DOCS] if p.name != "demo.sh"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "file", [p for p in [*RECIPES, *DOCS] if p.name != "demo.sh"], ids=lambda p: p.name
+)
 def test_every_flag_of_recipes_and_docs_exists(file):
     """A renamed flag would stop a recipe after its most expensive step."""
     known, wrong = flags_by_script(), []
     for line in re.sub(r"\\\n\s*", " ", file.read_text()).splitlines():
-        flags = set(re.findall(r"(?<![\w-])--([a-z_]+)", line.partition(" # ")[0])) - {"nproc_per_node", "help"}
+        flags = set(re.findall(r"(?<![\w-])--([a-z_]+)", line.partition(" # ")[0])) - {
+            "nproc_per_node",
+            "help",
+        }
         scripts = [s for s, pattern in CALLS.items() if re.search(pattern, line)]
         if scripts and not re.search(OTHERS, line):
-            wrong += [f"{file.name}: --{flag}" for flag in flags if not any(flag in known[s] for s in scripts)]
+            wrong += [
+                f"{file.name}: --{flag}"
+                for flag in flags
+                if not any(flag in known[s] for s in scripts)
+            ]
     assert not wrong
 
 
@@ -131,7 +193,10 @@ def test_every_flag_of_recipes_and_docs_exists(file):
 def recipe_sets() -> list[str]:
     """Every data set that a recipe names."""
     text = "\n".join(p.read_text() for p in RECIPES)
-    named = re.findall(r"^data (\w+)", text, re.M) + " ".join(re.findall(r"BENCHMARKS:-([\w ]+)", text)).split()
+    named = (
+        re.findall(r"^data (\w+)", text, re.M)
+        + " ".join(re.findall(r"BENCHMARKS:-([\w ]+)", text)).split()
+    )
     return sorted(set(named))
 
 
@@ -145,17 +210,33 @@ def test_made_up_releases_have_the_published_forms(tmp_path, monkeypatch):
         out = tmp_path / "data" / f"{name}.jsonl"
         info = convert.convert(name, [str(tmp_path / "releases" / release)], str(out))
         assert info["rows_out"] == info["rows_in"] >= smoke_data.ROWS, name
-        good, faults = (data.load_conversations if "openthoughts" in name else data.load_problems)(out)
+        good, faults = (data.load_conversations if "openthoughts" in name else data.load_problems)(
+            out
+        )
         assert len(good) == info["rows_out"] and not faults
 
 
 def test_the_train_and_test_splits_of_medqa_are_read_apart(tmp_path):
     """Both lie in one zip: reading the wrong one would train on the test set."""
+
     def row(q):
-        return json.dumps({"question": q, "answer": "1", "options": dict(zip("ABCDE", "12345")), "answer_idx": "A",
-                           "meta_info": "step1"}) + "\n"
-    smoke_data.write_zip(tmp_path / "data_clean.zip", {f"data_clean/questions/US/{s}.jsonl": row(s).encode()
-                                                       for s in ("train", "dev", "test")})
+        return (
+            json.dumps(
+                {
+                    "question": q,
+                    "answer": "1",
+                    "options": dict(zip("ABCDE", "12345")),
+                    "answer_idx": "A",
+                    "meta_info": "step1",
+                }
+            )
+            + "\n"
+        )
+
+    smoke_data.write_zip(
+        tmp_path / "data_clean.zip",
+        {f"data_clean/questions/US/{s}.jsonl": row(s).encode() for s in ("train", "dev", "test")},
+    )
     for name, split in (("medqa", "test"), ("medqa_train", "train")):
         convert.convert(name, [str(tmp_path)], str(tmp_path / "out.jsonl"))
         assert [p["question"] for p in data.load_problems(tmp_path / "out.jsonl")[0]] == [split]
@@ -163,46 +244,84 @@ def test_the_train_and_test_splits_of_medqa_are_read_apart(tmp_path):
 
 def test_direct_rows_hold_the_question_and_the_boxed_answer_alone():
     """A thought left in would make the ablation without thoughts another one with thoughts."""
-    reply = ("<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nSo \\boxed{\\frac{1}{2}}.\n\n"
-             "<|end_of_solution|>")
-    row = releases.Row(conversations=[{"from": "user", "value": "Half of 1?"}, {"from": "assistant", "value": reply}])
+    reply = (
+        "<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nSo \\boxed{\\frac{1}{2}}.\n\n"
+        "<|end_of_solution|>"
+    )
+    row = releases.Row(
+        conversations=[
+            {"from": "user", "value": "Half of 1?"},
+            {"from": "assistant", "value": reply},
+        ]
+    )
     assert [m["content"] for m in converters.openthoughts_direct(row, 0, None)["messages"]] == [
-        "Half of 1?", "<answer>\n\\frac{1}{2}\n</answer>"]
+        "Half of 1?",
+        "<answer>\n\\frac{1}{2}\n</answer>",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ rejection sampling
 def sample(**changes) -> dict:
-    return {"id": "q", "sample": 0, "prompt": "6·7?", "text": "<think>six sevens</think>\n<answer>42</answer>",
-            "finish": "stop", "score": 1.0, "answer": "42", **changes}
+    return {
+        "id": "q",
+        "sample": 0,
+        "prompt": "6·7?",
+        "text": "<think>six sevens</think>\n<answer>42</answer>",
+        "finish": "stop",
+        "score": 1.0,
+        "answer": "42",
+        **changes,
+    }
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"score": 0.0}, "wrong"), ({"finish": "length"}, "cut"), ({"finish": "forced+stop"}, "forced"),
-    ({"text": "<answer>42</answer>"}, "no closed thought"), ({"text": "<think> </think><answer>42</answer>"}, "empty"),
-    ({"text": "<think>a</think> b</think><answer>42</answer>"}, "tag"),
-    ({"text": "six sevens</think><answer>42</answer>"}, "no closed thought")])
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"score": 0.0}, "wrong"),
+        ({"finish": "length"}, "cut"),
+        ({"finish": "forced+stop"}, "forced"),
+        ({"text": "<answer>42</answer>"}, "no closed thought"),
+        ({"text": "<think> </think><answer>42</answer>"}, "empty"),
+        ({"text": "<think>a</think> b</think><answer>42</answer>"}, "tag"),
+        ({"text": "six sevens</think><answer>42</answer>"}, "no closed thought"),
+    ],
+)
 def test_what_a_student_must_not_learn_is_left_out(changes, reason):
     """Wrong, cut or broken traces in the data teach exactly that."""
     made = from_samples.as_conversation(sample(**changes), False)
     assert isinstance(made, str) and reason in made
 
 
-@pytest.mark.parametrize("text, open_thought", [
-    ("<think>six sevens</think>\n<answer>42</answer>", False), ("six sevens\n</think>\n\n<answer>42</answer>", True),
-    ("<think>\nsix sevens\n</think>\nSo it is \\boxed{42}.", False)])
+@pytest.mark.parametrize(
+    "text, open_thought",
+    [
+        ("<think>six sevens</think>\n<answer>42</answer>", False),
+        ("six sevens\n</think>\n\n<answer>42</answer>", True),
+        ("<think>\nsix sevens\n</think>\nSo it is \\boxed{42}.", False),
+    ],
+)
 def test_kept_samples_have_the_form_of_the_first_stage(text, open_thought):
     """QwQ's template opens the thought in the prompt, so its text has no <think>; other teachers box their answers."""
     made = from_samples.as_conversation(sample(text=text), open_thought)
-    assert made["messages"] == [{"role": "user", "content": "6·7?"},
-                                {"role": "assistant", "content": "<think>\nsix sevens\n</think>\n<answer>\n42\n</answer>"}]
+    assert made["messages"] == [
+        {"role": "user", "content": "6·7?"},
+        {"role": "assistant", "content": "<think>\nsix sevens\n</think>\n<answer>\n42\n</answer>"},
+    ]
 
 
 def test_from_samples_reads_an_evaluation_and_counts(tmp_path, capsys):
-    rows = [sample(), sample(sample=1), sample(sample=2, text="<think>b</think><answer>42</answer>"),
-            sample(sample=3, text="<think>c</think><answer>42</answer>"), sample(id="r", score=0.0)]
+    rows = [
+        sample(),
+        sample(sample=1),
+        sample(sample=2, text="<think>b</think><answer>42</answer>"),
+        sample(sample=3, text="<think>c</think><answer>42</answer>"),
+        sample(id="r", score=0.0),
+    ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "config.json").write_text('{"open_thought": false}')
-    data.main(["from_samples", str(tmp_path), "--out", str(tmp_path / "traces.jsonl"), "--most", "2"])
+    data.main(
+        ["from_samples", str(tmp_path), "--out", str(tmp_path / "traces.jsonl"), "--most", "2"]
+    )
     said = capsys.readouterr().out
     assert "2 samples of 1 problems kept" in said and "1 not: the same as another" in said
     assert "1 not: beyond 2 of its problem" in said and "1 not: wrong" in said
@@ -215,7 +334,9 @@ def test_images_of_kept_samples_are_found_from_the_new_file(tmp_path):
     (tmp_path / "problems/img").mkdir(parents=True)
     image = tmp_path / "problems/img/1.png"
     image.write_bytes(smoke_data.Maker().question()["picture"])
-    (tmp_path / "samples.jsonl").write_text(json.dumps(sample(prompt="What? <image>", images=[str(image)])) + "\n")
+    (tmp_path / "samples.jsonl").write_text(
+        json.dumps(sample(prompt="What? <image>", images=[str(image)])) + "\n"
+    )
     (tmp_path / "config.json").write_text("{}")
     from_samples.from_samples(str(tmp_path), str(tmp_path / "new/traces.jsonl"))
     (row,), faults = data.load_conversations(tmp_path / "new/traces.jsonl")
@@ -226,16 +347,33 @@ def test_from_samples_names_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="finished eval.py"):
         from_samples.from_samples(str(tmp_path), str(tmp_path / "x"))
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "samples.jsonl").write_text(json.dumps({"id": "q", "sample": 0, "prompt": "", "text": ""}) + "\n")
+    (tmp_path / "samples.jsonl").write_text(
+        json.dumps({"id": "q", "sample": 0, "prompt": "", "text": ""}) + "\n"
+    )
     with pytest.raises(ValueError, match="samples.jsonl:1: not graded"):
         from_samples.from_samples(str(tmp_path), str(tmp_path / "x"))
 
 
 # ----------------------------------------------------------------------------------------------- the paper's numbers
 def result(dropped=0, temperature=0, compare=None, **sets) -> dict:
-    return {"settings": {"temperature": temperature, "n": 1}, "dropped": dropped, "compare": compare, "sets": {
-        name: {"n": n, "accuracy": a, "low": a - h, "high": a + h, "forced": 0.1, "truncated": 0, "unparsed": 0,
-               "words_mean": 9} for name, (n, a, h) in sets.items()}}
+    return {
+        "settings": {"temperature": temperature, "n": 1},
+        "dropped": dropped,
+        "compare": compare,
+        "sets": {
+            name: {
+                "n": n,
+                "accuracy": a,
+                "low": a - h,
+                "high": a + h,
+                "forced": 0.1,
+                "truncated": 0,
+                "unparsed": 0,
+                "words_mean": 9,
+            }
+            for name, (n, a, h) in sets.items()
+        },
+    }
 
 
 def test_paper_json_names_known_sets_and_each_number_once():
@@ -251,7 +389,9 @@ def test_paper_json_names_known_sets_and_each_number_once():
 
 def test_a_gap_is_judged_by_both_intervals():
     """Judged by ours alone, half of all honest reproductions of MMMU would be called failures."""
-    lines = compare.compared("base", result(mmmu=(900, 0.50, 0.033), gsm8k=(1319, 0.75, 0.023), mathvista=(20, 0.1, 0.2)))
+    lines = compare.compared(
+        "base", result(mmmu=(900, 0.50, 0.033), gsm8k=(1319, 0.75, 0.023), mathvista=(20, 0.1, 0.2))
+    )
     by_set = {line[1]: line for line in lines}
     ci = binomtest(477, 900).proportion_ci(method="wilson")
     assert float(by_set["mmmu"][6]) == pytest.approx(50 * (ci.high - ci.low), abs=0.05)
@@ -270,7 +410,7 @@ def test_protocols_are_not_mixed():
 
 def test_gains_are_paired_where_eval_paired_them():
     base, ours = result(mmmu=(900, 0.53, 0.03)), result(mmmu=(900, 0.56, 0.03))
-    line, = compare.gains("x_reasoner", ours, base)
+    (line,) = compare.gains("x_reasoner", ours, base)
     assert line[2:5] == ["+3.0", "-1.2 … +7.2", "+3.4"]
     ours["compare"] = {"sets": {"mmmu": {"low": 0.01, "high": 0.05}}}
     assert compare.gains("x_reasoner", ours, base)[0][3] == "+1.0 … +5.0"
@@ -288,12 +428,18 @@ def test_table_has_a_row_a_run_and_all_their_sets(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(result(**sets)))
     assert table.markdown([str(tmp_path / n) for n in "ab"]).splitlines()[0:4:2] == [
-        "| run | gsm8k | mmmu | forced | cut | unparsed | words |", "| a | 50.0 ± 25.0 |  | 10% | 0% | 0% | 9 |"]
+        "| run | gsm8k | mmmu | forced | cut | unparsed | words |",
+        "| a | 50.0 ± 25.0 |  | 10% | 0% | 0% | 9 |",
+    ]
 
 
 def test_the_noise_table_is_true():
     """A user decides by it whether a gap is worth a week."""
-    listed = re.findall(r"^\| ([\w:]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "results/README.md").read_text(), re.M)
+    listed = re.findall(
+        r"^\| ([\w:]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        (ROOT / "results/README.md").read_text(),
+        re.M,
+    )
     assert {name: int(n.replace(",", "")) for name, n, *_ in listed} == compare.PAPER["questions"]
     for _, n, width, visible in listed:
         n = int(n.replace(",", ""))
@@ -307,7 +453,7 @@ def blocks(file: str, language: str) -> list[str]:
 
 
 def test_the_documented_reward_works(tmp_path):
-    source, = [b for b in blocks("CONTRIBUTING.md", "python") if "def score" in b]
+    (source,) = [b for b in blocks("CONTRIBUTING.md", "python") if "def score" in b]
     space: dict = {}
     exec(source, space)
     problem = {"id": "q", "task": "t", "kind": "math", "question": "6·7?", "answer": "42"}
@@ -317,12 +463,14 @@ def test_the_documented_reward_works(tmp_path):
 
 def test_the_documented_data_set_converts(tmp_path, monkeypatch):
     """A how-to that doesn't work costs each of its readers an evening."""
-    source, = [b for b in blocks("CONTRIBUTING.md", "python") if "def aime" in b]
+    (source,) = [b for b in blocks("CONTRIBUTING.md", "python") if "def aime" in b]
     monkeypatch.setattr(convert, "SPECS", dict(convert.SPECS))
     exec(source, vars(converters).copy() | {"SPECS": convert.SPECS})
-    (tmp_path / "aime_2024.jsonl").write_text(json.dumps({"ID": "2024-I-1", "Problem": "How many?", "Answer": "204"}) + "\n")
+    (tmp_path / "aime_2024.jsonl").write_text(
+        json.dumps({"ID": "2024-I-1", "Problem": "How many?", "Answer": "204"}) + "\n"
+    )
     convert.convert("aime", [str(tmp_path)], str(tmp_path / "out.jsonl"))
-    row, = data.load_problems(tmp_path / "out.jsonl")[0]
+    (row,) = data.load_problems(tmp_path / "out.jsonl")[0]
     assert (row["id"], row["kind"], row["answer"]) == ("aime/2024-I-1", "math", "204")
 
 
@@ -330,15 +478,19 @@ def test_the_worked_ablation_applies_and_its_test_can_fail(tmp_path):
     """The tutorial's diff fits the file as it is now, in the promised number of lines; its own test passes with it."""
     if shutil.which("patch") is None:
         pytest.skip("no patch command")
-    change, = blocks("docs/ablation.md", "diff")
+    (change,) = blocks("docs/ablation.md", "diff")
     assert sum(line.startswith("+") for line in change.splitlines()) <= 10
     shutil.copy(ROOT / "train_grpo.py", tmp_path / "changed_grpo.py")
-    done = subprocess.run(["patch", str(tmp_path / "changed_grpo.py")], input=change, capture_output=True, text=True)
+    done = subprocess.run(
+        ["patch", str(tmp_path / "changed_grpo.py")], input=change, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    test, = [b for b in blocks("docs/ablation.md", "python") if "def test_" in b]
+    (test,) = [b for b in blocks("docs/ablation.md", "python") if "def test_" in b]
     name = re.search(r"def (test_\w+)", test)[1]
-    call = (f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\nimport torch\n"
-            f"from changed_grpo import policy_loss\n{test}\n{name}()")
+    call = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\nimport torch\n"
+        f"from changed_grpo import policy_loss\n{test}\n{name}()"
+    )
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -347,9 +499,17 @@ def test_commands_of_the_docs_can_be_split():
     """A quote that is never closed, a typo in a loop."""
     for file in DOCS:
         for block in blocks(str(file.relative_to(ROOT)), "bash"):
-            assert subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True).returncode == 0, block
+            assert (
+                subprocess.run(
+                    ["bash", "-n"], input=block, text=True, capture_output=True
+                ).returncode
+                == 0
+            ), block
             for line in re.sub(r"\\\n", " ", block).splitlines():
-                script = next((w for w in shlex.split(line, comments=True) if w.endswith((".py", ".sh"))), None)
+                script = next(
+                    (w for w in shlex.split(line, comments=True) if w.endswith((".py", ".sh"))),
+                    None,
+                )
                 assert script is None or (ROOT / script).is_file(), line
 
 

@@ -1,4 +1,5 @@
 """report.py: the page tells the truth about its runs, survives what they lack, and lets no model write its HTML."""
+
 import base64
 import hashlib
 import html.parser
@@ -13,9 +14,9 @@ import pytest
 from PIL import Image
 from tiny import make_tiny_tokenizer
 
-import report
-import report_data
-from report_data import Pieces, choose_lines, evenly, find_runs, load_run
+from report import page as report
+from report import runs as report_data
+from report.runs import Pieces, choose_lines, evenly, find_runs, load_run
 from rollouts import Sample, write_samples
 
 ATTACK = "</script></script ><script>alert(1)</script><img src=x onerror=alert(2)><!--'\"&amp; @@TITLE@@ $\\frac$ é 🂡"
@@ -24,8 +25,22 @@ ATTACK = "</script></script ><script>alert(1)</script><img src=x onerror=alert(2
 def samples_of(n: int, text: str = "so 6·7 = 42", ids=(1, 2, 3), **more) -> list[Sample]:
     """n samples, eight a problem."""
     logprobs, mask = np.linspace(-1, -3, len(ids), dtype=np.float32), np.arange(len(ids)) != 1
-    return [Sample(i // 8, i % 8, list(ids), logprobs, mask, "stop", text, float(i % 2), answer="42",
-                   advantage=1.0 if i % 2 else -1.0, **more) for i in range(n)]
+    return [
+        Sample(
+            i // 8,
+            i % 8,
+            list(ids),
+            logprobs,
+            mask,
+            "stop",
+            text,
+            float(i % 2),
+            answer="42",
+            advantage=1.0 if i % 2 else -1.0,
+            **more,
+        )
+        for i in range(n)
+    ]
 
 
 def problems_of(n: int, **more) -> list[dict]:
@@ -40,18 +55,42 @@ def grpo_run(path, steps: int = 3, samples: int = 16, **more):
     (path / "status").write_text("finished\n")
     with open(path / "metrics.jsonl", "w") as f:
         for step in range(1, steps + 1):
-            f.write(json.dumps({"step": step, "reward_mean": 0.1 * step, "loss": None, "gap_mean": 1e-6}) + "\n")
-            write_samples(path / "rollouts" / f"step_{step}.jsonl", samples_of(samples, **more), problems_of(samples),
-                          ["<|im_start|>user\n6·7?<|im_end|>\n"] * samples)
+            f.write(
+                json.dumps(
+                    {"step": step, "reward_mean": 0.1 * step, "loss": None, "gap_mean": 1e-6}
+                )
+                + "\n"
+            )
+            write_samples(
+                path / "rollouts" / f"step_{step}.jsonl",
+                samples_of(samples, **more),
+                problems_of(samples),
+                ["<|im_start|>user\n6·7?<|im_end|>\n"] * samples,
+            )
     return path
 
 
 def eval_run(path, accuracy: float = 0.5, rows=(), settings=None, suites=("text", "image")):
     path.mkdir(parents=True)
-    figures = {"n": 60, "metric": "greedy", "accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1,
-               "forced": 0.25, "tokens_mean": 31.0}
-    (path / "result.json").write_text(json.dumps({"settings": settings or {}, "sets": {s: figures for s in suites},
-                                                  "budgets": {}, "compare": None}))
+    figures = {
+        "n": 60,
+        "metric": "greedy",
+        "accuracy": accuracy,
+        "low": accuracy - 0.1,
+        "high": accuracy + 0.1,
+        "forced": 0.25,
+        "tokens_mean": 31.0,
+    }
+    (path / "result.json").write_text(
+        json.dumps(
+            {
+                "settings": settings or {},
+                "sets": {s: figures for s in suites},
+                "budgets": {},
+                "compare": None,
+            }
+        )
+    )
     (path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
@@ -92,8 +131,20 @@ def attacked(tmp_path):
     """A training run and an evaluation with the attack wherever a model, a data file or a user can put text."""
     grpo = grpo_run(tmp_path / "grpo", steps=1, text=ATTACK)
     (grpo / "header.json").write_text(json.dumps({"command": ATTACK, ATTACK: ATTACK}))
-    row = {"id": ATTACK, "sample": 0, "task": ATTACK, "prompt": ATTACK, "text": ATTACK, "finish": ATTACK, "gold": [ATTACK],
-           "answer": ATTACK, "status": ATTACK, "why": ATTACK, "images": [ATTACK], "score": 0.0}
+    row = {
+        "id": ATTACK,
+        "sample": 0,
+        "task": ATTACK,
+        "prompt": ATTACK,
+        "text": ATTACK,
+        "finish": ATTACK,
+        "gold": [ATTACK],
+        "answer": ATTACK,
+        "status": ATTACK,
+        "why": ATTACK,
+        "images": [ATTACK],
+        "score": 0.0,
+    }
     evaluation = eval_run(tmp_path / "e", rows=[row], suites=[ATTACK, "\ud800"])
     return page_of(f"{ATTACK.replace('=', '')}={evaluation}", grpo, title=ATTACK)
 
@@ -104,7 +155,11 @@ def test_no_text_of_a_run_becomes_html(tmp_path):
     seen = Elements(text.encode(errors="replace").decode())
     assert [t for t, _ in seen.tags].count("script") == 2
     assert not [a for t, attrs in seen.tags for a in attrs if a.startswith("on")]
-    assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for t, attrs in seen.tags if t == "img")
+    assert all(
+        attrs["src"].startswith("data:image/svg+xml;base64,")
+        for t, attrs in seen.tags
+        if t == "img"
+    )
     assert not set("<>&") & set(seen.scripts[0]), "HTML ends a script at </script, whatever follows"
     assert ATTACK in [s["text"] for s in data["samples"]] and ATTACK in data["prompts"]
     svg = [base64.b64decode(attrs["src"].split(",")[1]) for t, attrs in seen.tags if t == "img"]
@@ -117,7 +172,9 @@ def test_the_pages_policy_names_its_own_script_and_nothing_from_outside(tmp_path
     would be enough; with an address in it, the page would need a network."""
     text, _ = page_of(grpo_run(tmp_path / "r"))
     seen = Elements(text)
-    policy = next(a["content"] for t, a in seen.tags if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for t, a in seen.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
     digest = base64.b64encode(hashlib.sha256(seen.scripts[1].encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
     links = [v for _, a in seen.tags for k, v in a.items() if k in ("src", "href")]
@@ -130,12 +187,29 @@ def test_a_browser_shows_it_without_errors(tmp_path):
     if browser is None:
         pytest.skip("no chromium here")
     (tmp_path / "r.html").write_text(attacked(tmp_path)[0], errors="replace")
-    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-                           "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0",
-                           "--dump-dom", (tmp_path / "r.html").as_uri()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--no-first-run",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--v=0",
+            "--dump-dom",
+            (tmp_path / "r.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     dom = Elements(done.stdout)
     assert len([a for t, a in dom.tags if t == "article"]) == 10, "first page of samples"
-    assert [t for t, _ in dom.tags].count("script") == 2 and not [a for _, attrs in dom.tags for a in attrs if a == "onerror"]
+    assert [t for t, _ in dom.tags].count("script") == 2 and not [
+        a for _, attrs in dom.tags for a in attrs if a == "onerror"
+    ]
     assert "CONSOLE" not in done.stderr
 
 
@@ -149,11 +223,16 @@ def test_a_torn_line_costs_itself_and_is_said(tmp_path):
     (run / "status").write_text("running\n")
     text, data = page_of(run)
     assert len(data["samples"]) == 32
-    assert "metrics.jsonl: 1 torn or unreadable line left out" in text and "step_2.jsonl: 1 torn" in text
+    assert (
+        "metrics.jsonl: 1 torn or unreadable line left out" in text
+        and "step_2.jsonl: 1 torn" in text
+    )
     assert "running, or cut: last step written 0 min ago; 2 steps" in text
 
 
-@pytest.mark.parametrize("gone", ["config.json", "header.json", "metrics.jsonl", "status", "rollouts"])
+@pytest.mark.parametrize(
+    "gone", ["config.json", "header.json", "metrics.jsonl", "status", "rollouts"]
+)
 def test_a_missing_file_is_said_and_the_rest_is_shown(tmp_path, gone):
     run = grpo_run(tmp_path / "r")
     shutil.rmtree(run / gone) if gone == "rollouts" else (run / gone).unlink()
@@ -165,20 +244,34 @@ def test_a_missing_file_is_said_and_the_rest_is_shown(tmp_path, gone):
 
 def test_rows_of_any_shape_are_shown(tmp_path):
     """Numbers that JavaScript or JSON can't hold, and fields of the wrong type, must not end the page."""
-    rows = [{}, {"id": 7, "task": "\ud800", "text": None, "images": "x", "score": 10**400, "gold": [1, 2.5]},
-            {"id": "a", "text": "t", "reward": True, "tokens": "!", "logprobs": 3, "length": -1e999}]
+    rows = [
+        {},
+        {
+            "id": 7,
+            "task": "\ud800",
+            "text": None,
+            "images": "x",
+            "score": 10**400,
+            "gold": [1, 2.5],
+        },
+        {"id": "a", "text": "t", "reward": True, "tokens": "!", "logprobs": 3, "length": -1e999},
+    ]
     run = eval_run(tmp_path / "e", rows=rows)
     with open(run / "samples.jsonl", "a") as f:
         f.write('{"id": "n", "score": NaN, "gold": Infinity}\n[1]\n\xff\n')
     _, data = page_of(run)
     assert [s["id"] for s in data["samples"]] == ["?", "7", "a", "n"]
-    assert [s["reward"] for s in data["samples"]] == [None] * 4 and data["samples"][1]["gold"] == "[1, 2.5]"
+    assert [s["reward"] for s in data["samples"]] == [None] * 4 and data["samples"][1][
+        "gold"
+    ] == "[1, 2.5]"
 
 
 def test_an_evaluation_in_progress_shows_what_it_has(tmp_path):
     """Its rows are in part files, without a grade, and there is no result.json."""
     (tmp_path / "e").mkdir()
-    (tmp_path / "e" / "samples.part0.jsonl").write_text(json.dumps({"id": "q", "text": "x", "finish": "length"}) + "\n")
+    (tmp_path / "e" / "samples.part0.jsonl").write_text(
+        json.dumps({"id": "q", "text": "x", "finish": "length"}) + "\n"
+    )
     text, data = page_of(tmp_path / "e")
     assert data["samples"][0]["reward"] is None and "no result.json yet" in text
 
@@ -200,39 +293,67 @@ def test_runs_are_found_below_a_directory_and_named_apart(tmp_path):
     (tmp_path / "s0" / "final" / "config.json").write_text("{}")  # a model's directory is no run
     assert [n for n, _ in find_runs([str(tmp_path)])] == ["s0/grpo", "s1/grpo"]
     assert find_runs([f"mine={tmp_path / 's0' / 'grpo'}"]) == [("mine", tmp_path / "s0" / "grpo")]
-    assert [n for n, _ in find_runs([f"a={tmp_path / 's0'}", f"b={tmp_path / 's1'}"])] == ["a/grpo", "b/grpo"]
+    assert [n for n, _ in find_runs([f"a={tmp_path / 's0'}", f"b={tmp_path / 's1'}"])] == [
+        "a/grpo",
+        "b/grpo",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- figures
 def test_accuracy_figure_and_table_hold_the_results_numbers(tmp_path):
     """Alt text and table are what a reader copies from; an interval of another run would be a false claim."""
-    text, _ = page_of(f"base={eval_run(tmp_path / 'a', 0.25)}", f"SFT={eval_run(tmp_path / 'b', 0.8)}")
-    assert "greedy: text base 25.0 [15.0, 35.0]; image base 25.0 [15.0, 35.0]; text SFT 80.0 [70.0, 90.0]" in text
+    text, _ = page_of(
+        f"base={eval_run(tmp_path / 'a', 0.25)}", f"SFT={eval_run(tmp_path / 'b', 0.8)}"
+    )
+    assert (
+        "greedy: text base 25.0 [15.0, 35.0]; image base 25.0 [15.0, 35.0]; text SFT 80.0 [70.0, 90.0]"
+        in text
+    )
     assert "<b>80.0</b> <small>[70.0, 90.0]</small>" in text
 
 
 def test_figure_alone_is_that_of_the_first_measure(tmp_path):
     """A README's picture that mixes protocols, or an empty one that nobody notices."""
-    runs = [f"base={eval_run(tmp_path / 'a', 0.25)}",
-            f"base={eval_run(tmp_path / 'b', 0.8, settings={'think_budget': 90})}"]
-    report.main([*runs, "--out", str(tmp_path / "r.html"), "--figure", str(tmp_path / "docs" / "r.svg")])
+    runs = [
+        f"base={eval_run(tmp_path / 'a', 0.25)}",
+        f"base={eval_run(tmp_path / 'b', 0.8, settings={'think_budget': 90})}",
+    ]
+    report.main(
+        [*runs, "--out", str(tmp_path / "r.html"), "--figure", str(tmp_path / "docs" / "r.svg")]
+    )
     drawn = (tmp_path / "docs" / "r.svg").read_text()
     assert drawn.count(">25.0<") == 2 and ">80.0<" not in drawn
     with pytest.raises(SystemExit) as e:
-        report.main([str(grpo_run(tmp_path / "g", steps=1)), "--out", str(tmp_path / "r.html"), "--figure", "x.svg"])
+        report.main(
+            [
+                str(grpo_run(tmp_path / "g", steps=1)),
+                "--out",
+                str(tmp_path / "r.html"),
+                "--figure",
+                "x.svg",
+            ]
+        )
     assert e.value.code == 2
 
 
 def test_other_protocols_are_other_figures(tmp_path):
     """A bar with forced exit beside one without would show the protocol, not the model."""
-    text, _ = page_of(eval_run(tmp_path / "plain"), eval_run(tmp_path / "forced", settings={"think_budget": 90}),
-                      eval_run(tmp_path / "blind", settings={"blind": True}))
-    assert re.findall(r"<h3>(greedy[^<]*)</h3>", text) == ["greedy", "greedy, forced exit at 90 tokens",
-                                                           "greedy, images removed"]
+    text, _ = page_of(
+        eval_run(tmp_path / "plain"),
+        eval_run(tmp_path / "forced", settings={"think_budget": 90}),
+        eval_run(tmp_path / "blind", settings={"blind": True}),
+    )
+    assert re.findall(r"<h3>(greedy[^<]*)</h3>", text) == [
+        "greedy",
+        "greedy, forced exit at 90 tokens",
+        "greedy, images removed",
+    ]
 
 
 def test_a_second_run_of_one_name_is_not_drawn_over_the_first(tmp_path):
-    text, _ = page_of(f"base={eval_run(tmp_path / 'a', 0.25)}", f"base={eval_run(tmp_path / 'b', 0.8)}")
+    text, _ = page_of(
+        f"base={eval_run(tmp_path / 'a', 0.25)}", f"base={eval_run(tmp_path / 'b', 0.8)}"
+    )
     assert "<b>80.0</b>" not in text and "another run named base is shown" in text
 
 
@@ -248,7 +369,9 @@ def test_a_resumed_step_counts_once_and_null_is_a_gap(tmp_path):
 def test_figures_show_numbers_not_markup(tmp_path):
     """Math in texts is off (a name may hold dollars), and a log axis then labels its ticks with raw TeX."""
     runs = [load_run("r", grpo_run(tmp_path / "r"))]
-    drawn = base64.b64decode(report.panel("gap", ["gap_mean"], True, runs, {"r": "red"}).split(",")[1][:-2])
+    drawn = base64.b64decode(
+        report.panel("gap", ["gap_mean"], True, runs, {"r": "red"}).split(",")[1][:-2]
+    )
     assert b"mathdefault" not in drawn and ">1e−06<" in drawn.decode()
 
 
@@ -263,6 +386,7 @@ def test_pieces_are_what_the_tokenizer_decodes(tmp_path):
     """Colours on the wrong characters: pieces of tokens must join to the text, also where a character takes several
     tokens or the bytes are no text at all. Reference: transformers."""
     from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_tokenizer(tmp_path))
     pieces, rng = Pieces(tmp_path / "tokenizer.json"), np.random.default_rng(0)
     cases = [tokenizer.encode("the answer is é 🂡 中文<|im_end|>\n")]
@@ -276,8 +400,12 @@ def test_each_token_has_its_own_log_probability(tmp_path):
     """Rollouts as train_grpo.py stores them → text in UTF-16 lengths, as JavaScript cuts it, and what was forced."""
     tokenizer = Pieces(make_tiny_tokenizer(tmp_path / "r" / "final") / "tokenizer.json")
     ids = {name: i for i, name in tokenizer.names.items()}
-    card = [ids[{v: k for k, v in tokenizer.bytes.items()}[b]] for b in "🂡".encode()]  # 4 tokens, 2 UTF-16 units
-    run = grpo_run(tmp_path / "r", steps=1, samples=1, text="🂡a", ids=[*card, ids["a"], ids["<|im_end|>"]])
+    card = [
+        ids[{v: k for k, v in tokenizer.bytes.items()}[b]] for b in "🂡".encode()
+    ]  # 4 tokens, 2 UTF-16 units
+    run = grpo_run(
+        tmp_path / "r", steps=1, samples=1, text="🂡a", ids=[*card, ids["a"], ids["<|im_end|>"]]
+    )
     sample = page_of(run)[1]["samples"][0]
     assert sample["text"] == "🂡a<|im_end|>" and sample["n"] == [0, 0, 0, 2, 1, 10]
     assert sample["l"] == [-10, -14, -18, -22, -26, -30] and sample["f"] == [1]
@@ -286,7 +414,9 @@ def test_each_token_has_its_own_log_probability(tmp_path):
 def test_a_foreign_tokenizer_gives_no_colours(tmp_path):
     """The model directory may hold another model by now; its tokens would spell another text."""
     make_tiny_tokenizer(tmp_path / "r" / "final")
-    sample = page_of(grpo_run(tmp_path / "r", steps=1, samples=1, text="not what the ids say"))[1]["samples"][0]
+    sample = page_of(grpo_run(tmp_path / "r", steps=1, samples=1, text="not what the ids say"))[1][
+        "samples"
+    ][0]
     assert sample["text"] == "not what the ids say" and "n" not in sample
 
 
@@ -297,13 +427,26 @@ def test_ten_thousand_long_rollouts_make_a_bounded_page(tmp_path):
     row = json.loads((run / "rollouts" / "step_1.jsonl").read_text().splitlines()[0])
     for step in range(1, 41):
         with open(run / "rollouts" / f"step_{step}.jsonl", "w") as f:
-            f.writelines(json.dumps({**row, "problem": i // 8, "id": f"q{i // 8}", "sample": i % 8, "text": "x" * 4000}) + "\n"
-                         for i in range(256))
+            f.writelines(
+                json.dumps(
+                    {
+                        **row,
+                        "problem": i // 8,
+                        "id": f"q{i // 8}",
+                        "sample": i % 8,
+                        "text": "x" * 4000,
+                    }
+                )
+                + "\n"
+                for i in range(256)
+            )
     tracemalloc.start()
     text, data = page_of(run, most=400)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert 300 <= len(data["samples"]) <= 400 and len(text) < 3e6 and peak < 15e6  # the files are 45 MB
+    assert (
+        300 <= len(data["samples"]) <= 400 and len(text) < 3e6 and peak < 15e6
+    )  # the files are 45 MB
     groups = {(s["where"], s["id"]): 0 for s in data["samples"]}
     for s in data["samples"]:
         groups[s["where"], s["id"]] += 1
@@ -316,13 +459,21 @@ def test_a_long_text_loses_its_middle_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(report_data, "TEXT_BUDGET", 3000)
     _, data = page_of(grpo_run(tmp_path / "r", steps=1, samples=8, text="a" * 3000 + "end"), most=1)
     text = data["samples"][0]["text"]
-    assert text.endswith("end") and "[… 3 characters left out …]" in text and "without their middle" in data["notes"][1]
+    assert (
+        text.endswith("end")
+        and "[… 3 characters left out …]" in text
+        and "without their middle" in data["notes"][1]
+    )
 
 
 def test_line_choice_is_bounded_and_even(tmp_path):
     (tmp_path / "f").write_text("x\n" * 20)
     lines, total = choose_lines(tmp_path / "f", 8, 4)
-    assert total == 20 and len(lines) == 8 and {n - n % 4 + i for n in lines for i in range(4)} == lines
+    assert (
+        total == 20
+        and len(lines) == 8
+        and {n - n % 4 + i for n in lines for i in range(4)} == lines
+    )
     assert choose_lines(tmp_path / "f", 100, 1)[0] == set(range(20))
     assert evenly(3, 24) == [0, 1, 2] and evenly(100, 4) == [0, 33, 66, 99]
 
@@ -332,12 +483,20 @@ def test_images_are_embedded_and_bad_ones_named(tmp_path):
     and an SVG, which can hold scripts, must not get in."""
     Image.new("RGB", (2000, 100), "red").save(tmp_path / "big.png")
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
-    (tmp_path / "evil.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
-    names = [str(tmp_path / n) for n in ("big.png", "bad.png", "evil.svg", "gone.png", "big.png", "x" * 5000, "\0")]
+    (tmp_path / "evil.svg").write_text(
+        "<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    )
+    names = [
+        str(tmp_path / n)
+        for n in ("big.png", "bad.png", "evil.svg", "gone.png", "big.png", "x" * 5000, "\0")
+    ]
     _, data = page_of(eval_run(tmp_path / "e", rows=[{"id": "q", "text": "t", "images": names}]))
     assert data["samples"][0]["images"] == [0, None, None, None, 0, None, None]
     image = data["images"][0]
-    assert image["src"].startswith("data:image/png;base64,") and (image["width"], image["height"]) == (640, 32)
+    assert image["src"].startswith("data:image/png;base64,") and (
+        image["width"],
+        image["height"],
+    ) == (640, 32)
     assert "5 images missing, unreadable" in data["notes"][-1]
 
 

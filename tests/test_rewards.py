@@ -22,7 +22,14 @@ DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data (../shared/data) is not here")
 OPTIONS = ["fever", "cough", "headache", "rash"]
 MATH = {"id": "m", "task": "t", "kind": "math", "question": "What is 6 times 7?", "answer": "42"}
-CHOICE = {"id": "c", "task": "t", "kind": "choice", "question": "Which?", "options": OPTIONS, "answer": "B"}
+CHOICE = {
+    "id": "c",
+    "task": "t",
+    "kind": "choice",
+    "question": "Which?",
+    "options": OPTIONS,
+    "answer": "B",
+}
 
 
 @pytest.mark.parametrize(
@@ -243,7 +250,10 @@ def test_rules_of_a_user(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     with Grader(workers=1, deadline=1, reward="mine:score") as grader:
-        got = {c: grader.submit(MATH, c).result() for c in ("raise", "hang", "none", "nan", "text", "dict", "12345")}
+        got = {
+            c: grader.submit(MATH, c).result()
+            for c in ("raise", "hang", "none", "nan", "text", "dict", "12345")
+        }
         counts = grader.counters()
     assert {c: (g.score, g.status) for c, g in got.items()} == {
         "raise": (0.0, "error"),
@@ -269,7 +279,10 @@ def test_hanging_answers_cost_themselves_only():
         (r"\sqrt{3}", r"\sqrt{5}", 0.0),
         ("42", "42", 1.0),
     ]
-    jobs = [({"kind": "math", "answer": gold}, rf"\boxed{{{pred}}}", score) for pred, gold, score in innocent * 25]
+    jobs = [
+        ({"kind": "math", "answer": gold}, rf"\boxed{{{pred}}}", score)
+        for pred, gold, score in innocent * 25
+    ]
     jobs[10:10] = [(MATH, text, 0.0) for text in HANGING]
     with Grader(workers=2, deadline=1.5) as grader:
         with ThreadPoolExecutor(4) as threads:
@@ -285,7 +298,10 @@ def test_reward_and_is_equal_work_off_the_main_thread():
     out = []
     thread = threading.Thread(
         target=lambda: out.extend(
-            [rewards.is_equal(r"2\sqrt3", r"\sqrt{12}"), reward(MATH, r"\boxed{2\cdot 3\cdot 7}").score]
+            [
+                rewards.is_equal(r"2\sqrt3", r"\sqrt{12}"),
+                reward(MATH, r"\boxed{2\cdot 3\cdot 7}").score,
+            ]
         )
     )
     thread.start()
@@ -302,10 +318,14 @@ def test_command_line(tmp_path):
         {"pred": "3", "gold": "4", "expected": True, "id": "off"},
     ]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    done = subprocess.run([sys.executable, ROOT / "rewards.py", file], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, ROOT / "rewards.py", file], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and "1/2  50.0%" in done.stdout and "differs off" in done.stdout
     file.write_text('{"pred": "1"}\n')
-    done = subprocess.run([sys.executable, ROOT / "rewards.py", file], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, ROOT / "rewards.py", file], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode != 0 and "rows.jsonl:1" in done.stderr and "gold" in done.stderr
 
 
@@ -319,7 +339,9 @@ def test_labelled_rows_keep_their_agreement():
     wrong: dict[str, list[bool]] = {}
     for row, (result, _) in zip(rows, graded):
         if rewards.expected(row) != (result.score > 0):
-            wrong.setdefault("adv" if row["kind"].startswith("adv") else row["kind"], []).append(result.score > 0)
+            wrong.setdefault("adv" if row["kind"].startswith("adv") else row["kind"], []).append(
+                result.score > 0
+            )
     assert "adv" not in wrong and not any(any(w) for w in wrong.values())
     assert len(wrong["math"]) <= 2 and len(wrong["text"]) <= 1 and len(wrong["mcq"]) <= 2
 
@@ -332,7 +354,9 @@ def test_mmmu_pro_outputs_agree_with_the_official_letters():
     rows = [json.loads(line) for line in (DATA / "mmmu/gpt4o_standard10_cot_250.jsonl").open()]
     differ = []
     for row in rows:
-        answer = extract_answer(row["response"], "choice", ast.literal_eval(row["options"]), rule="line")
+        answer = extract_answer(
+            row["response"], "choice", ast.literal_eval(row["options"]), rule="line"
+        )
         if (answer.text if answer else None) != row["pred_indexs"]:
             differ.append(row["id"])
     assert differ == ["test_Chemistry_362", "test_Accounting_13"]

@@ -1,4 +1,5 @@
 """rollouts.py and roller.py: the packed stream of samples, the saved files, which problems a step draws."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,24 +26,67 @@ def prompt(*tokens):
 
 def sample(problem, index, tokens, mask=None, reward=0.0, **more):
     n = len(tokens)
-    return Sample(problem, index, list(tokens), -np.arange(1, n + 1, dtype=np.float32),
-                  np.array(mask if mask is not None else [True] * n, bool), "stop", "text", reward=reward, **more)
+    return Sample(
+        problem,
+        index,
+        list(tokens),
+        -np.arange(1, n + 1, dtype=np.float32),
+        np.array(mask if mask is not None else [True] * n, bool),
+        "stop",
+        "text",
+        reward=reward,
+        **more,
+    )
 
 
 def test_the_stream_has_each_target_one_row_before_its_token():
     """A shift by one trains on the wrong token and still learns something: nobody would notice."""
-    samples = [sample(0, 0, [7, 8], advantage=0.5), sample(1, 0, [9, 4, 6], [True, False, True], advantage=-1.0)]
-    b = collate_samples([0, 1], samples, np.array([0.25, 0.125]), [prompt(1, 2, 3), prompt(5)], None, 1)
+    samples = [
+        sample(0, 0, [7, 8], advantage=0.5),
+        sample(1, 0, [9, 4, 6], [True, False, True], advantage=-1.0),
+    ]
+    b = collate_samples(
+        [0, 1], samples, np.array([0.25, 0.125]), [prompt(1, 2, 3), prompt(5)], None, 1
+    )
     assert b.tokens.tolist() == [1, 2, 3, 7, 8, 5, 9, 4, 6]
-    assert b.targets.tolist() == [-100, -100, 7, 8, -100, 9, -100, 6, -100]  # 4 was forced: context, not target
-    assert b.cu_seqlens.tolist() == [0, 5, 9] and b.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert b.targets.tolist() == [
+        -100,
+        -100,
+        7,
+        8,
+        -100,
+        9,
+        -100,
+        6,
+        -100,
+    ]  # 4 was forced: context, not target
+    assert b.cu_seqlens.tolist() == [0, 5, 9] and b.position_ids[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        0,
+        1,
+        2,
+        3,
+    ]
     assert b.sequence.tolist() == [0, 0, 1, 1] and b.advantages.tolist() == [0.5, 0.5, -1, -1]
-    assert b.weights.tolist() == [0.25, 0.25, 0.125, 0.125] and b.sampler_logprobs.tolist() == [-1, -2, -1, -3]
+    assert b.weights.tolist() == [0.25, 0.25, 0.125, 0.125] and b.sampler_logprobs.tolist() == [
+        -1,
+        -2,
+        -1,
+        -3,
+    ]
 
 
 def test_positions_go_on_behind_an_image():
     """An image takes fewer positions than tokens: counting tokens would shift every position of the completion."""
-    image = SimpleNamespace(tokens=[1, 99, 99, 99, 99, 2], pixel_values=torch.zeros(16, 4), grid_thw=torch.tensor([[1, 4, 4]]))
+    image = SimpleNamespace(
+        tokens=[1, 99, 99, 99, 99, 2],
+        pixel_values=torch.zeros(16, 4),
+        grid_thw=torch.tensor([[1, 4, 4]]),
+    )
     b = collate_samples([0], [sample(0, 0, [7, 8])], np.ones(1), [image], 99, 2)
     assert b.position_ids[0].tolist() == [0, 1, 1, 1, 1, 3, 4, 5]
     assert b.position_ids[2].tolist() == [0, 1, 2, 1, 2, 3, 4, 5]
@@ -58,8 +102,14 @@ def test_saved_samples_come_back_bit_for_bit(tmp_path):
     read, ids = read_samples(tmp_path / "r" / "step_1.jsonl")
     assert ids == ["a", "b"]
     for a, b in zip(written, read):
-        assert (a.tokens, a.mask.tolist(), a.reward, a.trained, a.finish_reason, a.text) == \
-            (b.tokens, b.mask.tolist(), b.reward, b.trained, b.finish_reason, b.text)
+        assert (a.tokens, a.mask.tolist(), a.reward, a.trained, a.finish_reason, a.text) == (
+            b.tokens,
+            b.mask.tolist(),
+            b.reward,
+            b.trained,
+            b.finish_reason,
+            b.text,
+        )
         assert a.logprobs.tobytes() == b.logprobs.tobytes()
 
 
@@ -73,19 +123,31 @@ class Grader:
     """Answers late and in reverse order, as processes may."""
 
     def submit(self, problem, text, finish_reason):
-        return SimpleNamespace(result=lambda: SimpleNamespace(score=float(text == problem["answer"]), status="ok",
-                                                              answer=text))
+        return SimpleNamespace(
+            result=lambda: SimpleNamespace(
+                score=float(text == problem["answer"]), status="ok", answer=text
+            )
+        )
 
 
 class FakeSampler:
     """Completions that end in any order; the text of a completion is its tokens."""
+
     def generate(self, prompts, params, sample_ids, on_finish):
         self.sample_ids = sample_ids
         for i in reversed(range(len(prompts))):
             for j in range(params.n):
                 tokens = [prompts[i].tokens[0], j, 304]
-                on_finish(SimpleNamespace(prompt_index=i, sample_index=j, tokens=tokens, logprobs=[-1.0] * 3,
-                                          mask=[True] * 3, finish_reason="stop"))
+                on_finish(
+                    SimpleNamespace(
+                        prompt_index=i,
+                        sample_index=j,
+                        tokens=tokens,
+                        logprobs=[-1.0] * 3,
+                        mask=[True] * 3,
+                        finish_reason="stop",
+                    )
+                )
 
 
 class Tokenizer:
@@ -105,11 +167,22 @@ class Tokenizer:
 def test_rewards_reach_the_sample_that_earned_them():
     """Samples end in another order than they are returned: a reward by order of arrival is another sample's."""
     problems = [{"id": str(i), "answer": f"{i + 10} 1"} for i in range(3)]
-    out, _ = generate_and_grade(FakeSampler(), Grader(), Tokenizer(), problems, [prompt(i + 10) for i in range(3)],
-                             SimpleNamespace(n=2), keys=[1, 2, 3], stop_ids=[304])
-    assert [(s.problem, s.index, s.reward, s.text) for s in out] == \
-        [(i, j, float(j == 1), f"{i + 10} {j}") for i in range(3) for j in range(2)]
-    assert all(s.tokens[-1] == 304 for s in out), "the end token is trained on, though it is no text"
+    out, _ = generate_and_grade(
+        FakeSampler(),
+        Grader(),
+        Tokenizer(),
+        problems,
+        [prompt(i + 10) for i in range(3)],
+        SimpleNamespace(n=2),
+        keys=[1, 2, 3],
+        stop_ids=[304],
+    )
+    assert [(s.problem, s.index, s.reward, s.text) for s in out] == [
+        (i, j, float(j == 1), f"{i + 10} {j}") for i in range(3) for j in range(2)
+    ]
+    assert all(s.tokens[-1] == 304 for s in out), (
+        "the end token is trained on, though it is no text"
+    )
 
 
 def test_both_ends_stop_and_no_image_token_can_be_sampled():
@@ -128,20 +201,30 @@ def test_seeds_are_of_the_problem_and_its_place_in_the_stream():
 def test_an_epoch_draws_every_problem_once_in_an_order_of_its_own():
     problems = [{"id": str(i)} for i in range(10)]
     epochs = [[draw(problems, e * 10 + i, seed=3)["id"] for i in range(10)] for e in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == [p["id"] for p in problems] and epochs[0] != epochs[1]
+    assert (
+        sorted(epochs[0]) == sorted(epochs[1]) == [p["id"] for p in problems]
+        and epochs[0] != epochs[1]
+    )
 
 
 @pytest.fixture
 def make_roller(monkeypatch):
     """A roller whose samples get the rewards of `reward(problem, sample index)`, without a model."""
+
     def make(zero_variance, reward, prompts=4, group=2):
         r = object.__new__(Roller)
-        r.config = SimpleNamespace(prompts=prompts, group=group, seed=0, zero_variance=zero_variance, temperature=1.0)
+        r.config = SimpleNamespace(
+            prompts=prompts, group=group, seed=0, zero_variance=zero_variance, temperature=1.0
+        )
         r.problems = [{"id": i, "task": "t"} for i in range(20)]
         r.render = lambda problems: [prompt(1) for _ in problems]
-        r.sample = lambda problems, prompts, keys, n, t: [sample(i, j, [5], reward=reward(p["id"], j))
-                                                          for i, p in enumerate(problems) for j in range(n)]
+        r.sample = lambda problems, prompts, keys, n, t: [
+            sample(i, j, [5], reward=reward(p["id"], j))
+            for i, p in enumerate(problems)
+            for j in range(n)
+        ]
         return r
+
     return make
 
 
@@ -150,7 +233,7 @@ def uses_every_place_once(r):
     cursor, seen = 0, []
     for _ in range(3):
         out = r.step(cursor)
-        seen += [p["id"] for p in out.problems[:out.cursor - cursor]]
+        seen += [p["id"] for p in out.problems[: out.cursor - cursor]]
         cursor = out.cursor
     return seen, cursor
 
@@ -170,12 +253,21 @@ def test_refill_fills_the_batch_and_passes_no_problem_over(make_roller):
 def test_refill_gives_up_when_nothing_has_spread(make_roller):
     """A solved data set must not make the step sample for ever."""
     out = make_roller("refill", lambda i, j: 1.0).step(0)
-    assert len(out.problems) == roller_module.MOST_BATCHES * 4 and not any(s.trained for s in out.samples)
+    assert len(out.problems) == roller_module.MOST_BATCHES * 4 and not any(
+        s.trained for s in out.samples
+    )
     assert out.cursor == 32
 
 
 @pytest.mark.parametrize("kind, trained", [("keep", 8), ("drop", 4)])
 def test_keep_and_drop_sample_one_batch(make_roller, kind, trained):
-    r = make_roller(kind, lambda i, j: float(j) if i in (draw(r.problems, 0, 0)["id"], draw(r.problems, 1, 0)["id"]) else 0.0)
+    r = make_roller(
+        kind,
+        lambda i, j: (
+            float(j) if i in (draw(r.problems, 0, 0)["id"], draw(r.problems, 1, 0)["id"]) else 0.0
+        ),
+    )
     out = r.step(0)
-    assert len(out.samples) == 8 and sum(s.trained for s in out.samples) == trained and out.cursor == 4
+    assert (
+        len(out.samples) == 8 and sum(s.trained for s in out.samples) == trained and out.cursor == 4
+    )

@@ -1,4 +1,5 @@
 """The sampler against transformers' generate, the model's own full forward, and itself in other batches and orders."""
+
 import dataclasses
 import importlib.util
 import os
@@ -15,14 +16,22 @@ from tiny import make_tiny_tokenizer
 from tiny_model import TEXT, VOCAB, make_tiny_qwen2, make_tiny_vl
 
 import sampler as sampler_module
-from attention import attend
-from checkpoint import load_hf
+from core.attention import attend
+from core.checkpoint import load_hf
+from core.decode_kernels import bucket_of, decode_attend, plan_attention
+from core.vision import mrope_positions
 from data import Prompt
-from decode_kernels import bucket_of, decode_attend, plan_attention
 from model import Model, ModelConfig
 from sampler import STATE, Sampler, SamplingParams
-from sampling import close_table, force_exit, sample_key, sample_token, think_exit, truncate, uniform
-from vision import mrope_positions
+from sampling import (
+    close_table,
+    force_exit,
+    sample_key,
+    sample_token,
+    think_exit,
+    truncate,
+    uniform,
+)
 
 IMAGE, START, END = 302, 300, 301  # ids of tiny_model's configs
 BANNED = [300, 301, 302, 303]
@@ -57,23 +66,44 @@ def image_prompt(*grids, seed=0):
     for h, w in grids:
         tokens += [START, *[IMAGE] * (h * w // 4), END, *text_prompt(3, seed + h).tokens]
     patches = sum(h * w for h, w in grids)
-    return Prompt(tokens, torch.randn(patches, 1176, generator=g), torch.tensor([[1, h, w] for h, w in grids]))
+    return Prompt(
+        tokens, torch.randn(patches, 1176, generator=g), torch.tensor([[1, h, w] for h, w in grids])
+    )
 
 
 def hf_greedy(path, prompts, new):
     """What transformers' generate makes of each prompt alone."""
     from transformers import AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
+
     vl = "qwen2_5_vl" in (path / "config.json").read_text()
-    theirs = (Qwen2_5_VLForConditionalGeneration if vl else AutoModelForCausalLM).from_pretrained(
-        path, attn_implementation="eager").eval()
+    theirs = (
+        (Qwen2_5_VLForConditionalGeneration if vl else AutoModelForCausalLM)
+        .from_pretrained(path, attn_implementation="eager")
+        .eval()
+    )
     out = []
     for p in prompts:
         ids = torch.tensor([p.tokens])
-        images = {} if p.pixel_values is None else dict(pixel_values=p.pixel_values, image_grid_thw=p.grid_thw,
-                                                        mm_token_type_ids=(ids == IMAGE).int())
-        whole = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-                                eos_token_id=None, pad_token_id=0, suppress_tokens=BANNED, **images)
-        out.append(whole[0, len(p.tokens):].tolist())
+        images = (
+            {}
+            if p.pixel_values is None
+            else dict(
+                pixel_values=p.pixel_values,
+                image_grid_thw=p.grid_thw,
+                mm_token_type_ids=(ids == IMAGE).int(),
+            )
+        )
+        whole = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            suppress_tokens=BANNED,
+            **images,
+        )
+        out.append(whole[0, len(p.tokens) :].tolist())
     return out
 
 
@@ -83,21 +113,35 @@ def teacher_forced(model, prompt, rollout, temperature=1.0):
     start = len(prompt.tokens)
     positions, delta = torch.arange(start).expand(3, -1), 0
     if prompt.grid_thw is not None:
-        positions, delta = mrope_positions(torch.tensor(prompt.tokens), prompt.grid_thw, image_token_id=IMAGE,
-                                           merge_size=2)
-    positions = torch.cat([positions, torch.arange(start, len(tokens)).expand(3, -1) + delta], dim=1)
+        positions, delta = mrope_positions(
+            torch.tensor(prompt.tokens), prompt.grid_thw, image_token_id=IMAGE, merge_size=2
+        )
+    positions = torch.cat(
+        [positions, torch.arange(start, len(tokens)).expand(3, -1) + delta], dim=1
+    )
     targets = torch.cat([torch.full((start - 1,), -100), tokens[start:], torch.tensor([-100])])
     with torch.no_grad():
-        logprobs, _ = model(tokens, positions, torch.tensor([0, len(tokens)]).int(), targets=targets,
-                            temperature=temperature, pixel_values=prompt.pixel_values, grid_thw=prompt.grid_thw)
-    return logprobs[start - 1:-1].numpy()
+        logprobs, _ = model(
+            tokens,
+            positions,
+            torch.tensor([0, len(tokens)]).int(),
+            targets=targets,
+            temperature=temperature,
+            pixel_values=prompt.pixel_values,
+            grid_thw=prompt.grid_thw,
+        )
+    return logprobs[start - 1 : -1].numpy()
 
 
 def assert_same(a, b, tolerance=3e-6):
     """Same samples: tokens, masks, reasons equal; log-probabilities up to the rounding of other matrix shapes."""
     assert len(a) == len(b)
     for x, y in zip(a, b):
-        assert (x.tokens, x.finish_reason, x.mask.tolist()) == (y.tokens, y.finish_reason, y.mask.tolist())
+        assert (x.tokens, x.finish_reason, x.mask.tolist()) == (
+            y.tokens,
+            y.finish_reason,
+            y.mask.tolist(),
+        )
         assert np.abs(x.logprobs - y.logprobs).max() <= tolerance
 
 
@@ -105,10 +149,16 @@ def assert_same(a, b, tolerance=3e-6):
 @pytest.mark.parametrize("kind", ["vl", "vl_tied", "qwen2"])
 def test_greedy_text_equals_transformers_generate(tmp_path, kind):
     """Ragged prompts, fewer slots than prompts: a wrong cache position, mask or fused weight shows in the tokens."""
-    path = make_tiny_qwen2(tmp_path) if kind == "qwen2" else make_tiny_vl(tmp_path, tied=kind == "vl_tied")
+    path = (
+        make_tiny_qwen2(tmp_path)
+        if kind == "qwen2"
+        else make_tiny_vl(tmp_path, tied=kind == "vl_tied")
+    )
     prompts = [text_prompt(n) for n in (1, 5, 17, 63, 64, 65)]
     ours = load(path)
-    rollouts = Sampler(ours, max_len=130, slots=4).generate(prompts, SamplingParams(temperature=0, max_new_tokens=64))
+    rollouts = Sampler(ours, max_len=130, slots=4).generate(
+        prompts, SamplingParams(temperature=0, max_new_tokens=64)
+    )
     assert [r.tokens for r in rollouts] == hf_greedy(path, prompts, 64)
     for p, r in zip(prompts, rollouts):
         assert np.abs(r.logprobs - teacher_forced(ours, p, r)).max() <= 1e-5
@@ -118,8 +168,12 @@ def test_greedy_text_equals_transformers_generate(tmp_path, kind):
 def test_greedy_images_equal_transformers_generate(tiny_vl, seeing):
     """One image, two images, text and images in one batch: a lost M-RoPE offset shows after the first token, images
     given to the wrong prompt at once."""
-    prompts = [image_prompt((4, 6)), text_prompt(9), image_prompt((8, 4), (4, 10), seed=1),
-               image_prompt((6, 6), seed=2)]
+    prompts = [
+        image_prompt((4, 6)),
+        text_prompt(9),
+        image_prompt((8, 4), (4, 10), seed=1),
+        image_prompt((6, 6), seed=2),
+    ]
     s = Sampler(seeing, max_len=120, slots=3)
     rollouts = s.generate(prompts, SamplingParams(temperature=0, max_new_tokens=64))
     assert [r.tokens for r in rollouts] == hf_greedy(tiny_vl, prompts, 64)
@@ -129,10 +183,17 @@ def test_greedy_images_equal_transformers_generate(tiny_vl, seeing):
 
 def test_second_call_with_other_images_keeps_nothing_of_the_first(seeing):
     """A rope offset or image kept between calls would move the second call's positions."""
-    s, params = Sampler(seeing, max_len=120, slots=2), SamplingParams(temperature=0, max_new_tokens=20)
+    s, params = (
+        Sampler(seeing, max_len=120, slots=2),
+        SamplingParams(temperature=0, max_new_tokens=20),
+    )
     s.generate([image_prompt((8, 8)), image_prompt((4, 12), seed=4)], params)
     second = [image_prompt((4, 6), seed=5), text_prompt(20)]
-    assert_same(s.generate(second, params), Sampler(seeing, max_len=120, slots=2).generate(second, params), 0)
+    assert_same(
+        s.generate(second, params),
+        Sampler(seeing, max_len=120, slots=2).generate(second, params),
+        0,
+    )
     assert_same(s.generate(second[:1], params), s.generate(second, params)[:1])
 
 
@@ -142,7 +203,12 @@ def test_logprobs_equal_the_trainers(model, temperature):
     prompts = [text_prompt(n) for n in (3, 30)]
     params = SamplingParams(n=5, temperature=temperature, max_new_tokens=40, stop_ids=range(20))
     for r in Sampler(model, max_len=80, slots=4).generate(prompts, params):
-        assert np.abs(r.logprobs - teacher_forced(model, prompts[r.prompt_index], r, temperature)).max() <= 1e-5
+        assert (
+            np.abs(
+                r.logprobs - teacher_forced(model, prompts[r.prompt_index], r, temperature)
+            ).max()
+            <= 1e-5
+        )
         assert not set(r.tokens) & set(BANNED)
 
 
@@ -166,9 +232,18 @@ def together(model):
     return Sampler(model, max_len=80, slots=64).generate(MANY, PARAMS)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(slots=1), dict(slots=5), dict(slots=5, min_rows=16), dict(slots=16, prefill_tokens=1),
-    dict(slots=7, sync_every=8), dict(slots=64, sync_every=16)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(slots=1),
+        dict(slots=5),
+        dict(slots=5, min_rows=16),
+        dict(slots=16, prefill_tokens=1),
+        dict(slots=7, sync_every=8),
+        dict(slots=64, sync_every=16),
+    ],
+    ids=str,
+)
 def test_samples_do_not_depend_on_slots_refills_or_syncs(model, together, settings):
     """64 samples at once, one by one, through 5 refilled slots, with K = 1, 8, 16: the same samples."""
     assert_same(Sampler(model, max_len=80, **settings).generate(MANY, PARAMS), together)
@@ -180,7 +255,9 @@ def test_a_sample_alone_is_the_sample_in_a_batch(model, together):
         alone = Sampler(model, max_len=80, slots=8).generate([MANY[i]], PARAMS, sample_ids=[i])
         expected = [dataclasses.replace(r, prompt_index=0) for r in together if r.prompt_index == i]
         assert_same(alone, expected)
-    backwards = Sampler(model, max_len=80, slots=9).generate(MANY[::-1], PARAMS, sample_ids=range(7, -1, -1))
+    backwards = Sampler(model, max_len=80, slots=9).generate(
+        MANY[::-1], PARAMS, sample_ids=range(7, -1, -1)
+    )
     assert_same(sorted(backwards, key=lambda r: (-r.prompt_index, r.sample_index)), together)
 
 
@@ -202,7 +279,8 @@ def test_seed_and_sample_id_matter(model, together):
 
 
 def _sample_on_rank(world, path, out):
-    import parallel
+    from core import parallel
+
     model = parallel.shard(load(path), world, compute_dtype=torch.float32)
     mine = range(world.rank, len(MANY), world.size)
     s = Sampler(model, max_len=80, slots=10)
@@ -211,12 +289,17 @@ def _sample_on_rank(world, path, out):
     for _ in range(2):  # the second time with weights gathered anew
         with parallel.gathered(model):
             rollouts = s.generate([MANY[i] for i in mine], PARAMS, sample_ids=list(mine))
-    torch.save([dataclasses.replace(r, prompt_index=mine[r.prompt_index]) for r in rollouts], out / f"{world.rank}.pt")
+    torch.save(
+        [dataclasses.replace(r, prompt_index=mine[r.prompt_index]) for r in rollouts],
+        out / f"{world.rank}.pt",
+    )
 
 
 def test_two_ranks_with_sharded_weights_sample_what_one_does(tiny_vl, together, tmp_path):
     run_ranks(2, _sample_on_rank, tiny_vl, tmp_path)
-    parts = [r for rank in range(2) for r in torch.load(tmp_path / f"{rank}.pt", weights_only=False)]
+    parts = [
+        r for rank in range(2) for r in torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    ]
     assert_same(sorted(parts, key=lambda r: (r.prompt_index, r.sample_index)), together)
 
 
@@ -228,8 +311,8 @@ class Poisoning(Sampler):
         super()._collect(run)
         for slot, x in enumerate(run.live):
             if x is None:
-                assert not self.slots.kv[:, :, slot, self.slots.reach[slot]:].any()
-                self.slots.kv[:, :, slot, :self.slots.reach[slot]] = float("nan")
+                assert not self.slots.kv[:, :, slot, self.slots.reach[slot] :].any()
+                self.slots.kv[:, :, slot, : self.slots.reach[slot]] = float("nan")
                 self.slots.hidden[slot], self.slots.logprobs[slot] = (float("nan"),) * 2
 
 
@@ -247,25 +330,43 @@ def test_edges(model):
     assert s.generate([], PARAMS) == []
     everything = SamplingParams(n=7, max_new_tokens=5, stop_ids=range(VOCAB))
     first = s.generate([text_prompt(4), text_prompt(1)], everything)
-    assert [(len(r.tokens), r.finish_reason) for r in first] == [(1, "stop")] * 14  # ends at the first token
-    one = s.generate([text_prompt(4), text_prompt(1)], dataclasses.replace(everything, stop_ids=(), max_new_tokens=1))
+    assert [(len(r.tokens), r.finish_reason) for r in first] == [
+        (1, "stop")
+    ] * 14  # ends at the first token
+    one = s.generate(
+        [text_prompt(4), text_prompt(1)],
+        dataclasses.replace(everything, stop_ids=(), max_new_tokens=1),
+    )
     assert [(len(r.tokens), r.finish_reason) for r in one] == [(1, "length")] * 14
     both = s.generate([text_prompt(4)], dataclasses.replace(everything, max_new_tokens=1))
-    assert {r.finish_reason for r in both} == {"stop"}  # the limit and a stop in one step: it did stop
-    full = s.generate([text_prompt(34)], SamplingParams(max_new_tokens=30))  # max_len to the last token
+    assert {r.finish_reason for r in both} == {
+        "stop"
+    }  # the limit and a stop in one step: it did stop
+    full = s.generate(
+        [text_prompt(34)], SamplingParams(max_new_tokens=30)
+    )  # max_len to the last token
     assert len(full[0].tokens) == 30
 
 
 def test_user_errors_come_before_any_work(model):
     s = Sampler(model, max_len=64)
     for prompt, params, message in [
-            (text_prompt(60), SamplingParams(max_new_tokens=10), "max_len"), (Prompt([], None, None), PARAMS, "empty"),
-            (Prompt([VOCAB], None, None), PARAMS, "tokenizer"), (image_prompt((4, 4)), PARAMS, "vision tower")]:
+        (text_prompt(60), SamplingParams(max_new_tokens=10), "max_len"),
+        (Prompt([], None, None), PARAMS, "empty"),
+        (Prompt([VOCAB], None, None), PARAMS, "tokenizer"),
+        (image_prompt((4, 4)), PARAMS, "vision tower"),
+    ]:
         with pytest.raises(ValueError, match=message):
             s.generate([text_prompt(3), prompt], params)
     with pytest.raises(ValueError, match="sample_ids"):
         s.generate([text_prompt(3)], PARAMS, sample_ids=[1, 2])
-    for wrong in (dict(n=0), dict(temperature=-1), dict(top_p=0), dict(max_new_tokens=0), dict(think_budget=3)):
+    for wrong in (
+        dict(n=0),
+        dict(temperature=-1),
+        dict(top_p=0),
+        dict(max_new_tokens=0),
+        dict(think_budget=3),
+    ):
         with pytest.raises(ValueError):
             SamplingParams(**wrong)
 
@@ -280,7 +381,9 @@ def test_slots_come_from_the_memory_budget(model):
     default.generate([text_prompt(3)], SamplingParams(max_new_tokens=2))
     assert default.slots.kv.shape[2] == 64
     with pytest.raises(ValueError, match="10 would fit"):
-        Sampler(model, max_len=64, slots=11, kv_gb=10.5 * per_slot).generate([text_prompt(3)], PARAMS)
+        Sampler(model, max_len=64, slots=11, kv_gb=10.5 * per_slot).generate(
+            [text_prompt(3)], PARAMS
+        )
     with pytest.raises(ValueError, match="0 would fit"):
         Sampler(model, max_len=64, kv_gb=0.5 * per_slot).generate([text_prompt(3)], PARAMS)
 
@@ -293,6 +396,7 @@ def test_finished_rollouts_survive_an_interrupt(model, together):
         seen.append(rollout)
         if len(seen) == 10:
             raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt) as error:
         s.generate(MANY, PARAMS, on_finish=finished)
     assert error.value.rollouts == seen and len(seen) == 10
@@ -306,6 +410,7 @@ def test_running_out_of_memory_keeps_what_is_finished_and_says_what_helps(model,
 
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory")
+
     monkeypatch.setattr(sampler_module, "decode_step", fails)
     with pytest.raises(torch.OutOfMemoryError) as error:
         s.generate(MANY, PARAMS)
@@ -316,7 +421,9 @@ def test_rollouts_are_handed_out_while_others_still_run(model):
     """Grading overlaps decoding only if a rollout arrives before the last one has ended."""
     s, live = Sampler(model, max_len=80, slots=6), []
     done = STATE.index("done")
-    rollouts = s.generate(MANY, PARAMS, on_finish=lambda r: live.append(6 - int(s.slots.state[done].sum())))
+    rollouts = s.generate(
+        MANY, PARAMS, on_finish=lambda r: live.append(6 - int(s.slots.state[done].sum()))
+    )
     assert len(live) == len(rollouts) == 64
     assert sum(n > 0 for n in live) > 50
 
@@ -333,7 +440,11 @@ def test_close_table_follows_the_text():
     rng = np.random.default_rng(0)
     for _ in range(300):
         state, text = 0, ""
-        for i in rng.choice([10, 11, 12, 13, 14, 15, 16, 17, 0], size=8, p=[.25, .2, .15, .1, .1, .1, .02, .04, .04]):
+        for i in rng.choice(
+            [10, 11, 12, 13, 14, 15, 16, 17, 0],
+            size=8,
+            p=[0.25, 0.2, 0.15, 0.1, 0.1, 0.1, 0.02, 0.04, 0.04],
+        ):
             state, text = int(table[state, i]), text + PIECES[i]
             if "</think>" in text:
                 assert state == 8
@@ -343,10 +454,18 @@ def test_close_table_follows_the_text():
 
 def run_script(script, **params):
     """Feed `script` as the sampled tokens through force_exit → (tokens, forced places)."""
-    p = SimpleNamespace(exit=torch.tensor(EXIT["exit_tokens"]), close_table=EXIT["close_table"], closed=8,
-                        answer_budget=None, **params)
-    s = SimpleNamespace(**{k: torch.zeros(1, dtype=torch.long) for k in ("count", "close", "hold", "done")},
-                        exit_at=torch.tensor([-1]), limit=torch.tensor([100]))
+    p = SimpleNamespace(
+        exit=torch.tensor(EXIT["exit_tokens"]),
+        close_table=EXIT["close_table"],
+        closed=8,
+        answer_budget=None,
+        **params,
+    )
+    s = SimpleNamespace(
+        **{k: torch.zeros(1, dtype=torch.long) for k in ("count", "close", "hold", "done")},
+        exit_at=torch.tensor([-1]),
+        limit=torch.tensor([100]),
+    )
     tokens, forced = [], []
     for i, t in enumerate(script):
         token, was_forced = force_exit(s, torch.tensor([t]), p)
@@ -356,19 +475,28 @@ def run_script(script, **params):
     return tokens, forced
 
 
-@pytest.mark.parametrize("script, budget, forced", [
-    ([0] * 8, 0, [0, 1, 2]), ([0] * 8, 1, [1, 2, 3]), ([0] * 8, 4, [4, 5, 6]),
-    ([0, 10, 11, 12, 0, 0, 0, 0], 4, []),  # closed before the budget
-    ([0, 10, 11, 12, 0, 0, 0, 0], 2, []),  # closing when the budget ends: let it
-    ([0, 15, 11, 13, 0, 0, 0, 0], 2, []),  # the same in other tokens
-    ([0, 10, 11, 0, 0, 0, 0, 0], 2, [4, 5, 6]),  # began to close and did not
-    ([14, 14, 14, 14, 14, 14, 14, 14], 1, [2, 3, 4]),  # writes "<" for ever: no progress, no more patience
-    ([0, 10, 11, 12, 0, 0, 10, 11], 5, []),  # nothing after the close counts
-])
+@pytest.mark.parametrize(
+    "script, budget, forced",
+    [
+        ([0] * 8, 0, [0, 1, 2]),
+        ([0] * 8, 1, [1, 2, 3]),
+        ([0] * 8, 4, [4, 5, 6]),
+        ([0, 10, 11, 12, 0, 0, 0, 0], 4, []),  # closed before the budget
+        ([0, 10, 11, 12, 0, 0, 0, 0], 2, []),  # closing when the budget ends: let it
+        ([0, 15, 11, 13, 0, 0, 0, 0], 2, []),  # the same in other tokens
+        ([0, 10, 11, 0, 0, 0, 0, 0], 2, [4, 5, 6]),  # began to close and did not
+        (
+            [14, 14, 14, 14, 14, 14, 14, 14],
+            1,
+            [2, 3, 4],
+        ),  # writes "<" for ever: no progress, no more patience
+        ([0, 10, 11, 12, 0, 0, 10, 11], 5, []),  # nothing after the close counts
+    ],
+)
 def test_forced_exit_waits_for_a_natural_close(script, budget, forced):
     tokens, places = run_script(script, think_budget=budget)
     assert places == forced
-    assert [tokens[i] for i in places] == EXIT["exit_tokens"][:len(places)]
+    assert [tokens[i] for i in places] == EXIT["exit_tokens"][: len(places)]
     assert all(tokens[i] == script[i] for i in range(len(script)) if i not in places)
 
 
@@ -377,10 +505,17 @@ def test_forced_exit_in_a_run(model, budget, answer):
     """Forced tokens stand where they must with mask 0 and the model's own log-probability, the answer has its budget,
     and forcing works through refills, whatever the batch."""
     stop = [*range(20, 26), 13]  # 13 is a token of the exit too: only a sampled one stops
-    params = SamplingParams(n=6, max_new_tokens=30, stop_ids=stop, think_budget=budget, answer_budget=answer, **EXIT)
-    prompts = [text_prompt(5), Prompt([*text_prompt(9).tokens, 14, 11, 12], None, None)]  # the second opens <think>
+    params = SamplingParams(
+        n=6, max_new_tokens=30, stop_ids=stop, think_budget=budget, answer_budget=answer, **EXIT
+    )
+    prompts = [
+        text_prompt(5),
+        Prompt([*text_prompt(9).tokens, 14, 11, 12], None, None),
+    ]  # the second opens <think>
     rollouts = Sampler(model, max_len=64, slots=5).generate(prompts, params)
-    assert_same(Sampler(model, max_len=64, slots=12, sync_every=8).generate(prompts, params), rollouts)
+    assert_same(
+        Sampler(model, max_len=64, slots=12, sync_every=8).generate(prompts, params), rollouts
+    )
     reasons = set()
     for r in rollouts:
         reasons.add(r.finish_reason)
@@ -389,7 +524,7 @@ def test_forced_exit_in_a_run(model, budget, answer):
             assert len(r.tokens) <= budget + 8 and r.mask.all()
             continue
         at = int((~r.mask).argmax())
-        assert budget <= at <= budget + 7 and r.tokens[at:at + 3] == EXIT["exit_tokens"]
+        assert budget <= at <= budget + 7 and r.tokens[at : at + 3] == EXIT["exit_tokens"]
         assert r.mask.sum() == len(r.tokens) - 3 and r.sampled_tokens == len(r.tokens) - 3
         room = 30 if answer is None else at + 3 + answer
         assert len(r.tokens) == room if r.finish_reason == "forced+length" else r.tokens[-1] in stop
@@ -405,10 +540,15 @@ def test_a_budget_that_cannot_be_kept_is_refused():
 def test_think_exit_from_a_tokenizer(tmp_path):
     """From a real byte-level tokenizer: the exit's ids spell the text, and its own encoding of a close is found."""
     from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_tokenizer(tmp_path))
     exit = think_exit(tokenizer, VOCAB)
     assert tokenizer.decode(exit["exit_tokens"]) == "</think>\n"
-    for text, closes in [("so 2 </think>\n\nthe answer", True), ("a</think", False), ("</ think>", False)]:
+    for text, closes in [
+        ("so 2 </think>\n\nthe answer", True),
+        ("a</think", False),
+        ("</ think>", False),
+    ]:
         state = 0
         for i in tokenizer.encode(text, add_special_tokens=False):
             state = int(exit["close_table"][state, i])
@@ -426,13 +566,15 @@ def test_uniform_is_splitmix64():
     assert stats.kstest(many.numpy(), "uniform").pvalue > 1e-3
     triples = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0), (-1, 0, 0), (0, 2**63 - 1, 0)]
     keys = {sample_key(*t) for t in triples}
-    assert len(keys) == 7 and all(-2**63 <= k < 2**63 for k in keys)
+    assert len(keys) == 7 and all(-(2**63) <= k < 2**63 for k in keys)
 
 
 def test_sampled_frequencies_follow_the_softmax():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(50, generator=g) * 1.5
-    u = uniform(torch.tensor([sample_key(0, i, 0) for i in range(20_000)]), torch.full((20_000,), 5))
+    u = uniform(
+        torch.tensor([sample_key(0, i, 0) for i in range(20_000)]), torch.full((20_000,), 5)
+    )
     token, lse = sample_token(logits.expand(20_000, -1), u, 0, 1.0)
     assert torch.allclose(lse, logits.logsumexp(0))
     expected = logits.double().softmax(0) * 20_000
@@ -445,7 +587,9 @@ def test_first_tokens_of_a_group_follow_the_model(model):
     params = SamplingParams(n=n, max_new_tokens=1, temperature=0.5)
     rollouts = Sampler(model, max_len=16, slots=64).generate([prompt], params)
     with torch.no_grad():
-        logits = model(torch.tensor(prompt.tokens), torch.arange(6).expand(3, -1), torch.tensor([0, 6]).int())[-1]
+        logits = model(
+            torch.tensor(prompt.tokens), torch.arange(6).expand(3, -1), torch.tensor([0, 6]).int()
+        )[-1]
     expected = (logits / 0.5).softmax(0).double().numpy() * n
     found = np.bincount([r.tokens[0] for r in rollouts], minlength=VOCAB)
     often = expected >= 5
@@ -456,7 +600,9 @@ def test_first_tokens_of_a_group_follow_the_model(model):
 
 def test_impossible_tokens_are_never_taken():
     """At both ends of the interval, with one-hot, banned (-1e30) and -inf logits."""
-    assert sample_token(torch.zeros(1, 2), torch.tensor([0.5]), 0, 1.0)[0].item() == 1  # intervals are open above
+    assert (
+        sample_token(torch.zeros(1, 2), torch.tensor([0.5]), 0, 1.0)[0].item() == 1
+    )  # intervals are open above
     logits = torch.full((6, 9), -1e30)
     logits[:, 4] = 3.0
     logits[3:, 6] = 2.0
@@ -468,12 +614,17 @@ def test_impossible_tokens_are_never_taken():
 
 def test_top_k_and_top_p_keep_what_transformers_keeps():
     from transformers import TopKLogitsWarper, TopPLogitsWarper
+
     logits = torch.randn(40, 100, generator=torch.Generator().manual_seed(1)) * 3
     p = logits.softmax(-1)
     for k in (1, 5, 100, 1000):
-        assert torch.equal(truncate(p, k, 1.0) > 0, TopKLogitsWarper(min(k, 100))(None, logits) > -float("inf"))
+        assert torch.equal(
+            truncate(p, k, 1.0) > 0, TopKLogitsWarper(min(k, 100))(None, logits) > -float("inf")
+        )
     for share in (0.01, 0.3, 0.9):
-        assert torch.equal(truncate(p, 0, share) > 0, TopPLogitsWarper(share)(None, logits) > -float("inf"))
+        assert torch.equal(
+            truncate(p, 0, share) > 0, TopPLogitsWarper(share)(None, logits) > -float("inf")
+        )
     u = torch.rand(40, generator=torch.Generator().manual_seed(2)).clamp(2e-7, 1 - 2e-7)
     assert torch.equal(sample_token(logits, u, 1, 1.0)[0], logits.argmax(-1))
 
@@ -481,7 +632,9 @@ def test_top_k_and_top_p_keep_what_transformers_keeps():
 def test_temperature_to_zero_is_greedy(model):
     prompts, s = [text_prompt(5), text_prompt(21)], Sampler(model, max_len=64, slots=4)
     greedy = s.generate(prompts, SamplingParams(temperature=0, max_new_tokens=20, seed=1))
-    assert_same(s.generate(prompts, SamplingParams(temperature=0, max_new_tokens=20, seed=2)), greedy, 0)
+    assert_same(
+        s.generate(prompts, SamplingParams(temperature=0, max_new_tokens=20, seed=2)), greedy, 0
+    )
     cold = s.generate(prompts, SamplingParams(temperature=1e-4, max_new_tokens=20))
     assert [r.tokens for r in cold] == [r.tokens for r in greedy]
     top1 = s.generate(prompts, SamplingParams(top_k=1, max_new_tokens=20))
@@ -495,7 +648,10 @@ def test_new_weights_are_used_at_once(tiny_vl, dtype):
     """Any tensor kept from before the update, aliased or copied (into another dtype), would show against a fresh
     sampler."""
     model = load(tiny_vl)
-    s, params = Sampler(model, max_len=64, slots=4, dtype=dtype), SamplingParams(temperature=0, max_new_tokens=20)
+    s, params = (
+        Sampler(model, max_len=64, slots=4, dtype=dtype),
+        SamplingParams(temperature=0, max_new_tokens=20),
+    )
     before = s.generate([text_prompt(9)], params)
     for name in (name for name, _ in model.named_parameters()):
         if "layers.2" in name or "layers" not in name:
@@ -504,7 +660,11 @@ def test_new_weights_are_used_at_once(tiny_vl, dtype):
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7)) * 0.2)
             after = s.generate([text_prompt(9)], params)
             assert np.abs(after[0].logprobs - before[0].logprobs).max() > 0, name
-            assert_same(after, Sampler(model, max_len=64, slots=4, dtype=dtype).generate([text_prompt(9)], params), 0)
+            assert_same(
+                after,
+                Sampler(model, max_len=64, slots=4, dtype=dtype).generate([text_prompt(9)], params),
+                0,
+            )
             before = after
     s.release()
     assert s.slots is None
@@ -525,13 +685,15 @@ def test_decode_attention_equals_packed_attention():
         n += 1
         queries = torch.zeros(n, heads, d)
         queries[-1] = q[i]
-        expected = attend(queries, k[i, :n], v[i, :n], torch.tensor([0, n]).int(), n, causal=True)[-1]
+        expected = attend(queries, k[i, :n], v[i, :n], torch.tensor([0, n]).int(), n, causal=True)[
+            -1
+        ]
         assert (out[i] - expected).abs().max() < 2e-6
 
 
 TRITON_AGAINST_SDPA = """
 import torch
-from decode_kernels import decode_attend, plan_attention, triton_attend
+from core.decode_kernels import decode_attend, plan_attention, triton_attend
 torch.manual_seed(0)
 for heads, kv_heads, capacity in ((8, 2, 600), (7, 1, 256)):
     length = torch.tensor([0, 1, 62, 63, 64, 150, 255])

@@ -1,4 +1,5 @@
 """train_sft.py as a user runs it: a whole run, mistakes, signals, kills, resume; and its few functions by themselves."""
+
 import gc
 import json
 import os
@@ -13,7 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stress_resume import SETTINGS, history, kill_tree, lines, rows, start, wait_for, weights, write_jsonl
+from stress_resume import (
+    SETTINGS,
+    history,
+    kill_tree,
+    lines,
+    rows,
+    start,
+    wait_for,
+    weights,
+    write_jsonl,
+)
 from tiny import make_tiny_tokenizer
 from tiny_model import make_tiny_vl
 
@@ -50,12 +61,15 @@ def sft(inputs, monkeypatch, world, capsys):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return (end.value.code, *capsys.readouterr())
+
     return run
 
 
 def training_data(out):
     """The dataset of 40 rows in OUT/cache (the other one is for validation)."""
-    return next(d for d in map(train_sft.TokenizedDataset, (out / "cache").iterdir()) if len(d) == 40)
+    return next(
+        d for d in map(train_sft.TokenizedDataset, (out / "cache").iterdir()) if len(d) == 40
+    )
 
 
 def metrics(out):
@@ -69,8 +83,20 @@ def whole(inputs, world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("parallel.shutdown", lambda together: None)
         with pytest.raises(SystemExit) as end:
-            train_sft.main(["--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl"), "--val_data",
-                            str(inputs / "val.jsonl"), *SETTINGS, *RUN, "--out", str(out)])
+            train_sft.main(
+                [
+                    "--model",
+                    str(inputs / "model"),
+                    "--data",
+                    str(inputs / "train.jsonl"),
+                    "--val_data",
+                    str(inputs / "val.jsonl"),
+                    *SETTINGS,
+                    *RUN,
+                    "--out",
+                    str(out),
+                ]
+            )
     gc.enable()
     gc.unfreeze()
     assert end.value.code == 0
@@ -81,21 +107,39 @@ def whole(inputs, world):
 def test_a_run_leaves_what_is_promised(whole, inputs):
     """The contract of OUT: metrics, header, status, and a model that transformers loads and that fits better."""
     from transformers import Qwen2_5_VLForConditionalGeneration
+
     log = metrics(whole)
     assert [m["step"] for m in log] == list(range(1, 9)) and log[-1]["loss"] < log[0]["loss"] - 0.5
-    assert {"step", "loss", "lr", "grad_norm", "tokens", "tok_per_s", "mfu", "memory_gib", "data_wait_s"} <= set(log[0])
+    assert {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tok_per_s",
+        "mfu",
+        "memory_gib",
+        "data_wait_s",
+    } <= set(log[0])
     head = json.loads((whole / "header.json").read_text())
     assert {"command", "commit", "versions", "device", "data", "world_size"} <= set(head)
-    assert (whole / "status").read_text() == "finished\n" and len(list((whole / "checkpoints").iterdir())) == 2
+    assert (whole / "status").read_text() == "finished\n" and len(
+        list((whole / "checkpoints").iterdir())
+    ) == 2
     losses = [json.loads(line) for line in (whole / "validation.jsonl").read_text().splitlines()]
-    assert [v["step"] for v in losses] == [0, 4, 8] and losses[-1]["val_loss"] < losses[0]["val_loss"]
+    assert [v["step"] for v in losses] == [0, 4, 8] and losses[-1]["val_loss"] < losses[0][
+        "val_loss"
+    ]
     assert (whole / "final" / "tokenizer.json").is_file()
     Qwen2_5_VLForConditionalGeneration.from_pretrained(whole / "final")
 
 
 def test_text_training_leaves_the_vision_tower_byte_equal(whole, inputs):
     from safetensors.torch import load_file
-    before, after = (load_file(next(p.glob("*.safetensors"))) for p in (inputs / "model", whole / "final"))
+
+    before, after = (
+        load_file(next(p.glob("*.safetensors"))) for p in (inputs / "model", whole / "final")
+    )
     assert before.keys() == after.keys()
     for name, old in before.items():
         assert torch.equal(old, after[name]) == name.startswith(("visual", "model.visual")), name
@@ -105,18 +149,32 @@ def test_text_training_leaves_the_vision_tower_byte_equal(whole, inputs):
 def test_first_loss_equals_transformers(whole, inputs, world):
     """The loss of step 1 is the token mean that transformers gives for the same documents, one at a time."""
     from transformers import Qwen2_5_VLForConditionalGeneration
-    config = train_sft.parse_config(train_sft.Config, None, ["--model", "m", "--data", "d", "--out", "o", *SETTINGS, *RUN])
+
+    config = train_sft.parse_config(
+        train_sft.Config, None, ["--model", "m", "--data", "d", "--out", "o", *SETTINGS, *RUN]
+    )
     data = training_data(whole)
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(inputs / "model", dtype=torch.float32)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        inputs / "model", dtype=torch.float32
+    )
     total = count = 0
     for i in np.concatenate(train_sft.plan_steps(data.lengths, config)[0][0]):
         doc = data.get(i)
-        labels = torch.where(torch.from_numpy(doc.learned.copy()), torch.from_numpy(doc.tokens.astype(np.int64)), -100)
+        labels = torch.where(
+            torch.from_numpy(doc.learned.copy()),
+            torch.from_numpy(doc.tokens.astype(np.int64)),
+            -100,
+        )
         kept = int((labels[1:] != -100).sum())
         with torch.no_grad():
-            out = theirs(input_ids=torch.from_numpy(doc.tokens.astype(np.int64))[None], labels=labels[None])
+            out = theirs(
+                input_ids=torch.from_numpy(doc.tokens.astype(np.int64))[None], labels=labels[None]
+            )
         total, count = total + out.loss.item() * kept, count + kept
-    assert abs(metrics(whole)[0]["loss"] - total / count) <= 1e-5 and metrics(whole)[0]["supervised_tokens"] == count
+    assert (
+        abs(metrics(whole)[0]["loss"] - total / count) <= 1e-5
+        and metrics(whole)[0]["supervised_tokens"] == count
+    )
 
 
 def test_starting_a_finished_run_again_ends_at_once(whole, inputs, sft, monkeypatch):
@@ -129,14 +187,18 @@ def test_starting_a_finished_run_again_ends_at_once(whole, inputs, sft, monkeypa
 
 def test_a_finished_run_can_be_made_longer(whole, inputs, sft, tmp_path):
     shutil.copytree(whole, tmp_path / "o")
-    code, said, _ = sft("--val_data", inputs / "val.jsonl", *RUN, "--steps", 10, "--out", tmp_path / "o")
+    code, said, _ = sft(
+        "--val_data", inputs / "val.jsonl", *RUN, "--steps", 10, "--out", tmp_path / "o"
+    )
     assert code == 0 and "resuming" in said and len(metrics(tmp_path / "o")) == 10
 
 
 def test_a_run_can_branch_off_another_runs_checkpoint(whole, inputs, sft, tmp_path):
     """--resume DIR in a new --out: that step, optimizer and data position; a wrong directory is named."""
     source = whole / "checkpoints" / "step_6"
-    code, said, _ = sft("--val_data", inputs / "val.jsonl", *RUN, "--resume", source, "--out", tmp_path / "o")
+    code, said, _ = sft(
+        "--val_data", inputs / "val.jsonl", *RUN, "--resume", source, "--out", tmp_path / "o"
+    )
     assert code == 0 and "step_6" in said and metrics(tmp_path / "o")[0]["step"] == 7
     assert weights(tmp_path / "o") == weights(whole)
     code, _, error = sft("--resume", whole, "--out", tmp_path / "p")
@@ -158,7 +220,9 @@ def test_a_plan_starts_nothing_and_does_not_stand_in_the_way(sft, monkeypatch, t
 
 # ------------------------------------------------------------------------------------------- signals, kills, resume
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_the_step_saves_and_says_so(whole, inputs, sft, monkeypatch, tmp_path, number):
+def test_a_signal_ends_the_step_saves_and_says_so(
+    whole, inputs, sft, monkeypatch, tmp_path, number
+):
     """Exit code 75, status `stopped`, state of that very step; the same command ends as if nothing had been."""
     real, calls = train_sft.guarded_step, []
 
@@ -167,6 +231,7 @@ def test_a_signal_ends_the_step_saves_and_says_so(whole, inputs, sft, monkeypatc
         if len(calls) == 2:  # in the middle of step 2
             os.kill(os.getpid(), number)
         return real(*args, **kwargs)
+
     out = tmp_path / "o"
     monkeypatch.setattr(train_sft, "guarded_step", step)
     flags = ["--val_data", inputs / "val.jsonl", *RUN, "--out", out]
@@ -186,6 +251,7 @@ def test_validation_that_a_kill_prevented_is_made_up_for(whole, inputs, sft, mon
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*args)
+
     monkeypatch.setattr(train_sft, "validation_loss", dies)
     flags = ["--val_data", inputs / "val.jsonl", *RUN, "--save_every", 2, "--out", out]
     with pytest.raises(KeyboardInterrupt):
@@ -200,11 +266,23 @@ def on_two_ranks(inputs):
     `left` is a copy of what the first kill left behind."""
     if sys.platform != "linux":
         pytest.skip("finds the processes to kill in /proc")
-    flags = ["--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl"), "--val_data",
-             str(inputs / "val.jsonl"), *SETTINGS, *RUN, "--out"]
+    flags = [
+        "--model",
+        str(inputs / "model"),
+        "--data",
+        str(inputs / "train.jsonl"),
+        "--val_data",
+        str(inputs / "val.jsonl"),
+        *SETTINGS,
+        *RUN,
+        "--out",
+    ]
     alone, killed, left, log = (inputs / n for n in ("alone", "killed", "left", "log"))
     assert start([*flags, str(alone)], log=log).wait() == 0, log.read_text()
-    moments = (lambda: lines(killed / "metrics.jsonl") >= 4, lambda: any((killed / "checkpoints").glob("step_6.tmp")))
+    moments = (
+        lambda: lines(killed / "metrics.jsonl") >= 4,
+        lambda: any((killed / "checkpoints").glob("step_6.tmp")),
+    )
     for moment in moments:
         process = start([*flags, str(killed)], log=log)
         assert wait_for(process, moment), log.read_text()
@@ -227,12 +305,15 @@ def test_one_rank_goes_on_where_two_were_killed(on_two_ranks, inputs, sft):
     code, said, _ = sft("--val_data", inputs / "val.jsonl", *RUN, "--out", left)
     assert code == 0 and "resuming" in said
     ours, theirs = metrics(left), metrics(on_two_ranks / "alone")
-    assert [(m["step"], m["lr"], m["tokens"], m["supervised_tokens"]) for m in ours] == \
-        [(m["step"], m["lr"], m["tokens"], m["supervised_tokens"]) for m in theirs]
+    assert [(m["step"], m["lr"], m["tokens"], m["supervised_tokens"]) for m in ours] == [
+        (m["step"], m["lr"], m["tokens"], m["supervised_tokens"]) for m in theirs
+    ]
     assert np.allclose([m["loss"] for m in ours], [m["loss"] for m in theirs], rtol=1e-5)
 
 
-def test_non_finite_steps_change_nothing_are_counted_and_end_the_run(inputs, sft, monkeypatch, tmp_path):
+def test_non_finite_steps_change_nothing_are_counted_and_end_the_run(
+    inputs, sft, monkeypatch, tmp_path
+):
     """One NaN loss: skipped, counted, the next step goes on. As many in a row as allowed: the run stops and says so."""
     real, calls = train_sft.accumulate_gradients, []
 
@@ -240,12 +321,18 @@ def test_non_finite_steps_change_nothing_are_counted_and_end_the_run(inputs, sft
         def accumulate(*args):
             calls.append(1)
             return real(*args) * (float("nan") if len(calls) in bad else 1.0)
+
         calls.clear()
         monkeypatch.setattr(train_sft, "accumulate_gradients", accumulate)
+
     nan_at({2})
     assert sft("--steps", 3, "--out", tmp_path / "one")[0] == 0
     log = metrics(tmp_path / "one")
-    assert [m["bad_steps"] for m in log] == [0, 1, 1] and log[1]["loss"] is None and log[2]["loss"] < log[0]["loss"]
+    assert (
+        [m["bad_steps"] for m in log] == [0, 1, 1]
+        and log[1]["loss"] is None
+        and log[2]["loss"] < log[0]["loss"]
+    )
     nan_at({1, 2, 3})
     code, said, error = sft("--steps", 5, "--max_bad_steps", 2, "--out", tmp_path / "two")
     assert code == 2 and "not finite in 2 steps in a row" in error and "bad steps 2" in said
@@ -264,6 +351,7 @@ def test_no_tensor_waits_for_the_garbage_collector(inputs, sft, monkeypatch, tmp
         gc.set_debug(0)
         gc.garbage.clear()
         return out
+
     monkeypatch.setattr(train_sft, "guarded_step", step)
     assert sft("--steps", 4, "--out", tmp_path / "o")[0] == 0
     assert not found
@@ -271,8 +359,15 @@ def test_no_tensor_waits_for_the_garbage_collector(inputs, sft, monkeypatch, tmp
 
 # -------------------------------------------------------------------------------------------------------- mistakes
 def conversation(content="answer", role="assistant", **more):
-    return json.dumps({"messages": [{"role": "user", "content": "<image>" * len(more.get("images", [])) + "q"},
-                                    {"role": role, "content": content}], **more})
+    return json.dumps(
+        {
+            "messages": [
+                {"role": "user", "content": "<image>" * len(more.get("images", [])) + "q"},
+                {"role": role, "content": content},
+            ],
+            **more,
+        }
+    )
 
 
 BAD_FILES = {  # what line 2 of the data holds → words of the message
@@ -293,25 +388,45 @@ def test_bad_rows_are_named_before_the_model_is_built(sft, monkeypatch, tmp_path
     (tmp_path / "bad.jsonl").write_text(f"{conversation()}\n{line}\n")
     monkeypatch.setattr(train_sft, "build_model", None)
     code, _, error = sft("--out", tmp_path / "o", data=tmp_path / "bad.jsonl")
-    assert code == 2 and f"{tmp_path / 'bad.jsonl'}:2" in error and words in error and "mend" in error
+    assert (
+        code == 2 and f"{tmp_path / 'bad.jsonl'}:2" in error and words in error and "mend" in error
+    )
 
 
 def test_bad_rows_are_skipped_only_when_asked_and_each_is_logged(sft, tmp_path):
-    (tmp_path / "bad.jsonl").write_text("\n".join([conversation()] * 3 + [c for c, _ in BAD_FILES.values()]) + "\n")
-    code, said, _ = sft("--out", tmp_path / "o", "--steps", 1, "--skip_bad_rows", True, data=tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_text(
+        "\n".join([conversation()] * 3 + [c for c, _ in BAD_FILES.values()]) + "\n"
+    )
+    code, said, _ = sft(
+        "--out", tmp_path / "o", "--steps", 1, "--skip_bad_rows", True, data=tmp_path / "bad.jsonl"
+    )
     logged = (tmp_path / "o" / "bad_rows_training.txt").read_text().splitlines()
-    assert code == 0 and len(logged) == 6 and "6 bad rows skipped" in said and all(line in said for line in logged)
+    assert (
+        code == 0
+        and len(logged) == 6
+        and "6 bad rows skipped" in said
+        and all(line in said for line in logged)
+    )
 
 
 def test_missing_files_and_impossible_settings(sft, inputs, monkeypatch, tmp_path):
     """Also a missing validation file is noticed before the training data is tokenised."""
     monkeypatch.setattr(train_sft, "tokenize_files", None)
-    for flags, words in (({"data": tmp_path / "no.jsonl"}, "no.jsonl: no such file"), ({"model": tmp_path / "no"}, "no such")):
+    for flags, words in (
+        ({"data": tmp_path / "no.jsonl"}, "no.jsonl: no such file"),
+        ({"model": tmp_path / "no"}, "no such"),
+    ):
         code, _, error = sft("--out", tmp_path / str(len(words)), **flags)
         assert code == 2 and words in error
-    for i, (flags, words) in enumerate(((["--val_data", tmp_path / "no.jsonl"], "no such file"),
-                                        (["--replicas", 2], "--replicas 2"), (["--adam_dtype", "bf16"], "needs CUDA"),
-                                        (["--max_len", 1024], "--pack_len 512 is below"), (["--epochs", 0], "--epochs"))):
+    for i, (flags, words) in enumerate(
+        (
+            (["--val_data", tmp_path / "no.jsonl"], "no such file"),
+            (["--replicas", 2], "--replicas 2"),
+            (["--adam_dtype", "bf16"], "needs CUDA"),
+            (["--max_len", 1024], "--pack_len 512 is below"),
+            (["--epochs", 0], "--epochs"),
+        )
+    ):
         code, _, error = sft(*flags, "--out", tmp_path / f"o{i}")
         assert code == 2 and words in error, flags
 
@@ -321,8 +436,13 @@ def test_max_len_too_small(sft, tmp_path):
     assert code == 2 and "raise max_len" in error
 
 
-@pytest.mark.parametrize("kind", ["no weights", "pickle", "truncated", "other architecture", "no config", "missing tensor"])
-def test_bad_model_directories_are_named_before_tokenising(sft, inputs, monkeypatch, tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind",
+    ["no weights", "pickle", "truncated", "other architecture", "no config", "missing tensor"],
+)
+def test_bad_model_directories_are_named_before_tokenising(
+    sft, inputs, monkeypatch, tmp_path, kind
+):
     shutil.copytree(inputs / "model", tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -337,9 +457,14 @@ def test_bad_model_directories_are_named_before_tokenising(sft, inputs, monkeypa
     else:
         config["text_config"]["num_hidden_layers"] += 1
         (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    words = {"no weights": "no *.safetensors", "pickle": "a pickle", "truncated": "truncated or not a safetensors file",
-             "other architecture": "supported: qwen2_5_vl", "no config": "config.json: not found",
-             "missing tensor": "parameters are missing"}[kind]
+    words = {
+        "no weights": "no *.safetensors",
+        "pickle": "a pickle",
+        "truncated": "truncated or not a safetensors file",
+        "other architecture": "supported: qwen2_5_vl",
+        "no config": "config.json: not found",
+        "missing tensor": "parameters are missing",
+    }[kind]
     monkeypatch.setattr(train_sft, "tokenize_files", None)
     code, _, error = sft("--out", tmp_path / "o", model=tmp_path / "m")
     assert code == 2 and words in error and str(tmp_path / "m") in error
@@ -349,7 +474,11 @@ def test_a_directory_of_another_run_is_left_alone(whole, inputs, sft, tmp_path):
     """Another setting, or somebody's files: nothing is overwritten."""
     before = sorted(p.name for p in whole.iterdir())
     code, _, error = sft(*RUN, "--val_data", inputs / "val.jsonl", "--lr", 5e-4, "--out", whole)
-    assert code == 2 and "its lr is 0.001, now 0.0005" in error and sorted(p.name for p in whole.iterdir()) == before
+    assert (
+        code == 2
+        and "its lr is 0.001, now 0.0005" in error
+        and sorted(p.name for p in whole.iterdir()) == before
+    )
     (tmp_path / "notes.txt").write_text("mine")
     code, _, error = sft("--out", tmp_path)
     assert code == 2 and "not empty" in error
@@ -357,10 +486,24 @@ def test_a_directory_of_another_run_is_left_alone(whole, inputs, sft, tmp_path):
 
 def test_mistakes_reach_the_shell(inputs, tmp_path):
     """The same as a user sees it: one line on stderr, no traceback, exit code 2; an unknown flag too."""
-    for flags, words in ((["--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
-                         (["--data", "d", "--learning_rate", "1"], "unknown argument '--learning_rate'")):
-        done = subprocess.run([sys.executable, ROOT / "train_sft.py", "--model", inputs / "model", *flags, "--out",
-                               tmp_path / "o"], capture_output=True, text=True, cwd=tmp_path)
+    for flags, words in (
+        (["--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
+        (["--data", "d", "--learning_rate", "1"], "unknown argument '--learning_rate'"),
+    ):
+        done = subprocess.run(
+            [
+                sys.executable,
+                ROOT / "train_sft.py",
+                "--model",
+                inputs / "model",
+                *flags,
+                "--out",
+                tmp_path / "o",
+            ],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
@@ -368,13 +511,25 @@ def test_every_flag_is_explained(capsys):
     with pytest.raises(SystemExit):
         train_sft.parse_config(train_sft.Config, train_sft.__doc__, ["--help"])
     said = capsys.readouterr().out
-    assert all(f"--{field.name} " in said and len(field.metadata["help"]) > 10 for field in fields(train_sft.Config))
+    assert all(
+        f"--{field.name} " in said and len(field.metadata["help"]) > 10
+        for field in fields(train_sft.Config)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ its few functions
 def config(**changes):
-    return train_sft.Config(**{"model": "m", "data": ["d"], "out": "o", "max_len": 100, "pack_len": 300,
-                               "batch_tokens": 900, **changes})
+    return train_sft.Config(
+        **{
+            "model": "m",
+            "data": ["d"],
+            "out": "o",
+            "max_len": 100,
+            "pack_len": 300,
+            "batch_tokens": 900,
+            **changes,
+        }
+    )
 
 
 def test_a_plan_has_every_document_once_an_epoch_and_is_pure():
@@ -383,24 +538,39 @@ def test_a_plan_has_every_document_once_an_epoch_and_is_pure():
     steps, steps_per_epoch = train_sft.plan_steps(lengths, config(epochs=3))
     assert len(steps) == 3 * steps_per_epoch
     for epoch in range(3):
-        packs = [p for step in steps[epoch * steps_per_epoch:(epoch + 1) * steps_per_epoch] for p in step]
-        assert sorted(np.concatenate(packs)) == list(range(200)) and all(lengths[p].sum() <= 300 for p in packs)
+        packs = [
+            p
+            for step in steps[epoch * steps_per_epoch : (epoch + 1) * steps_per_epoch]
+            for p in step
+        ]
+        assert sorted(np.concatenate(packs)) == list(range(200)) and all(
+            lengths[p].sum() <= 300 for p in packs
+        )
     again, _ = train_sft.plan_steps(lengths, config(steps=len(steps) - 1))
     assert all(np.array_equal(np.concatenate(a), np.concatenate(b)) for a, b in zip(again, steps))
-    assert not all(np.array_equal(np.concatenate(a), np.concatenate(b)) for a, b in
-                   zip(steps, train_sft.plan_steps(lengths, config(epochs=3, seed=1))[0]))
+    assert not all(
+        np.array_equal(np.concatenate(a), np.concatenate(b))
+        for a, b in zip(steps, train_sft.plan_steps(lengths, config(epochs=3, seed=1))[0])
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_ranks_share_a_step_without_overlap(whole, size):
     """Any number of ranks: all documents of the step exactly once, equally many micro-batches on each."""
     data = training_data(whole)
-    step = train_sft.plan_steps(data.lengths, config(max_len=256, pack_len=512, batch_tokens=2048))[0][0]
+    step = train_sft.plan_steps(data.lengths, config(max_len=256, pack_len=512, batch_tokens=2048))[
+        0
+    ][0]
     worlds = [train_sft.World(r, size, r, torch.device("cpu")) for r in range(size)]
     shares = [train_sft.my_batches(data, step, w, None) for w in worlds]
     assert len({len(s) for s in shares}) == 1
-    seen = sorted(tuple(b.tokens[a:z].tolist()) for s in shares for b in s
-                  for a, z in zip(b.cu_seqlens[:-1], b.cu_seqlens[1:]) if z - a > 1)
+    seen = sorted(
+        tuple(b.tokens[a:z].tolist())
+        for s in shares
+        for b in s
+        for a, z in zip(b.cu_seqlens[:-1], b.cu_seqlens[1:])
+        if z - a > 1
+    )
     assert seen == sorted(tuple(data.get(i).tokens.tolist()) for i in np.concatenate(step))
 
 
@@ -413,6 +583,7 @@ def test_batches_are_made_ahead_and_in_order(world):
         if step == 3:
             raise ValueError("step 3")
         return [step]
+
     steps = train_sft.ahead(make, range(1, 5), world)
     assert next(steps)[:2] == (1, [1])
     deadline = time.monotonic() + 10

@@ -1,4 +1,5 @@
 """The statistics of an evaluation against scipy, brute force, and values that statsmodels 0.14 gave."""
+
 from __future__ import annotations
 
 import doctest
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import stats
+from scoring import stats
 
 VALUES = [1, 0, 1, 1, 0.5, 0, 0, 1, 0.25, 1, 0, 1]
 CLUSTERS = [0, 0, 0, 1, 1, 2, 3, 3, 3, 4, 5, 5]
@@ -66,7 +67,9 @@ def test_maj_at_k_averages_over_subsets_and_repeats_itself():
 
 def test_equal_answers_in_different_writing_vote_together():
     """Prevents a vote over strings, where 1/2 and 0.5 split the right answer's votes."""
-    labels = stats.answer_classes(["1/2", "3", "0.5", None, "3"], lambda a, b: eval_number(a) == eval_number(b))
+    labels = stats.answer_classes(
+        ["1/2", "3", "0.5", None, "3"], lambda a, b: eval_number(a) == eval_number(b)
+    )
     assert labels == [0, 1, 0, None, 1]
     assert stats.majority(labels, [1, 0, 1, 0, 0]) == 0.5
 
@@ -79,11 +82,18 @@ def eval_number(text: str) -> float:
 def test_clustered_error_equals_statsmodels_and_the_pairwise_formula():
     """Prevents errors that ignore that questions on one image fail together (or that use another correction)."""
     se, count = stats.clustered_se(VALUES, CLUSTERS)
-    assert (se, count) == (pytest.approx(0.08912187348419769, rel=1e-12), 6)  # OLS(...).fit(cov_type="cluster").bse
+    assert (se, count) == (
+        pytest.approx(0.08912187348419769, rel=1e-12),
+        6,
+    )  # OLS(...).fit(cov_type="cluster").bse
     assert stats.clustered_se(VALUES)[0] == pytest.approx(scipy.stats.sem(VALUES))
     assert stats.clustered_se(VALUES, list(range(12)))[0] == pytest.approx(scipy.stats.sem(VALUES))
-    r = np.array(VALUES) - np.mean(VALUES)  # Miller's formula: SE^2 n^2 = sum r_i^2 + cross terms inside clusters
-    cross = sum(r[i] * r[j] for i in range(12) for j in range(12) if i != j and CLUSTERS[i] == CLUSTERS[j])
+    r = np.array(VALUES) - np.mean(
+        VALUES
+    )  # Miller's formula: SE^2 n^2 = sum r_i^2 + cross terms inside clusters
+    cross = sum(
+        r[i] * r[j] for i in range(12) for j in range(12) if i != j and CLUSTERS[i] == CLUSTERS[j]
+    )
     assert se == pytest.approx(math.sqrt((np.sum(r**2) + cross) * 6 / 5) / 12)
     assert math.isnan(stats.clustered_se([1, 0], ["same", "same"])[0])
 
@@ -93,7 +103,9 @@ def test_clustering_is_what_makes_the_interval_cover():
     rng = np.random.default_rng(0)
     hits = {"clustered": 0, "naive": 0}
     for _ in range(300):
-        chance = rng.choice([0.1, 0.9], size=60)  # an image is easy or hard for all of its 10 questions
+        chance = rng.choice(
+            [0.1, 0.9], size=60
+        )  # an image is easy or hard for all of its 10 questions
         values = (rng.random((60, 10)) < chance[:, None]).astype(float).ravel()
         names = np.repeat(np.arange(60), 10).tolist()
         for name, clusters in (("clustered", names), ("naive", None)):
@@ -125,10 +137,15 @@ def test_interval_picks_wilson_for_small_sets_and_t_for_large_ones():
     rare = stats.interval([1.0] * 3 + [0.0] * 997)
     assert rare.method == "wilson" and rare.low > 0
     assert stats.interval([1.0] * 5).high == 1 and stats.interval([1.0] * 5).low < 0.6
-    plain, clustered = stats.interval(small), stats.interval(small, np.repeat(np.arange(30), 5).tolist())
+    plain, clustered = (
+        stats.interval(small),
+        stats.interval(small, np.repeat(np.arange(30), 5).tolist()),
+    )
     assert clustered.method == "wilson"  # 30 images whose questions agree: about 30 trials, not 150
     assert clustered.high - clustered.low > 2 * (plain.high - plain.low)
-    halves = stats.interval(small / 2 + 0.25)  # averages over samples vary less than single answers of that mean
+    halves = stats.interval(
+        small / 2 + 0.25
+    )  # averages over samples vary less than single answers of that mean
     assert halves.high - halves.low < 0.6 * (plain.high - plain.low)
 
 
@@ -149,7 +166,10 @@ def test_paired_difference_equals_scipys_paired_t_test():
     a, b = (rng.random(400) < skill + 0.05).astype(float), (rng.random(400) < skill).astype(float)
     known = scipy.stats.ttest_rel(a, b)
     d = stats.paired_difference(a, b)
-    assert (d.difference, d.p) == (pytest.approx((a - b).mean()), pytest.approx(known.pvalue, rel=1e-8))
+    assert (d.difference, d.p) == (
+        pytest.approx((a - b).mean()),
+        pytest.approx(known.pvalue, rel=1e-8),
+    )
     assert (d.low, d.high) == pytest.approx(tuple(known.confidence_interval(0.95)), rel=1e-8)
     assert d.se < math.hypot(scipy.stats.sem(a), scipy.stats.sem(b))
     same = stats.paired_difference(a, a)
@@ -177,15 +197,19 @@ def test_minimum_detectable_effect_has_the_power_that_it_names():
     assert stats.mde(1.0) == pytest.approx(scipy.stats.norm.ppf(0.975) + scipy.stats.norm.ppf(0.8))
     rng = np.random.default_rng(3)
     n = 400
-    found = [stats.paired_difference(rng.normal(stats.mde(1 / math.sqrt(n)), 1, n), np.zeros(n)).p < 0.05
-             for _ in range(400)]
+    found = [
+        stats.paired_difference(rng.normal(stats.mde(1 / math.sqrt(n)), 1, n), np.zeros(n)).p < 0.05
+        for _ in range(400)
+    ]
     assert np.mean(found) == pytest.approx(0.8, abs=0.06)
 
 
 def test_holm_equals_statsmodels():
     """Prevents an adjustment that is not monotone or not in the order of the rows."""
     p = [0.01, 0.04, 0.03, 0.005, 0.2]
-    assert stats.holm(p) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.2])  # multipletests(p, method="holm")
+    assert stats.holm(p) == pytest.approx(
+        [0.04, 0.09, 0.09, 0.025, 0.2]
+    )  # multipletests(p, method="holm")
 
 
 def test_micro_and_macro_differ_where_subsets_differ_in_size():

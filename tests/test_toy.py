@@ -1,4 +1,5 @@
 """The miniature world: its problems are right, its splits are apart, its files are what the real scripts read."""
+
 import json
 import re
 
@@ -8,15 +9,17 @@ import torch
 
 import data
 import rewards
-import schema
-import toy
-from vision import ImageConfig, load_image, preprocess_image
+from core import schema
+from core.vision import ImageConfig, load_image, preprocess_image
+from toy import world as toy
 
 
 @pytest.fixture(scope="module")
 def world_dir(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy")
-    toy.write_data(toy.DataConfig(out=str(out), conversations=300, problems=100, test=20, images=True))
+    toy.write_data(
+        toy.DataConfig(out=str(out), conversations=300, problems=100, test=20, images=True)
+    )
     return out
 
 
@@ -54,7 +57,10 @@ def test_thoughts_are_right_to_the_last_step():
         for step in toy.think(chain, rng).replace(toy.WAIT, ";").split(";"):
             name, *forms = step.split("=")
             for form in forms:
-                assert eval(form, {"__builtins__": {}}, dict(known)) == chain.values[chain.names.index(name)], step
+                assert (
+                    eval(form, {"__builtins__": {}}, dict(known))
+                    == chain.values[chain.names.index(name)]
+                ), step
             known[name], last = int(forms[-1]), int(forms[-1])
         assert last == chain.answer
 
@@ -69,13 +75,23 @@ def test_doubts_are_as_frequent_as_stated():
 
 def test_train_and_test_share_no_question(world_dir):
     """A test question that training saw would be remembered, not reasoned about; also across text and image form."""
-    lines = {f.stem: [json.loads(x) for x in f.read_text().splitlines()] for f in world_dir.glob("*.jsonl")}
-    tests = {row["meta"]["line"] for name, rows in lines.items() if name.startswith("test_") for row in rows}
+    lines = {
+        f.stem: [json.loads(x) for x in f.read_text().splitlines()]
+        for f in world_dir.glob("*.jsonl")
+    }
+    tests = {
+        row["meta"]["line"]
+        for name, rows in lines.items()
+        if name.startswith("test_")
+        for row in rows
+    }
     assert len(tests) > 50
     trained = {row["meta"]["line"] for row in lines["rl"]}
     for row in lines["sft"] + lines["sft_direct"]:
         trained.update(re.findall(r"(?:\w=[\w+-]+; *)+\w\?", row["messages"][0]["content"]))
-    trained, tests = ({x.replace(" ", "") for x in s} for s in (trained, tests))  # another spacing is no other question
+    trained, tests = (
+        {x.replace(" ", "") for x in s} for s in (trained, tests)
+    )  # another spacing is no other question
     assert len(trained) > 200 and not tests & trained
     assert all(toy.is_test(t) for t in tests) and not any(toy.is_test(t) for t in trained)
 
@@ -84,11 +100,23 @@ def test_same_seed_same_files_and_another_seed_others(tmp_path):
     """Files that differ from run to run make no two results comparable; a seed without effect makes seeds worthless."""
     made = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        toy.write_data(toy.DataConfig(out=str(tmp_path / name), seed=seed, conversations=20, problems=20, test=3))
-        made.append({f.relative_to(tmp_path / name).as_posix(): f.read_bytes()
-                     for f in sorted((tmp_path / name).rglob("*")) if f.is_file()})
+        toy.write_data(
+            toy.DataConfig(
+                out=str(tmp_path / name), seed=seed, conversations=20, problems=20, test=3
+            )
+        )
+        made.append(
+            {
+                f.relative_to(tmp_path / name).as_posix(): f.read_bytes()
+                for f in sorted((tmp_path / name).rglob("*"))
+                if f.is_file()
+            }
+        )
     assert made[0] == made[1]
-    assert made[0]["sft.jsonl"] != made[2]["sft.jsonl"] and made[0]["test_image.jsonl"] != made[2]["test_image.jsonl"]
+    assert (
+        made[0]["sft.jsonl"] != made[2]["sft.jsonl"]
+        and made[0]["test_image.jsonl"] != made[2]["test_image.jsonl"]
+    )
     assert made[0]["img/image-0.png"] != made[2]["img/image-0.png"]
 
 
@@ -98,7 +126,9 @@ def test_files_pass_the_check_of_the_real_scripts(world_dir):
         rows, faults = schema.load_conversations(world_dir / f"{name}.jsonl")
         assert len(rows) == 300 and not faults
         shown = sum(bool(r.get("images")) for r in rows)
-        assert 60 < shown < 160 if name == "sft_images" else shown == 0  # the method's own data are text only
+        assert (
+            60 < shown < 160 if name == "sft_images" else shown == 0
+        )  # the method's own data are text only
     for task in toy.TASKS:
         rows, faults = schema.load_problems(world_dir / f"test_{task}.jsonl")
         assert len(rows) == 20 and not faults
@@ -110,32 +140,50 @@ def test_files_pass_the_check_of_the_real_scripts(world_dir):
 def test_text_and_image_sets_hold_the_same_chains(world_dir):
     """The comparison text against image is one of form only if the problems are the same."""
     for domain in ("", "ward_", "hard_"):
-        text, image = ([json.loads(x)["meta"]["line"] for x in (world_dir / f"test_{domain}{form}.jsonl").open()]
-                       for form in ("text", "image"))
+        text, image = (
+            [
+                json.loads(x)["meta"]["line"]
+                for x in (world_dir / f"test_{domain}{form}.jsonl").open()
+            ]
+            for form in ("text", "image")
+        )
         assert text == image
 
 
 def test_tokenizer_gives_every_text_back_and_keeps_common_strings_whole():
     """A tokenizer that loses a space or a byte breaks answer extraction and replays; split tags cost most of the time."""
     tokenizer = toy.make_tokenizer()
-    for text in ("a=9;k=a-3;k?", "<think>a=9;wait,a</think><answer>B: 6</answer>", "naïve ☃ \n\t tab  two", "Options:\n\nA: x"):
+    for text in (
+        "a=9;k=a-3;k?",
+        "<think>a=9;wait,a</think><answer>B: 6</answer>",
+        "naïve ☃ \n\t tab  two",
+        "Options:\n\nA: x",
+    ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("<think></think><answer></answer>")) == 4
     assert len(tokenizer) <= toy.VOCAB
     problem = {"id": "x", "task": "t", "kind": "math", "question": "a=9;a?", "answer": "9"}
-    assert len(data.render_problem(problem, tokenizer, None, style="train").tokens) == 11 + len("a=9;a?")
+    assert len(data.render_problem(problem, tokenizer, None, style="train").tokens) == 11 + len(
+        "a=9;a?"
+    )
 
 
 def test_template_writes_what_the_published_one_writes():
     """A student who reads the miniature's prompts must see the real format: default system turn, turns, image place."""
     tokenizer = toy.make_tokenizer()
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
-            {"role": "assistant", "content": "this"}, {"role": "user", "content": "why?"}]
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "this"},
+        {"role": "user", "content": "why?"},
+    ]
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>what?<|im_end|>\n"
-        "<|im_start|>assistant\nthis<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n")
-    with_system = tokenizer.apply_chat_template([{"role": "system", "content": "Be."}, chat[2]], tokenize=False)
+        "<|im_start|>assistant\nthis<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with_system = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be."}, chat[2]], tokenize=False
+    )
     assert with_system == "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n"
 
 
@@ -147,7 +195,10 @@ def test_one_vision_token_a_glyph(world_dir):
             row = json.loads(line)
             picture = load_image(world_dir / row["images"][0])
             _, grid = preprocess_image(picture, images)
-            assert grid == (1, 2, 2 * len(row["meta"]["line"])) and picture.size == (28 * len(row["meta"]["line"]), 28)
+            assert grid == (1, 2, 2 * len(row["meta"]["line"])) and picture.size == (
+                28 * len(row["meta"]["line"]),
+                28,
+            )
 
 
 def test_glyphs_differ():
@@ -162,26 +213,39 @@ def test_transformers_loads_tokenizer_config_and_model(world_dir):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(world_dir / "model_files")
     config = transformers.AutoConfig.from_pretrained(world_dir / "model_files")
-    assert config.model_type == "qwen2_5_vl" and config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert (
+        config.model_type == "qwen2_5_vl"
+        and config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    )
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     count = sum(p.numel() for p in model.parameters())
     assert 0.8e6 < count < 1.5e6
     processor = transformers.Qwen2VLImageProcessor.from_pretrained(world_dir / "model_files")
     assert processor.patch_size == 14 and processor.merge_size == 2
     from model import Model, ModelConfig
+
     ours = Model(ModelConfig.from_dir(world_dir / "model_files"), with_vision=True)
     assert sum(p.numel() for p in ours.parameters()) == count
 
 
 def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
     """Labels that are off by one token would align every glyph with its neighbour, and the loss would not show it."""
-    import toy_base
+    from toy import base as toy_base
+
     toy.write_model_files(tmp_path)
     tokenizer, images = data.load_tokenizer(tmp_path), ImageConfig.from_dir(tmp_path)
     config = toy_base.BaseConfig(out="-", rows=8)
     batch, ids = toy_base.make_batch(np.random.default_rng(0), config, tokenizer, images)
-    assert int(batch.grid_thw.prod(1).sum()) // 4 == len(ids) == int((batch.tokens == batch.tokens.new_tensor(
-        tokenizer.convert_tokens_to_ids("<|image_pad|>"))).sum())
+    assert (
+        int(batch.grid_thw.prod(1).sum()) // 4
+        == len(ids)
+        == int(
+            (
+                batch.tokens
+                == batch.tokens.new_tensor(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+            ).sum()
+        )
+    )
     lengths = (batch.grid_thw[:, 2] // 2).tolist()
     lines = [tokenizer.decode(part) for part in torch.split(ids, lengths)]
     assert all((solve(line) if line.endswith("?") else eval(line)) in range(10) for line in lines)
@@ -194,20 +258,38 @@ def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
 
 def test_table_reads_what_eval_writes_and_ends_with_one_json_line(tmp_path, capsys):
     """The demo's last line is read by machines; a blind evaluation has image sets only and no forced exit."""
-    figures = {"n": 4, "accuracy": 0.5, "low": 0.1, "high": 0.9, "truncated": 0.25, "tokens_mean": 3.0}
-    for name, tasks, budgets in (("sft", toy.TASKS, {"64": dict.fromkeys(toy.TASKS, {"accuracy": 0.75})}),
-                                 ("blind", ("image",), {})):
+    figures = {
+        "n": 4,
+        "accuracy": 0.5,
+        "low": 0.1,
+        "high": 0.9,
+        "truncated": 0.25,
+        "tokens_mean": 3.0,
+    }
+    for name, tasks, budgets in (
+        ("sft", toy.TASKS, {"64": dict.fromkeys(toy.TASKS, {"accuracy": 0.75})}),
+        ("blind", ("image",), {}),
+    ):
         (tmp_path / f"eval-{name}").mkdir()
         (tmp_path / f"eval-{name}" / "result.json").write_text(
-            json.dumps({"sets": dict.fromkeys(tasks, figures), "budgets": budgets}))
+            json.dumps({"sets": dict.fromkeys(tasks, figures), "budgets": budgets})
+        )
     toy.show_table(toy.TableConfig(out=[str(tmp_path)]))
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["sft"]["text"] == {**figures, "forced_exit": 0.75} and last["blind"] == {"image": figures}
+    assert last["sft"]["text"] == {**figures, "forced_exit": 0.75} and last["blind"] == {
+        "image": figures
+    }
     other = tmp_path / "other" / "eval-sft"
     other.mkdir(parents=True)
-    (other / "result.json").write_text(json.dumps({"sets": {"text": {**figures, "accuracy": 0.7}}, "budgets": {}}))
-    toy.show_table(toy.TableConfig(out=[str(tmp_path), str(other.parent)]))  # only what both folders have
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"sft": {"text": {"mean": 0.6, "each": [0.5, 0.7]}}}
+    (other / "result.json").write_text(
+        json.dumps({"sets": {"text": {**figures, "accuracy": 0.7}}, "budgets": {}})
+    )
+    toy.show_table(
+        toy.TableConfig(out=[str(tmp_path), str(other.parent)])
+    )  # only what both folders have
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
+        "sft": {"text": {"mean": 0.6, "each": [0.5, 0.7]}}
+    }
     with pytest.raises(ValueError, match="demo.sh"):
         toy.show_table(toy.TableConfig(out=[str(tmp_path / "nothing")]))
 
@@ -215,6 +297,7 @@ def test_table_reads_what_eval_writes_and_ends_with_one_json_line(tmp_path, caps
 def test_same_vision_sees_one_changed_bit(tmp_path):
     """The claim that training never touched the vision tower is worth nothing if the comparison cannot fail."""
     from safetensors.torch import save_file
+
     tower = {"visual.a": torch.randn(3, 4).to(torch.bfloat16), "model.b": torch.zeros(2)}
     changed = {"visual.a": tower["visual.a"].clone(), "model.b": torch.ones(2)}
     for name, weights in (("base", tower), ("same", changed)):
@@ -228,34 +311,49 @@ def test_same_vision_sees_one_changed_bit(tmp_path):
 
 def test_answers_without_thoughts_stand_beside_the_same_questions(world_dir):
     """A control on other questions would compare data sets, not thoughts."""
-    with_thoughts, without = ([[m["content"] for m in json.loads(x)["messages"]] for x in (world_dir / f"{name}.jsonl").open()]
-                              for name in ("sft", "sft_direct"))
+    with_thoughts, without = (
+        [
+            [m["content"] for m in json.loads(x)["messages"]]
+            for x in (world_dir / f"{name}.jsonl").open()
+        ]
+        for name in ("sft", "sft_direct")
+    )
     assert [row[0] for row in with_thoughts] == [row[0] for row in without]
-    assert [row[1].rpartition("</think>\n")[2] for row in with_thoughts] == [row[1] for row in without]
+    assert [row[1].rpartition("</think>\n")[2] for row in with_thoughts] == [
+        row[1] for row in without
+    ]
 
 
 def test_without_alignment_the_goal_is_a_rotation_and_no_word():
     """The ablation is one of alignment alone if the tower's goal is as easy to tell apart; and none, if it is the words."""
-    import toy_base
+    from toy import base as toy_base
+
     words = torch.randn(50, 16)
     model = torch.nn.Module()
     model.model = torch.nn.Module()
     model.model.embed_tokens = torch.nn.Embedding.from_pretrained(words)
-    same, other = (toy_base.goal(model, toy_base.BaseConfig(out="-", align=a)) for a in (True, False))
+    same, other = (
+        toy_base.goal(model, toy_base.BaseConfig(out="-", align=a)) for a in (True, False)
+    )
     assert torch.equal(same, words) and (other - words).norm() > words.norm()
     torch.testing.assert_close(other @ other.T, words @ words.T, atol=1e-4, rtol=1e-4)
 
 
 def test_image_form_of_the_conversations_says_the_same(world_dir):
     """The control with images compares nothing if its questions, thoughts or answers are others than those of the text."""
-    text, images = ([json.loads(x) for x in (world_dir / f"{name}.jsonl").open()] for name in ("sft", "sft_images"))
+    text, images = (
+        [json.loads(x) for x in (world_dir / f"{name}.jsonl").open()]
+        for name in ("sft", "sft_images")
+    )
     for one, other in zip(text, images):
-        (asked, reply), (shown, same) = ([m["content"] for m in row["messages"]] for row in (one, other))
+        (asked, reply), (shown, same) = (
+            [m["content"] for m in row["messages"]] for row in (one, other)
+        )
         assert reply == same
         if other.get("images"):
             before, after = shown.split("<image>")
             assert asked.startswith(before) and asked.endswith(after)
-            line = asked[len(before):len(asked) - len(after)]
+            line = asked[len(before) : len(asked) - len(after)]
             width = load_image(world_dir / other["images"][0]).width
             assert solve(line) in range(10) and width == toy.CELL * len(line)
         else:

@@ -1,4 +1,5 @@
 """The vision tower in training: frozen, trained, and on ranks that happen to have no image."""
+
 from types import SimpleNamespace
 
 import torch
@@ -10,16 +11,24 @@ from test_parallel import distance, whole_gradients
 def batch(sizes, seed):
     docs, grids, patches, (tokens, positions, cu) = image_stream(sizes, seed)
     grid = torch.cat(grids)
-    return SimpleNamespace(tokens=tokens, position_ids=positions, cu_seqlens=cu,
-                           targets=torch.where(tokens < 290, tokens, -100).roll(-1),
-                           pixel_values=patches if len(grid) else None, grid_thw=grid if len(grid) else None)
+    return SimpleNamespace(
+        tokens=tokens,
+        position_ids=positions,
+        cu_seqlens=cu,
+        targets=torch.where(tokens < 290, tokens, -100).roll(-1),
+        pixel_values=patches if len(grid) else None,
+        grid_thw=grid if len(grid) else None,
+    )
 
 
 def on_ranks(world, model_dir, out):
-    from checkpoint import build_model
+    from core.checkpoint import build_model
     from train_sft import accumulate_gradients
+
     model = build_model(model_dir, world, with_vision=True, train_vision=True)
-    mine = batch([[(4, 8), (8, 4)], []], 1) if world.is_main else batch([[]], 2)  # rank 1 has text only
+    mine = (
+        batch([[(4, 8), (8, 4)], []], 1) if world.is_main else batch([[]], 2)
+    )  # rank 1 has text only
     accumulate_gradients(model, [mine], 20, world)
     grads = whole_gradients(model)
     if world.is_main:
@@ -31,8 +40,14 @@ def test_gradients_with_images_on_one_rank_only(tiny_vl, tmp_path):
     run_ranks(2, on_ranks, tiny_vl, tmp_path / "g.pt")
     model = load(tiny_vl, with_vision=True)
     for b in (batch([[(4, 8), (8, 4)], []], 1), batch([[]], 2)):
-        loss = -model(b.tokens, b.position_ids, b.cu_seqlens, targets=b.targets, pixel_values=b.pixel_values,
-                      grid_thw=b.grid_thw)[0].sum()
+        loss = -model(
+            b.tokens,
+            b.position_ids,
+            b.cu_seqlens,
+            targets=b.targets,
+            pixel_values=b.pixel_values,
+            grid_thw=b.grid_thw,
+        )[0].sum()
         (loss / 20).backward()
     assert distance(torch.load(tmp_path / "g.pt"), whole_gradients(model)) <= 1e-5
 
@@ -40,7 +55,9 @@ def test_gradients_with_images_on_one_rank_only(tiny_vl, tmp_path):
 def test_a_frozen_tower_gets_no_gradient_and_does_no_work_on_text(tiny_vl):
     model = load(tiny_vl, with_vision=True)
     model.visual.requires_grad_(False)
-    model.visual.register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(AssertionError("the tower ran on text")))
+    model.visual.register_forward_pre_hook(
+        lambda *a: (_ for _ in ()).throw(AssertionError("the tower ran on text"))
+    )
     b = batch([[]], 2)
     model(b.tokens, b.position_ids, b.cu_seqlens, targets=b.targets)[0].sum().backward()
     assert all(p.grad is None for p in model.visual.parameters())
