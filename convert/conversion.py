@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -218,47 +217,38 @@ def download(name: str, out: str, revision: str | None = None) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    """`convert NAME SRC... --out FILE` or `download NAME --out DIR`; argv without the program's name."""
+    """`NAME SRC… --out FILE`, `download NAME --out DIR` or `from_samples OUT --out FILE`."""
     if argv[:1] == ["from_samples"]:
         from convert import from_samples
 
         return from_samples.main(argv[1:])
-    if argv and argv[0] in SPECS:
-        argv = ["convert", *argv]
+    downloads = argv[:1] == ["download"]
     parser = argparse.ArgumentParser(
-        prog="python -m convert", epilog=f"data sets: {', '.join(SPECS)}"
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser(
-        "convert",
-        help="a public release -> flat jsonl, images beside it",
+        prog="python -m convert" + " download" * downloads,
+        description=None if downloads else __doc__,
         epilog=f"data sets: {', '.join(SPECS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    one.add_argument("name")
-    one.add_argument("src", nargs="+", help="files, folders or zips of the release")
-    one.add_argument(
-        "--out", required=True, help="the jsonl to write; images go to images/ beside it"
-    )
-    one.add_argument(
-        "--limit", type=int, help="keep a sample of so many rows, in proportion to the subsets"
-    )
-    one.add_argument("--seed", type=int, default=0, help="which sample")
-    two = commands.add_parser("download", help="a snapshot from the hub")
-    two.add_argument("name")
-    two.add_argument("--out", required=True, help="folder")
-    two.add_argument(
-        "--revision", help="branch, tag or commit (default: the pinned commit, else the newest)"
-    )
-    args = parser.parse_args(argv)
+    parser.add_argument("name", help="the data set")
+    if downloads:
+        parser.add_argument("--out", required=True, help="folder")
+        parser.add_argument("--revision", help="branch, tag or commit (default: the pinned commit)")
+    else:
+        parser.add_argument("src", nargs="+", help="files, folders or zips of the release")
+        parser.add_argument(
+            "--out", required=True, help="the jsonl; images go to images/ beside it"
+        )
+        parser.add_argument(
+            "--limit", type=int, help="keep this many rows, in proportion to subsets"
+        )
+        parser.add_argument("--seed", type=int, default=0, help="which sample of --limit rows")
+    args = parser.parse_args(argv[downloads:])
     try:
-        if args.command == "convert":
-            print_report(convert(args.name, args.src, args.out, args.limit, args.seed), args.out)
-        else:
+        if downloads:
             what = download(args.name, args.out, args.revision)
             print(f"{args.out}: {what['hub']} at {what['revision']}")
+        else:
+            print_report(convert(args.name, args.src, args.out, args.limit, args.seed), args.out)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

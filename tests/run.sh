@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/env.sh requirements-dev.txt
 ruff check .
+ruff format --check .
 exec python -m pytest -q "${@:-tests}"

@@ -1,5 +1,5 @@
 """Converters against small files in each release's published form, written here, and against real releases where a
-copy lies in ../shared/data (skipped elsewhere). Every conversion is read back with the loader of data.py."""
+copy is in XREASONER_TEST_DATA (skipped elsewhere). Every conversion is read back with the loader of data.py."""
 
 from __future__ import annotations
 
@@ -17,17 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from real_data import REAL, needs_real
 
 import data
 from convert import conversion as convert
 from convert import converters, releases
 from core import schema
-
-ROOT = Path(convert.__file__).parent
-REAL = ROOT.parent / "shared" / "data"
-needs_real = pytest.mark.skipif(
-    not REAL.is_dir(), reason="no copies of the real releases in ../shared/data"
-)
 
 
 def picture(number: int, form: str = "PNG") -> bytes:
@@ -864,9 +859,9 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
         with pytest.raises(ValueError, match=message):
             convert.convert("gsm8k", [str(source)], out)
     with pytest.raises(SystemExit, match="unknown data set 'gsm9k'; there are: gsm8k, math500"):
-        convert.main(["convert", "gsm9k", str(wrong), "--out", out])
+        convert.main(["gsm9k", str(wrong), "--out", out])
     with pytest.raises(SystemExit, match="--limit must be at least 1"):
-        convert.main(["convert", "gsm8k", str(wrong), "--out", out, "--limit", "0"])
+        convert.main(["gsm8k", str(wrong), "--out", out, "--limit", "0"])
     assert not Path(out).exists() and not list(tmp_path.glob("*.tmp"))
 
 
@@ -896,11 +891,9 @@ def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_cam
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download, HfApi=HfApi)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    data.main(["download", "gsm8k", "--out", str(tmp_path / "raw"), "--revision", "main"])
+    convert.main(["download", "gsm8k", "--out", str(tmp_path / "raw"), "--revision", "main"])
     for out in ("one", "two"):
-        data.main(
-            ["convert", "gsm8k", str(tmp_path / "raw"), "--out", str(tmp_path / f"{out}.jsonl")]
-        )
+        convert.main(["gsm8k", str(tmp_path / "raw"), "--out", str(tmp_path / f"{out}.jsonl")])
     infos = [
         json.loads((tmp_path / f"{out}.jsonl.info.json").read_text()) for out in ("one", "two")
     ]
@@ -913,10 +906,8 @@ def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_cam
 
 def test_the_code_names_no_host():
     """Prevents an address in the code that is wrong on mirrors and blocked machines: the hub client knows its host."""
-    for name in ("convert", "converters", "releases"):
-        assert not re.search(
-            r"https?://|\bwww\.|huggingface\.co", (ROOT / f"{name}.py").read_text()
-        )
+    for file in Path(convert.__file__).parent.glob("*.py"):
+        assert not re.search(r"https?://|\bwww\.|huggingface\.co", file.read_text()), file
 
 
 # -------------------- Real releases --------------------

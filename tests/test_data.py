@@ -12,14 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from real_data import REAL
 from tiny import make_tiny_tokenizer
 
 import data
 from core import schema
 from core.vision import ImageConfig, mrope_positions, num_image_tokens
 from tools import check as datacheck
+from tools import inspect as datainspect
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 USER, ASSISTANT = (
     {"role": "user", "content": "2 + 2?"},
     {"role": "assistant", "content": "<think>\nadd\n</think>\n4"},
@@ -42,15 +43,12 @@ def tokenizer(model_dir):
 
 @pytest.fixture(scope="module")
 def real_tokenizer(tmp_path_factory):
-    if not (SHARED / "qwen2_5_tokenizer").is_dir():
-        pytest.skip("Qwen2.5's own tokenizer is not here (../shared/data)")
+    if REAL is None:
+        pytest.skip("Qwen2.5's own tokenizer: set XREASONER_TEST_DATA")
     path = tmp_path_factory.mktemp("real_tokenizer")
     for source in [
-        *(SHARED / "qwen2_5_tokenizer").iterdir(),
-        *(
-            SHARED / "qwen2_5_vl_config" / f"{n}.json"
-            for n in ("tokenizer_config", "chat_template")
-        ),
+        *(REAL / "qwen2_5_tokenizer").iterdir(),
+        *(REAL / "qwen2_5_vl_config" / f"{n}.json" for n in ("tokenizer_config", "chat_template")),
     ]:
         (path / source.name).write_bytes(source.read_bytes())
     return data.load_tokenizer(path)
@@ -406,7 +404,7 @@ def test_tiny_template_is_the_published_one_in_other_words(tokenizer, real_token
 
 def test_real_tokenizer_on_real_thoughts(real_tokenizer):
     """Prevents tokens other than the published tokenizer's on real long chains of thought."""
-    with open(SHARED / "long_cot" / "qwq32b_medical_traces.jsonl") as f:
+    with open(REAL / "long_cot" / "qwq32b_medical_traces.jsonl") as f:
         rows = [json.loads(line) for line in f][:40]
     rows = [conversation(r["question"], r["completion"]) for r in rows]
     for row, (tokens, learned) in zip(rows, data.encode_conversations(rows, real_tokenizer, None)):
@@ -854,34 +852,28 @@ def test_check_counts_tokens(model_dir, tmp_path):
         datacheck.check([file], None, 10)
 
 
-def test_command_line(model_dir, tmp_path, capsys, monkeypatch):
-    """Prevents an exit code 0 for bad data, and commands that `data.py` does not pass on."""
+def test_command_line(model_dir, tmp_path, capsys):
+    """Prevents an exit code 0 for bad data."""
     good, bad = (
         write(tmp_path / "good.jsonl", ROWS),
         write(tmp_path / "bad.jsonl", [*ROWS, conversation("x", "")]),
     )
-    data.main(["check", good])
+    datacheck.main([good])
     with pytest.raises(SystemExit) as e:
-        data.main(["check", good, bad])
+        datacheck.main([good, bad])
     assert e.value.code == 1 and f"{bad}:4: messages[1].content: empty" in capsys.readouterr().out
     with pytest.raises(SystemExit) as e:
-        data.main(["check", str(tmp_path / "none.jsonl")])
+        datacheck.main([str(tmp_path / "none.jsonl")])
     assert "no such file" in str(e.value.code)
-    data.main(["inspect", good, "--model", str(model_dir), "--max_len", "100"])
+    datainspect.main([good, "--model", str(model_dir), "--max_len", "100"])
     out = capsys.readouterr().out
     assert (
         "3 good conversation rows" in out
         and "⟦Yes<|im_end|>⟧" in out
         and "max_len 100: 2 rows are longer" in out
     )
-    data.main(["inspect", write(tmp_path / "p.jsonl", [problem()]), "--model", str(model_dir)])
+    datainspect.main([write(tmp_path / "p.jsonl", [problem()]), "--model", str(model_dir)])
     assert "A: Yes\nB: No<|im_end|>" in capsys.readouterr().out
-    called = []
-    from convert import conversion as convert
-
-    monkeypatch.setattr(convert, "main", called.append)
-    data.main(["convert", "gsm8k", "x", "--out", "y"])
-    assert called == [["convert", "gsm8k", "x", "--out", "y"]]
 
 
 def test_schema_constants_agree_with_the_real_tokenizer(real_tokenizer):

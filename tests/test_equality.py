@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import random
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_data import REAL, needs_real
 
 from grading import notation
 from grading.equality import full_equal, quick_equal
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data (../shared/data) is not here")
 
 EQUAL = r"""
 .5 ~ 0.5
@@ -306,17 +303,17 @@ def test_expressions_are_equal_only_if_their_values_are(a, b):
 def gold_answers() -> dict[str, list[str]]:
     orz = [
         x[1]["ground_truth"]["value"]
-        for x in json.loads((DATA / "orz/orz_math_57k_head1967.json").read_text())
+        for x in json.loads((REAL / "orz/orz_math_57k_head1967.json").read_text())
     ]
-    math500 = [json.loads(line)["answer"] for line in (DATA / "math/math500_test.jsonl").open()]
+    math500 = [json.loads(line)["answer"] for line in (REAL / "math/math500_test.jsonl").open()]
     gsm8k = [
         json.loads(line)["answer"].split("####")[1].strip()
-        for line in (DATA / "gsm8k/test.jsonl").open()
+        for line in (REAL / "gsm8k/test.jsonl").open()
     ]
     return {"orz": orz, "math500": math500, "gsm8k": gsm8k}
 
 
-@needs_data
+@needs_real
 def test_real_golds_equal_themselves_and_shuffled_only_true_equals():
     """1,967 + 500 + 1,319 real golds. Shuffled, what is called equal must be equal for math-verify too."""
     from math_verify import parse, verify
@@ -337,12 +334,12 @@ def test_real_golds_equal_themselves_and_shuffled_only_true_equals():
         ] == []
 
 
-@needs_data
+@needs_real
 def test_labelled_pairs_keep_their_agreement():
     """The 101 boxed pairs of public graders' test suites: two hedges with a wrong approximation are refused on
     purpose.
     """
-    rows = [json.loads(line) for line in (DATA / "rewards_dev.jsonl").open()]
+    rows = [json.loads(line) for line in (REAL / "rewards_dev.jsonl").open()]
     rows = [r for r in rows if r["kind"] == "math" and r"\boxed" not in r["pred"]]
     wrong = [r["id"] for r in rows if full_equal(r["pred"], r["gold"]) != r["expected"]]
     assert set(wrong) <= {"h0158", "h0155"}

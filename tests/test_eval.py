@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 from PIL import Image
 from ranks import run_ranks
+from real_data import REAL, needs_real
 
 import data
 import eval as ev
@@ -21,7 +22,6 @@ import sampling
 from scoring import scores as scoring
 
 ROOT = Path(ev.__file__).parent
-REAL = ROOT.parent / "shared" / "data" / "images_mmmu_pro"
 
 
 class InlineGrader:
@@ -657,15 +657,15 @@ def test_command_line(tmp_path, world):
     assert "quiz  2   50.0" in done.stdout and (out / "result.json").is_file()
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="real images (../shared/data) are not here")
+@needs_real
 def test_real_images_and_questions(model_dir, tmp_path, world, inline):
     """Prevents a path that works on noise only: real files of several sizes and modes, five images in one question, a
     page that holds the question itself, forced exit."""
     rows = []
-    lines = (REAL / "questions.jsonl").read_text().splitlines()
+    lines = (REAL / "images_mmmu_pro" / "questions.jsonl").read_text().splitlines()
     for i in (0, 1, 5):
         q = json.loads(lines[i])
-        names = [str(REAL / q[k]) for k in sorted(q) if k.startswith("image_")]
+        names = [str(REAL / "images_mmmu_pro" / q[k]) for k in sorted(q) if k.startswith("image_")]
         rows.append(
             choice(
                 i,
@@ -675,7 +675,7 @@ def test_real_images_and_questions(model_dir, tmp_path, world, inline):
                 options=[o.replace("<image", "<picture") for o in q["options"]],
             )
         )
-    page = sorted((REAL / "vision_pages").glob("*.png"))[0]
+    page = sorted((REAL / "images_mmmu_pro" / "vision_pages").glob("*.png"))[0]
     rows.append(
         choice(
             99,

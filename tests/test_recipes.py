@@ -319,7 +319,7 @@ def test_from_samples_reads_an_evaluation_and_counts(tmp_path, capsys):
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "config.json").write_text('{"open_thought": false}')
-    data.main(
+    convert.main(
         ["from_samples", str(tmp_path), "--out", str(tmp_path / "traces.jsonl"), "--most", "2"]
     )
     said = capsys.readouterr().out

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_data import REAL, needs_real
 
 import rewards
 from rewards import Grader, choice_letter, extract_answer, last_boxed, reward, stated_letter
 
 ROOT = Path(rewards.__file__).parent
-DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data (../shared/data) is not here")
 OPTIONS = ["fever", "cough", "headache", "rash"]
 MATH = {"id": "m", "task": "t", "kind": "math", "question": "What is 6 times 7?", "answer": "42"}
 CHOICE = {
@@ -329,12 +328,12 @@ def test_command_line(tmp_path):
     assert done.returncode != 0 and "rows.jsonl:1" in done.stderr and "gold" in done.stderr
 
 
-@needs_data
+@needs_real
 def test_labelled_rows_keep_their_agreement():
     """rewards_dev.jsonl: >= 96 % boxed pairs, >= 98 % free texts with no false positive, all attacks, >= 80 %
     choices, no false positive.
     """
-    rows = rewards.read_rows(str(DATA / "rewards_dev.jsonl"))
+    rows = rewards.read_rows(str(REAL / "rewards_dev.jsonl"))
     graded = rewards.grade_rows(rows, 1, 5.0, "answer")
     wrong: dict[str, list[bool]] = {}
     for row, (result, _) in zip(rows, graded):
@@ -346,12 +345,12 @@ def test_labelled_rows_keep_their_agreement():
     assert len(wrong["math"]) <= 2 and len(wrong["text"]) <= 1 and len(wrong["mcq"]) <= 2
 
 
-@needs_data
+@needs_real
 def test_mmmu_pro_outputs_agree_with_the_official_letters():
     """250 real GPT-4o outputs: the "Answer: X" rule differs from the official parser in two ("A. (D)", and no
     letter at all).
     """
-    rows = [json.loads(line) for line in (DATA / "mmmu/gpt4o_standard10_cot_250.jsonl").open()]
+    rows = [json.loads(line) for line in (REAL / "mmmu/gpt4o_standard10_cot_250.jsonl").open()]
     differ = []
     for row in rows:
         answer = extract_answer(

@@ -5,7 +5,6 @@ import io
 import json
 import random
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from real_data import REAL, needs_real
 
 from core.attention import apply_rope
 from core.vision import (
@@ -34,7 +34,6 @@ CARD = ImageConfig(
 )  # X-Reasoner's model card: every image is brought to the same area
 SMALL = ImageConfig(3136, 50_000)  # most images must shrink
 IMAGE_ID = 302
-IMAGES = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "images_mmmu_pro"
 
 
 def pil_processor(config: ImageConfig):
@@ -512,11 +511,11 @@ def test_patch_order_and_normalisation_by_hand():
     assert torch.allclose(patches[6], expected, atol=1e-6)
 
 
-@pytest.mark.skipif(not IMAGES.is_dir(), reason="the benchmark images are not on this machine")
+@needs_real
 @pytest.mark.parametrize("config", [CARD, SMALL], ids=["card", "small"])
 def test_benchmark_images_equal_transformers(config):
     """Prevents: something in real files (palettes, metadata, odd sizes) that made-up images do not have."""
-    files = sorted(p for p in IMAGES.rglob("*") if p.suffix in (".png", ".jpg"))
+    files = sorted(p for p in (REAL / "images_mmmu_pro").rglob("*") if p.suffix in (".png", ".jpg"))
     assert len(files) >= 20
     for file in files:
         assert_equals_transformers(load_image(file), Image.open(file), config)
