@@ -13,59 +13,23 @@ import gc
 import hashlib
 import json
 import math
-import os
 import platform
 import shlex
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Iterator, TypeVar
+from typing import Any
 
 import torch
 
-T = TypeVar("T")
+from core.options import exit_on_value_error as exit_on_value_error
+from core.options import option as option
+from core.options import parse_config as parse_config
+
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
-
-
-# --------------------------------------------------------------------------------------------------- command line
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its --help text; a default of `dataclasses.MISSING` makes the flag required."""
-    metadata = {"help": help.replace("%", "%%")}  # argparse formats help texts
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -> T:
-    """The command line of a dataclass: each field a flag, its default shown, an unknown flag an error."""
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(cls, description=doc, allow_abbrev=False)
-    config, unknown = parser.parse_args_into_dataclasses(
-        args=argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}; see --help")
-    return config
-
-
-@contextmanager
-def exit_on_value_error() -> Iterator[None]:
-    """Turn a ValueError (a mistake of the user's: it names the file and the mend) into one line and exit code 2;
-    TRACEBACK=1 in the environment prints where it was raised before that line."""
-    try:
-        yield
-    except ValueError as e:
-        sys.stdout.flush()
-        if os.environ.get("TRACEBACK"):  # Python prints none for a SystemExit, whatever its cause
-            traceback.print_exc()
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
 
 
 # -------------------------------------------------------------------------------------------------- run directory

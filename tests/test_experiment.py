@@ -5,24 +5,7 @@ from typing import ClassVar
 
 import pytest
 
-from core.run import Run, exit_on_value_error
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_traceback_is_printed_when_asked_for(asked, monkeypatch, capsys):
-    """Prevents TRACEBACK=1 from doing nothing (Python prints none for SystemExit), and one that nobody asked for."""
-    monkeypatch.delenv("TRACEBACK", raising=False)
-    if asked:
-        monkeypatch.setenv("TRACEBACK", "1")
-
-    def read_file() -> None:
-        raise ValueError("p.jsonl:3: answer: missing")
-
-    with pytest.raises(SystemExit) as end, exit_on_value_error():
-        read_file()
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.splitlines()[-1] == "error: p.jsonl:3: answer: missing"
-    assert ("Traceback" in said and "in read_file" in said) == asked
+from core.run import Run
 
 
 @dataclass

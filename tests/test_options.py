@@ -1,0 +1,121 @@
+"""The command line: ranges, misspelt flags, --help, settings from a file."""
+
+import json
+from dataclasses import MISSING, dataclass, field
+from typing import Literal
+
+import pytest
+
+from core.options import exit_on_value_error, option, parse_config
+
+DOC = """What it does.
+
+    python train.py --model DIR      # an example
+    python train.py --model OTHER    # 100% as written
+"""
+
+
+@dataclass
+class Settings:
+    model: str = option(MISSING, "where it starts from", group="data")
+    data: list[str] = option(MISSING, "jsonl file(s)", group="data")
+    lr: float = option(
+        1e-5, "peak learning rate, 50% of it at first", group="optimizer", gt=0, le=1
+    )
+    steps: int = option(-1, "optimizer steps", ge=-1)
+    kind: Literal["a", "b"] = option("a", "which one", group="objective")
+    compile: bool = option(False, "compile it", group="memory and speed")
+    reshard: bool = option(True, "free blocks", group="memory and speed")
+    more: list[str] = option([], "further files")
+    n: int = field(default=1, metadata={"aliases": ["--samples"], "help": "samples"})
+
+
+GIVEN = ["--model", "m", "--data", "a", "b"]
+
+
+def parse(*argv):
+    return parse_config(Settings, DOC, [*GIVEN, *argv])
+
+
+def test_types_and_defaults():
+    got = parse("--lr", "0.5", "--no_reshard", "--compile", "--samples", "3", "--kind=b")
+    assert got == Settings("m", ["a", "b"], 0.5, -1, "b", True, False, [], 3)
+    assert parse("--compile", "False", "--reshard", "true") == Settings("m", ["a", "b"])
+    assert parse("--steps", -1).steps == -1  # numbers too, as tests pass them
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--lr", "0"], "--lr 0.0: must be greater than 0"),
+        (["--lr", "2"], "--lr 2.0: must be at most 1"),
+        (["--lr", "nan"], "--lr nan: must be greater than 0"),
+        (["--steps", "-2"], "--steps -2: must be at least -1"),
+        (["--steps", "x"], "--steps: invalid int value: 'x'"),
+        (["--kind", "c"], "--kind: invalid choice: 'c'"),
+        (["--stpes", "3"], "unknown option --stpes; did you mean --steps?"),
+        (["--no-reshard"], "unknown option --no-reshard; did you mean --no_reshard?"),
+        (["--compil=true"], "unknown option --compil; did you mean --compile?"),
+        (["--zzz"], "unknown option --zzz (see"),
+        (["--compile", "maybe"], "'maybe' is neither true nor false"),
+        (["--config", "nowhere.json"], "--config nowhere.json: [Errno 2]"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(*argv)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and words in said and said.count("\n") == 1
+
+
+def test_a_misspelt_required_flag_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Settings, DOC, ["--modle", "m", "--data", "d"])
+    assert "unknown option --modle; did you mean --model?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_config(Settings, DOC, ["--data", "d"])
+    assert "--model required" in capsys.readouterr().err
+
+
+def test_help_keeps_lines_and_groups_and_says_what_is_required(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and DOC.strip() in said and "None" not in said
+    groups = ["data:", "objective:", "optimizer:", "memory and speed:", "run:"]
+    at = [said.index(f"\n{g}\n") for g in groups]
+    assert at == sorted(at) and "\nsampling:\n" not in said
+    assert at[0] < said.index("where it starts from (required)") < at[1]
+    said = " ".join(said.split())
+    assert "50% of it" in said and "default: 1e-05" in said and "--no_reshard turns it off" in said
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_settings_from_a_file_and_flags_win(suffix, tmp_path, capsys):
+    file = tmp_path / f"config.{suffix}"
+    settings = {"model": "-x", "data": ["a", "b"], "lr": 0.25, "reshard": False, "more": []}
+    file.write_text(json.dumps(settings))  # yaml reads json
+    got = parse_config(Settings, DOC, ["--config", str(file), "--lr", "0.5"])
+    assert got == Settings("-x", ["a", "b"], 0.5, reshard=False)
+    file.write_text('{"learning_rate": 1}')
+    with pytest.raises(SystemExit):
+        parse("--config", str(file))
+    assert "unknown option --learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_traceback_is_printed_when_asked_for(asked, monkeypatch, capsys):
+    """Prevents TRACEBACK=1 from doing nothing (Python prints none for SystemExit), and one that
+    nobody asked for."""
+    monkeypatch.delenv("TRACEBACK", raising=False)
+    if asked:
+        monkeypatch.setenv("TRACEBACK", "1")
+
+    def read_file() -> None:
+        raise ValueError("p.jsonl:3: answer: missing")
+
+    with pytest.raises(SystemExit) as end, exit_on_value_error():
+        read_file()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.splitlines()[-1] == "error: p.jsonl:3: answer: missing"
+    assert ("Traceback" in said and "in read_file" in said) == asked
