@@ -36,7 +36,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from core.checkpoint import build_model, check_model_dir, resolve_model_dir
 from core.parallel import (
     World,
     all_gather_objects,
@@ -59,7 +58,7 @@ from data import (
     prompt_text,
     prompt_tokens,
 )
-from model import Model, ModelConfig
+from model import Model, ModelConfig, build_model, check_model_dir, resolve_model_dir
 from rewards import Grader
 from rollouts import banned_token_ids, problem_key, stop_token_ids
 from sampler import Rollout, Sampler, SamplingParams

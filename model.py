@@ -30,7 +30,9 @@ from torch.utils.checkpoint import (
 )
 
 from core.attention import apply_rope, attend
+from core.parallel import World, rank0_first, shard
 from core.vision import VisionConfig, VisionTower
+from core.weights import WeightFiles, load_hf
 
 SUPPORTED = "qwen2_5_vl (Qwen2.5-VL 3B, 7B, 32B, 72B) and qwen2 (text-only Qwen2, Qwen2.5, QwQ-32B)"
 CHECKPOINTING = (
@@ -307,6 +309,9 @@ class Model(nn.Module):
             if config.tie_word_embeddings
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
+        # what its files may hold beside its parameters, see `core.weights.WeightFiles.check`
+        self.not_built = () if with_vision else ("visual.",)
+        self.tied = ("lm_head.",) if config.tie_word_embeddings else ()
         self.loss_chunk = 0  # rows of logits that exist at once, 0: by device, see `rows_of_logits`
         self.banned_ids: torch.Tensor | None = (
             None  # ids that never get probability, see `set_banned_ids`
@@ -520,6 +525,76 @@ def add_weight_gradient(total: torch.Tensor, d_logits: torch.Tensor, hidden: tor
 
 def _slices(rows: int, chunk: int) -> list[slice]:
     return [slice(i, min(i + chunk, rows)) for i in range(0, rows, chunk)]
+
+
+# ----------------------------------------------------------------------------------------- from a model directory
+def resolve_model_dir(name: str, world: World) -> Path:
+    """A local directory as it is; a hub id is downloaded (by rank 0 first) and its local copy returned."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"--model {name}: no such directory (a hub id has the form owner/name)")
+    from huggingface_hub import snapshot_download
+
+    with rank0_first(world):
+        try:
+            patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+            return Path(snapshot_download(name, allow_patterns=patterns))
+        except Exception as e:  # the hub client raises a dozen kinds of exceptions
+            raise ValueError(
+                f"--model {name}: no such directory, and it could not be downloaded from the hub "
+                f"({type(e).__name__}: {e})"
+            ) from e
+
+
+def check_model_dir(model_dir: str | Path) -> None:
+    """Raise ValueError unless this directory holds a supported model with all of its weights in shape. Reads headers
+    only, so that a broken directory shows before minutes of preparing data."""
+    with torch.device("meta"):
+        model = Model(ModelConfig.from_dir(model_dir))
+    WeightFiles(model_dir).check(model)
+
+
+def build_model(
+    model_dir: str | Path,
+    world: World,
+    *,
+    with_vision: bool = False,
+    train_vision: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+    master_dtype: torch.dtype = torch.float32,
+    checkpointing: str = "none",
+    compile_blocks: bool = False,
+    reshard_after_forward: bool = True,
+    replicas: int = 1,
+) -> Model:
+    """The model of a directory, sharded over the ranks and filled, without a full copy on any rank.
+
+    Order: build on meta → checkpointing inside blocks → compile blocks → shard → allocate → load.
+    """
+    if checkpointing not in CHECKPOINTING:
+        raise ValueError(f"checkpointing {checkpointing!r}: one of {', '.join(CHECKPOINTING)}")
+    with torch.device("meta"):
+        model = Model(ModelConfig.from_dir(model_dir), with_vision).to(master_dtype)
+    if with_vision:
+        model.visual.requires_grad_(train_vision)
+    for block in model.model.layers:
+        block.checkpointing = checkpointing
+        if compile_blocks:
+            block.compile()
+    shard(
+        model,
+        world,
+        compute_dtype=compute_dtype,
+        reshard_after_forward=reshard_after_forward,
+        replicas=replicas,
+    )
+    model.to_empty(device=world.device)
+    load_hf(model, model_dir)
+    # mixed precision would be silently lost if the masters were not what was asked for
+    assert all(p.dtype == master_dtype for p in model.parameters())
+    return model
 
 
 # ------------------------------------------------------------------------------------------------ cost of training

@@ -26,14 +26,7 @@ import numpy as np
 import torch
 
 from core import attention, optim
-from core.checkpoint import (
-    build_model,
-    export_hf,
-    load_state,
-    newest_state,
-    resolve_model_dir,
-    save_state,
-)
+from core.checkpoint import load_state, newest_state, save_state
 from core.parallel import (
     World,
     all_any,
@@ -56,6 +49,7 @@ from core.run import (
     quiet_garbage_collection,
 )
 from core.vision import ImageConfig
+from core.weights import export_hf
 from data import (
     attention_cost,
     balance,
@@ -65,7 +59,7 @@ from data import (
     pack_plan,
     prompt_tokens,
 )
-from model import Model
+from model import Model, build_model, resolve_model_dir
 from rewards import Grader
 from roller import Roller, Rollouts, rollout_figures, speed
 from rollouts import (

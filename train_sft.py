@@ -32,17 +32,7 @@ import numpy as np
 import torch
 
 from core import attention
-from core.checkpoint import (
-    MARKER,
-    build_model,
-    check_model_dir,
-    export_hf,
-    is_whole,
-    load_state,
-    newest_state,
-    resolve_model_dir,
-    save_state,
-)
+from core.checkpoint import MARKER, is_whole, load_state, newest_state, save_state
 from core.optim import adamw, guarded_step, lr_at
 from core.parallel import (
     World,
@@ -68,6 +58,7 @@ from core.run import (
     quiet_garbage_collection,
 )
 from core.vision import ImageConfig
+from core.weights import export_hf
 from data import (
     Batch,
     TokenizedDataset,
@@ -77,7 +68,7 @@ from data import (
     pack_plan,
     tokenize_files,
 )
-from model import Model, ModelConfig, train_flops
+from model import Model, ModelConfig, build_model, check_model_dir, resolve_model_dir, train_flops
 from tools.memory import Setting, plan_step, table
 
 

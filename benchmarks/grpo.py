@@ -80,7 +80,7 @@ def talker(model_dir: Path, mean: int) -> None:
     from arithmetic import logprobs_of
     from safetensors.torch import save_file
 
-    from core.checkpoint import load_hf
+    from core.weights import load_hf
     from model import Model, ModelConfig
 
     model, rng = Model(ModelConfig.from_dir(model_dir)), np.random.default_rng(0)

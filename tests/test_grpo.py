@@ -59,7 +59,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(model_dir, world):
-    from core.checkpoint import build_model
+    from model import build_model
 
     return build_model(model_dir, world)
 
@@ -105,7 +105,7 @@ def update_gradient(model, reference, world, samples, prompts, c):
 
 
 def gradients_on_ranks(world, model_dir, out, *budgets):
-    from core.checkpoint import build_model
+    from model import build_model
 
     model = build_model(model_dir, world)
     results = []
@@ -412,7 +412,7 @@ def trl_trainer(tmp_path_factory, world):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from core.checkpoint import build_model
+    from model import build_model
 
     folder = tmp_path_factory.mktemp("trl")
     model_dir = make_model(folder / "m")

@@ -173,8 +173,8 @@ def test_the_peak_of_a_training_step_is_within_5_percent_of_the_plan(
 ):
     """Sharded model, AdamW, forward and backward of a second micro-batch, by torch's memory tracker. Without a GPU this
     is the closest to its allocator's peak."""
-    from core.checkpoint import build_model
     from core.optim import adamw
+    from model import build_model
     from train_sft import accumulate_gradients
 
     path = wide_model(tmp_path_factory)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny_model import IDS, VOCAB, make_tiny_qwen2, make_tiny_vl
 
-from core.checkpoint import load_hf
+from core.weights import load_hf
 from model import (
     ChunkedLogProbs,
     Model,

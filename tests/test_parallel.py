@@ -67,8 +67,8 @@ def whole_gradients(model):
 def one_step(world, model_dir, micro, naive=False, replicas=1):
     """All documents over world.size ranks × `micro` micro-batches (empty ones where they run out) → gradients, loss
     sum, norm. naive: each rank divides by its own token count, the mistake that these tests must notice."""
-    from core.checkpoint import build_model
     from core.parallel import all_sum, grad_norm
+    from model import build_model
     from train_sft import accumulate_gradients, empty_batch
 
     model = build_model(model_dir, world, replicas=replicas)
@@ -84,9 +84,9 @@ def one_step(world, model_dir, micro, naive=False, replicas=1):
 
 def gather_twice(world, model_dir):
     """Ranks run different numbers of forwards inside `gathered`, train, and gather again → the logits of both."""
-    from core.checkpoint import build_model
     from core.optim import adamw, guarded_step
     from core.parallel import gathered
+    from model import build_model
     from train_sft import accumulate_gradients
 
     model = build_model(model_dir, world)
@@ -105,8 +105,8 @@ def gather_twice(world, model_dir):
 
 
 def dtypes_in_bf16(world, model_dir):
-    from core.checkpoint import build_model
     from core.parallel import gathered
+    from model import build_model
     from train_sft import accumulate_gradients
 
     model = build_model(model_dir, world, compute_dtype=torch.bfloat16)
@@ -122,8 +122,9 @@ def dtypes_in_bf16(world, model_dir):
 
 def train_from_newest(world, model_dir, root, save=False):
     """Three steps, or what is left of them after the newest whole checkpoint → (where it began, weights at the end)."""
-    from core.checkpoint import build_model, load_state, newest_state, save_state
+    from core.checkpoint import load_state, newest_state, save_state
     from core.optim import adamw, guarded_step
+    from model import build_model
     from train_sft import accumulate_gradients
 
     model = build_model(model_dir, world)

@@ -17,9 +17,9 @@ from tiny_model import TEXT, VOCAB, make_tiny_qwen2, make_tiny_vl
 
 import sampler as sampler_module
 from core.attention import attend
-from core.checkpoint import load_hf
 from core.decode_kernels import bucket_of, decode_attend, plan_attention
 from core.vision import mrope_positions
+from core.weights import load_hf
 from data import Prompt
 from model import Model, ModelConfig
 from sampler import STATE, Sampler, SamplingParams

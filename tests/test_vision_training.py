@@ -22,7 +22,7 @@ def batch(sizes, seed):
 
 
 def on_ranks(world, model_dir, out):
-    from core.checkpoint import build_model
+    from model import build_model
     from train_sft import accumulate_gradients
 
     model = build_model(model_dir, world, with_vision=True, train_vision=True)

@@ -53,7 +53,7 @@ def warm_up(
     rate."""
     from safetensors.torch import save_file
 
-    from core.checkpoint import load_hf
+    from core.weights import load_hf
     from data import load_problems, load_tokenizer, render_problem
     from model import Model, ModelConfig
 
