@@ -1,0 +1,193 @@
+"""One completion of one problem: GRPO trains on it, evaluation scores it, a json line stores it.
+
+    {"id": "gsm8k/7", "task": "gsm8k", "sample": 0, "seed": 812…, "prompt": "…", "text": "…",
+     "tokens": [151, …], "finish_reason": "stop", "gold": "18", "answer": "18", "reward": 1.0, …}
+
+    samples, waited = generate_and_grade(sampler, grader, tokenizer, problems, prompts, params, …)
+    write_samples(file, samples)  # OUT/rollouts/step_N.jsonl of GRPO, OUT/samples.jsonl of eval
+    samples = read_samples(file)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, Sequence
+
+import numpy as np
+
+
+@dataclass
+class Sample:
+    """A completion, its grade, and what GRPO or evaluation adds. None fields aren't stored."""
+
+    id: str  # of the problem
+    sample: int  # which of the problem's samples, from 0
+    tokens: list[int]  # the completion, end token included
+    finish_reason: str  # stop | length | forced+stop | forced+length
+    text: str  # decoded without the end token
+    prompt: str = ""
+    seed: int = 0  # of the problem; with the sampler's seed and `sample` it decides every token
+    prompt_tokens: int = 0
+    forced_at: int | None = None  # index of the first inserted token of a forced exit
+    forced_tokens: int = 0  # how many were inserted
+    logprobs: np.ndarray | None = None  # (len(tokens),) fp32, the sampler's, after temperature
+    task: str | None = None
+    gold: Any = None  # the problem's answer
+    images: list[str] = field(default_factory=list)
+    # the grade
+    reward: float = 0.0
+    answer: str | None = None  # as extracted; None: no answer found
+    status: str = "ok"  # ok | no_answer | truncated | timeout | error
+    why: str | None = None  # what went wrong with the reward
+    # GRPO
+    problem: int | None = None  # index of the problem within the step
+    advantage: float | None = None
+    logp_difference: float | None = None  # mean |trainer - sampler log-probability| of its tokens
+    trained: bool | None = None  # False: left out of the update
+    # evaluation
+    lenient: float | None = None  # reward under lenient extraction
+    looping: bool | None = None  # does the end repeat itself?
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason.endswith("length")
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(len(tokens),) bool: True sampled, False inserted by force (never trained on)."""
+        return sampled_mask(len(self.tokens), self.forced_at, self.forced_tokens)
+
+    def to_json(self) -> str:
+        """One line, line break included. Log-probabilities are rounded to 1e-5."""
+        row = {k: v for k, v in vars(self).items() if v is not None}
+        if self.logprobs is not None:
+            row["logprobs"] = np.round(np.asarray(self.logprobs, np.float64), 5).tolist()
+        row["tokens"] = np.asarray(self.tokens).tolist()
+        return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+FIELDS = {f.name: f.default is MISSING for f in dataclasses.fields(Sample)}  # name → no default?
+FIELDS["images"] = False
+
+
+def sampled_mask(length: int, forced_at: int | None, forced_tokens: int) -> np.ndarray:
+    """(length,) bool: False for the `forced_tokens` tokens from `forced_at` on."""
+    mask = np.ones(length, bool)
+    if forced_at is not None:
+        mask[forced_at : forced_at + forced_tokens] = False
+    return mask
+
+
+def problem_seed(problem: dict, salt: int = 0) -> int:
+    """A 63-bit seed from a problem's id (and a salt such as its position in the data stream): the
+    same samples on whatever rank, in whatever batch."""
+    digest = hashlib.sha256(f"{salt}|{problem.get('task')}|{problem['id']}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+# ------------------------------------------------------------------------------------- generate
+def make_sample(problem: dict, completion, tokenizer, *, prompt: str, seed: int) -> Sample:
+    """A sampler's completion as an ungraded sample of `problem`."""
+    tokens = list(completion.tokens)
+    end = len(tokens) - completion.finish_reason.endswith("stop")
+    return Sample(
+        id=problem["id"],
+        sample=completion.sample_index,
+        tokens=tokens,
+        finish_reason=completion.finish_reason,
+        text=tokenizer.decode(tokens[:end]),
+        prompt=prompt,
+        seed=seed,
+        prompt_tokens=completion.prompt_tokens,
+        forced_at=completion.forced_at,
+        forced_tokens=completion.forced_tokens,
+        logprobs=completion.logprobs,
+        task=problem.get("task"),
+        gold=problem["answer"],
+        images=problem.get("images") or [],
+    )
+
+
+def set_grade(sample: Sample, grade) -> None:
+    """Copy a grader's result (score, answer, status, why) into the sample."""
+    sample.reward, sample.status = grade.score, grade.status
+    sample.answer = None if grade.answer is None else str(grade.answer)
+    sample.why = grade.why or None
+
+
+def generate_and_grade(
+    sampler,
+    grader,
+    tokenizer,
+    problems: Sequence[dict],
+    prompts: Sequence,
+    params,
+    *,
+    seeds: Sequence[int],
+) -> tuple[list[Sample], float]:
+    """params.n graded completions of each prompt, in order of (problem, sample); each is graded as
+    soon as it ends, while others still decode.
+
+    seeds: one a problem (`problem_seed`). Sample.problem is the problem's index in this call. Also
+    returns the seconds waited for grades after the last token. Not a collective; the model's
+    weights must be whole (inside `parallel.gathered`).
+    """
+    texts = [tokenizer.decode(p.tokens) for p in prompts]
+    pending = []
+
+    def grade(completion) -> None:
+        i = completion.prompt_index
+        sample = make_sample(problems[i], completion, tokenizer, prompt=texts[i], seed=seeds[i])
+        sample.problem = i
+        pending.append((sample, grader.submit(problems[i], sample.text, sample.finish_reason)))
+
+    sampler.generate(prompts, params, sample_ids=seeds, on_finish=grade)
+    decoded = time.perf_counter()
+    for sample, future in pending:
+        set_grade(sample, future.result())
+    samples = sorted((s for s, _ in pending), key=lambda s: (s.problem, s.sample))
+    return samples, time.perf_counter() - decoded
+
+
+# ----------------------------------------------------------------------------------------- disk
+def write_samples(file: Path, samples: Iterable[Sample]) -> None:
+    """One json object a line; the file is written aside and renamed, so it is whole or absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tmp = file.with_suffix(".tmp")
+    with open(tmp, "w", encoding="utf-8", newline="\n") as f:
+        f.writelines(s.to_json() for s in samples)
+    tmp.rename(file)
+
+
+def read_samples(file: Path, truncated_end: bool = False) -> list[Sample]:
+    """The samples of a file; fields of newer versions are ignored.
+
+    truncated_end: a last line without a line break was cut by a crash and is dropped. Raises
+    ValueError that names file and line of anything else that is not a sample.
+    """
+    samples = []
+    with open(file, encoding="utf-8", errors="replace", newline="\n") as f:
+        for number, line in enumerate(f, 1):
+            if truncated_end and not line.endswith("\n"):
+                break
+            try:
+                row = json.loads(line)
+                missing = [
+                    name for name, required in FIELDS.items() if required and name not in row
+                ]
+                if missing:
+                    raise ValueError(f"no {missing[0]}")
+                row["tokens"] = np.array(row["tokens"], np.int32).tolist()
+                if "logprobs" in row:
+                    row["logprobs"] = np.array(row["logprobs"], np.float32)
+                samples.append(Sample(**{k: v for k, v in row.items() if k in FIELDS}))
+            except (ValueError, TypeError) as e:
+                raise ValueError(
+                    f"{file}:{number}: not a stored sample ({e}); remove this line to resample it"
+                ) from e
+    return samples
