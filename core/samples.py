@@ -1,11 +1,11 @@
 """One completion of one problem: GRPO trains on it, evaluation scores it, a json line stores it.
 
-    {"id": "gsm8k/7", "task": "gsm8k", "sample": 0, "seed": 812…, "prompt": "…", "text": "…",
-     "tokens": [151, …], "finish_reason": "stop", "gold": "18", "answer": "18", "reward": 1.0, …}
+{"id": "gsm8k/7", "task": "gsm8k", "sample": 0, "seed": 812…, "prompt": "…", "text": "…",
+ "tokens": [151, …], "finish_reason": "stop", "gold": "18", "answer": "18", "reward": 1.0, …}
 
-    samples, waited = generate_and_grade(sampler, grader, tokenizer, problems, prompts, params, …)
-    write_samples(file, samples)  # OUT/rollouts/step_N.jsonl of GRPO, OUT/samples.jsonl of eval
-    samples = read_samples(file)
+samples, waited = generate_and_grade(sampler, grader, tokenizer, problems, prompts, params, …)
+write_samples(file, samples)  # OUT/rollouts/step_N.jsonl of GRPO, OUT/samples.jsonl of eval
+samples = read_samples(file)
 """
 
 from __future__ import annotations

@@ -16,13 +16,28 @@ from core.samples import (
 
 
 def sample(**more):
-    return Sample(**{"id": "a", "sample": 0, "tokens": [7, 8], "finish_reason": "stop", "text": "x", **more})
+    return Sample(
+        **{"id": "a", "sample": 0, "tokens": [7, 8], "finish_reason": "stop", "text": "x", **more}
+    )
 
 
 def test_rows_come_back_as_they_were(tmp_path):
     written = [
-        sample(logprobs=np.array([-1 / 3, -1e-30], np.float32), forced_at=1, forced_tokens=1, gold=["1", "2"]),
-        sample(id="b", text="two\u2028lines", reward=1.0, answer="1", advantage=-0.5, trained=False, problem=3),
+        sample(
+            logprobs=np.array([-1 / 3, -1e-30], np.float32),
+            forced_at=1,
+            forced_tokens=1,
+            gold=["1", "2"],
+        ),
+        sample(
+            id="b",
+            text="two\u2028lines",
+            reward=1.0,
+            answer="1",
+            advantage=-0.5,
+            trained=False,
+            problem=3,
+        ),
     ]
     write_samples(tmp_path / "r" / "step_1.jsonl", written)
     assert (tmp_path / "r" / "step_1.jsonl").read_text().count("\n") == 2
@@ -73,8 +88,16 @@ class FakeSampler:
             for j in range(params.n):
                 tokens = [prompts[i].tokens[0], j, 304]
                 on_finish(
-                    SimpleNamespace(prompt_index=i, sample_index=j, tokens=tokens, prompt_tokens=1,
-                                    logprobs=np.zeros(3), finish_reason="stop", forced_at=None, forced_tokens=0)
+                    SimpleNamespace(
+                        prompt_index=i,
+                        sample_index=j,
+                        tokens=tokens,
+                        prompt_tokens=1,
+                        logprobs=np.zeros(3),
+                        finish_reason="stop",
+                        forced_at=None,
+                        forced_tokens=0,
+                    )
                 )
 
 
