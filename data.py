@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Iterator, Sequence
@@ -490,13 +490,48 @@ class Batch:
     """A packed stream of documents, end to end without padding."""
 
     tokens: torch.Tensor  # (T,) int64
-    targets: (
-        torch.Tensor
-    )  # (T,) int64: the next token where it is learned and of the same document, else -100
+    targets: torch.Tensor  # (T,) int64: the next token where it is supervised, else -100
     position_ids: torch.Tensor  # (3, T) int64, from 0 in each document
-    cu_seqlens: torch.Tensor  # (N + 1,) int32, CPU: where documents begin and end
+    cu_seqlens: torch.Tensor  # (N + 1,) int32: where documents begin and end
     pixel_values: torch.Tensor | None  # (patches of all images, 1176) fp32
-    grid_thw: torch.Tensor | None  # (images, 3) int64
+    grid_thw: torch.Tensor | None  # (images, 3) int64, always on the CPU
+    max_len: int  # tokens of the longest document
+    supervised_rows: torch.Tensor  # (R,) int64: rows that have a target
+
+    @staticmethod
+    def of(tokens, targets, position_ids, cu_seqlens, pixel_values=None, grid_thw=None) -> "Batch":
+        """A batch of CPU tensors. What depends on their values is read here: on a GPU it would be
+        a wait for every kernel in the queue."""
+        max_len = int(cu_seqlens.diff().max())
+        rows = (targets != -100).nonzero().squeeze(1)
+        return Batch(
+            tokens, targets, position_ids, cu_seqlens, pixel_values, grid_thw, max_len, rows
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; to a GPU from page-locked memory, so that nothing waits."""
+        if device.type == "cpu":
+            return self
+        moved = {
+            name: t.contiguous().pin_memory().to(device, non_blocking=True)
+            for name, t in vars(self).items()
+            if torch.is_tensor(t) and name != "grid_thw"
+        }
+        return replace(self, **moved)
+
+    def inputs(self) -> dict:
+        """Arguments of `Model.forward`. The grids go as a list: FSDP would move a tensor to the
+        GPU, from where the vision tower would have to fetch it again."""
+        return dict(
+            tokens=self.tokens,
+            position_ids=self.position_ids,
+            cu_seqlens=self.cu_seqlens,
+            targets=self.targets,
+            pixel_values=self.pixel_values,
+            grid_thw=None if self.grid_thw is None else self.grid_thw.tolist(),
+            max_len=self.max_len,
+            rows=self.supervised_rows,
+        )
 
 
 def load_images(
@@ -514,13 +549,15 @@ def load_images(
 
 
 def collate(docs: Sequence[Document], images: ImageConfig | None = None) -> Batch:
-    """Documents → one packed batch; images are read here.
+    """Documents → one packed batch; images are read here. No documents: one token without a target,
+    whose loss and gradient are zero, for a rank that has nothing left in a step.
 
     Two documents of 3 and 2 tokens, a b c | d e, learned b c | e:
     targets b c -100 | e -100, positions 0 1 2 | 0 1, cu_seqlens [0, 3, 5].
     """
     tokens, targets, positions, pixels, grids = [], [], [], [], []
-    for doc in docs:
+    nothing = Document(np.zeros(1, np.int32), np.zeros(1, bool), [], None, "")
+    for doc in docs or [nothing]:
         ids = torch.from_numpy(doc.tokens.astype(np.int64))
         goal = torch.full_like(ids, -100)
         goal[:-1] = torch.where(torch.from_numpy(doc.learned[1:].copy()), ids[1:], -100)
@@ -543,7 +580,7 @@ def collate(docs: Sequence[Document], images: ImageConfig | None = None) -> Batc
         targets.append(goal)
         positions.append(place)
     ends = torch.tensor([0, *(len(t) for t in tokens)]).cumsum(0)
-    return Batch(
+    return Batch.of(
         torch.cat(tokens),
         torch.cat(targets),
         torch.cat(positions, dim=1),

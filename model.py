@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +34,7 @@ from core.vision import VisionConfig, VisionTower
 from core.weights import WeightFiles, load_hf
 
 SUPPORTED = "qwen2_5_vl (Qwen2.5-VL 3B, 7B, 32B, 72B) and qwen2 (text-only Qwen2, Qwen2.5, QwQ-32B)"
-CHECKPOINTING = (
-    "none",
-    "attn",
-    "matmul",
-    "full",
-)  # what is kept for the backward pass, see `Block.forward`
+CHECKPOINTING = ("none", "matmul", "full")  # what backward recomputes, see `Block.forward`
 
 
 # ------------------------------------------------------------------------------------------------- configuration
@@ -237,14 +231,12 @@ class Block(nn.Module):
         self.checkpointing = "none"
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
-        """x (T, C) → (T, C). `checkpointing` says what the backward pass need not recompute: everything (none), the
-        outputs of attention (attn), of attention and every matmul (matmul), or the block's input alone (full).
+        """x (T, C) → (T, C). `checkpointing` says what the backward pass recomputes: nothing (none), all but the
+        outputs of attention and of every matmul (matmul), or all from the block's input (full).
         Checkpointing inside forward, not as a wrapper, keeps the parameters' names as published."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.run(x, cos, sin, cu_seqlens, max_len)
-        options = (
-            {} if self.checkpointing == "full" else {"context_fn": SELECTIVE[self.checkpointing]}
-        )
+        options = {} if self.checkpointing == "full" else {"context_fn": keep_matmuls}
         return checkpoint(
             self.run,
             x,
@@ -262,23 +254,19 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def _saving(*names: str) -> Callable:
-    """A context function for `checkpoint` that keeps the outputs of the ops whose name holds one of `names`."""
+# attention on the CPU and of torch on CUDA (FlashAttention 2, or 3 when it is active), and of the flash-attn package
+ATTENTION_OPS = ("scaled_dot_product", "_flash_attention", "varlen_attn", "flash_attn")
+
+
+def keep_matmuls():
+    """Contexts for `checkpoint` that keep the outputs of attention and matrix products, and recompute the rest."""
 
     def policy(ctx, op, *args, **kwargs):
-        return (
-            CheckpointPolicy.MUST_SAVE
-            if any(n in str(op) for n in names)
-            else CheckpointPolicy.PREFER_RECOMPUTE
-        )
+        name = str(op)
+        keep = any(n in name for n in (*ATTENTION_OPS, "aten.mm", "aten.addmm"))
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return lambda: create_selective_checkpoint_contexts(policy)
-
-
-SELECTIVE = {
-    "attn": _saving("attention", "varlen_attn"),
-    "matmul": _saving("attention", "varlen_attn", "aten.mm", "aten.addmm"),
-}
+    return create_selective_checkpoint_contexts(policy)
 
 
 class Decoder(nn.Module):
@@ -347,7 +335,7 @@ class Model(nn.Module):
             )
         places = (tokens == self.config.image_token_id).nonzero().squeeze(1)
         image = self.visual(
-            pixel_values.to(x.device), grid_thw
+            pixel_values.to(x.device), torch.as_tensor(grid_thw)
         )  # (number of merged vision tokens, C)
         if len(places) != len(image):
             raise ValueError(
@@ -381,20 +369,20 @@ class Model(nn.Module):
         pixel_values: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
         max_len: int | None = None,
+        rows: torch.Tensor | None = None,
     ):
         """One packed stream through the model.
 
-        tokens (T,) long; position_ids (3, T) long; cu_seqlens (N+1,) int32 on the CPU; targets (T,) long, -100 where
-        nothing is asked. All may be CPU tensors: what the GPU needs is copied without waiting for it. max_len: bound
-        of the document lengths, by default the true one.
+        tokens (T,) long; position_ids (3, T) long; cu_seqlens (N+1,) int32; targets (T,) long, -100 where nothing is
+        asked. max_len (bound of the document lengths) and rows (where targets are) spare two waits for the GPU when
+        these are CUDA tensors; by default they are read from cu_seqlens and targets.
         Returns fp32 logits (T, V) without targets; else (logprobs (T,), entropies (T,) or None), fp32, zero where the
         target is -100: log softmax(logits / temperature)[target], and the entropy of the same distribution.
         """
         device = self.model.embed_tokens.weight.device
         max_len = max_len or int(cu_seqlens.diff().max())
-        rows = (
-            None if targets is None else (targets != -100).nonzero().squeeze(1)
-        )  # on the CPU: no wait for the GPU
+        if targets is not None and rows is None:
+            rows = (targets != -100).nonzero().squeeze(1)
         tokens, position_ids, cu = (
             t.to(device, non_blocking=True) for t in (tokens, position_ids, cu_seqlens)
         )

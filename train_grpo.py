@@ -225,7 +225,7 @@ class Config:
     offload_optimizer: bool = option(
         False, "keep optimizer states in host memory while sampling (GPU)"
     )
-    checkpointing: Literal["none", "attn", "matmul", "full"] = option(
+    checkpointing: Literal["none", "matmul", "full"] = option(
         "full", "activation checkpointing, as in SFT"
     )
     compile: bool = option(False, "torch.compile each decoder block")

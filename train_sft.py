@@ -131,9 +131,8 @@ class Config:
     adam_dtype: Literal["fp32", "bf16"] = option(
         "fp32", "AdamW moments; bf16 saves 28 GiB at 7B (CUDA only)"
     )
-    checkpointing: Literal["none", "attn", "matmul", "full"] = option(
-        "full",
-        "what backward need not recompute: all (none), attention, attention + matmuls, nothing",
+    checkpointing: Literal["none", "matmul", "full"] = option(
+        "full", "what backward recomputes: nothing, all but matmuls and attention, everything"
     )
     compile: bool = option(False, "torch.compile each decoder block")
     reshard: bool = option(
@@ -202,15 +201,7 @@ def my_batches(
     empty one where packs run out), because each forward and backward is a collective."""
     shares = balance([attention_cost(dataset.lengths[pack]) for pack in packs], world.size)
     mine = [collate([dataset.get(i) for i in packs[p]], images) for p in shares[world.rank]]
-    return mine + [empty_batch()] * (max(map(len, shares)) - len(mine))
-
-
-def empty_batch() -> Batch:
-    """One token, no target: contributes a loss and a gradient of zero."""
-    one = torch.zeros(1, dtype=torch.long)
-    return Batch(
-        one, one - 100, one.expand(3, 1), torch.tensor([0, 1], dtype=torch.int32), None, None
-    )
+    return mine + [collate([])] * (max(map(len, shares)) - len(mine))
 
 
 def accumulate_gradients(
@@ -223,14 +214,7 @@ def accumulate_gradients(
     """
     total = torch.zeros((), device=world.device)
     for b in batches:
-        logprobs, _ = model(
-            b.tokens,
-            b.position_ids,
-            b.cu_seqlens,
-            targets=b.targets,
-            pixel_values=b.pixel_values,
-            grid_thw=b.grid_thw,
-        )
+        logprobs, _ = model(**b.inputs())
         loss_sum = -logprobs.sum()
         (loss_sum * (world.size / supervised)).backward()
         total += loss_sum.detach()
@@ -250,18 +234,7 @@ def validation_loss(
     total = 0.0
     for i in range(0, len(packs), world.size):
         for b in my_batches(dataset, packs[i : i + world.size], world, images):
-            total -= (
-                model(
-                    b.tokens,
-                    b.position_ids,
-                    b.cu_seqlens,
-                    targets=b.targets,
-                    pixel_values=b.pixel_values,
-                    grid_thw=b.grid_thw,
-                )[0]
-                .sum()
-                .item()
-            )
+            total -= model(**b.to(world.device).inputs())[0].sum().item()
     return all_sum(total)[0] / int(dataset.supervised.sum())
 
 
@@ -269,8 +242,7 @@ def validation_loss(
 def ahead(
     make: Callable[[int], list[Batch]], steps: range, world: World
 ) -> Iterator[tuple[int, list[Batch], float]]:
-    """(step, its batches, seconds waited for them): the next step's batches are made while this one computes. For a
-    GPU they lie in pinned memory, from where copying does not wait for the kernels before it."""
+    """(step, its batches, seconds waited for them): the next step's batches are made while this one computes."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(make, steps.start) if steps else None
         for step in steps:
@@ -278,18 +250,7 @@ def ahead(
             batches = future.result()
             waited = time.perf_counter() - start
             future = pool.submit(make, step + 1) if step + 1 < steps.stop else None
-            yield (
-                step,
-                [pinned(b) for b in batches] if world.device.type == "cuda" else batches,
-                waited,
-            )
-
-
-def pinned(batch: Batch) -> Batch:
-    """The batch in page-locked memory; its cu_seqlens too, of which the model also reads the values."""
-    return Batch(
-        *(None if t is None else t.contiguous().pin_memory() for t in vars(batch).values())
-    )
+            yield step, [b.to(world.device) for b in batches], waited
 
 
 def load_data(

@@ -30,6 +30,7 @@ from core import attention  # noqa: E402
 from core.optim import adamw, guarded_step  # noqa: E402
 from core.parallel import gathered, init, shard, shutdown  # noqa: E402
 from core.run import PEAK_FLOPS, header  # noqa: E402
+from data import Batch  # noqa: E402
 from model import CHECKPOINTING, Model, ModelConfig, train_flops  # noqa: E402
 from sampler import Sampler, SamplingParams  # noqa: E402
 
@@ -311,14 +312,7 @@ def sft_case(b: Bench, accumulate_gradients, context: int, mode: str, compiled: 
     tokens, positions, cu = stream(b.config, lengths)
     targets = tokens.roll(-1)
     targets[cu[1:].long() - 1] = -100
-    batch = SimpleNamespace(
-        tokens=tokens,
-        position_ids=positions,
-        cu_seqlens=cu,
-        targets=targets,
-        pixel_values=None,
-        grid_thw=None,
-    )
+    batch = Batch.of(tokens, targets, positions, cu).to(b.world.device)
 
     def step():
         loss = accumulate_gradients(model, [batch], context, b.world)

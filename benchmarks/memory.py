@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -24,6 +23,7 @@ from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 
 from core.optim import adamw, guarded_step  # noqa: E402
 from core.parallel import World, init, shard, shutdown  # noqa: E402
+from data import Batch  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 from tools.memory import GIB, Setting, plan_step, published_config  # noqa: E402
 from train_sft import accumulate_gradients  # noqa: E402
@@ -43,7 +43,7 @@ def random_model(config: ModelConfig, world: World, dtype: torch.dtype, mode: st
     return model
 
 
-def documents(config: ModelConfig, tokens: int) -> SimpleNamespace:
+def documents(config: ModelConfig, tokens: int) -> Batch:
     """One packed micro-batch of four documents, every token supervised."""
     ids = torch.randint(0, config.vocab_size, (tokens,))
     lengths = [
@@ -52,14 +52,8 @@ def documents(config: ModelConfig, tokens: int) -> SimpleNamespace:
         tokens // 8,
         tokens - tokens // 2 - tokens // 4 - tokens // 8,
     ]
-    return SimpleNamespace(
-        tokens=ids,
-        targets=ids,
-        position_ids=torch.cat([torch.arange(n) for n in lengths]).expand(3, -1),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-        pixel_values=None,
-        grid_thw=None,
-    )
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(3, -1)
+    return Batch.of(ids, ids, positions, torch.tensor([0, *lengths]).cumsum(0).int())
 
 
 def measured(config: ModelConfig, world: World, mode: str, tokens: int, dtype: torch.dtype) -> int:
@@ -117,7 +111,7 @@ def main() -> None:
         f"{config.hidden_size}, {args.layers} layers, {tokens} tokens, {args.dtype}"
     )
     print("| mode | predicted GiB | measured GiB | predicted / measured |\n|---|---|---|---|")
-    for mode in ("full", "attn", "matmul", "none"):
+    for mode in ("full", "matmul", "none"):
         setting = Setting(
             1,
             tokens=tokens,

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 SETTINGS = (
     "--max_len 256 --pack_len 512 --batch_tokens 2048 --lr 1e-3 --warmup_ratio 0.1 --schedule cosine "
-    "--weight_decay 0.1 --checkpointing attn --device cpu"
+    "--weight_decay 0.1 --checkpointing matmul --device cpu"
 ).split()
 
 

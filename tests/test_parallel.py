@@ -17,6 +17,8 @@ from ranks import run_ranks
 from test_model import load
 from tiny_model import make_tiny_vl
 
+from data import Batch
+
 LENGTHS = [
     23,
     5,
@@ -44,13 +46,11 @@ def documents():
 def batch(docs):
     """A packed stream of (tokens, targets) documents."""
     lengths = [len(t) for t, _ in docs]
-    return SimpleNamespace(
-        tokens=torch.cat([t for t, _ in docs]),
-        targets=torch.cat([y for _, y in docs]),
-        position_ids=torch.cat([torch.arange(n) for n in lengths]).expand(3, -1),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-        pixel_values=None,
-        grid_thw=None,
+    return Batch.of(
+        torch.cat([t for t, _ in docs]),
+        torch.cat([y for _, y in docs]),
+        torch.cat([torch.arange(n) for n in lengths]).expand(3, -1),
+        torch.tensor([0, *lengths]).cumsum(0).int(),
     )
 
 
@@ -68,13 +68,14 @@ def one_step(world, model_dir, micro, naive=False, replicas=1):
     """All documents over world.size ranks × `micro` micro-batches (empty ones where they run out) → gradients, loss
     sum, norm. naive: each rank divides by its own token count, the mistake that these tests must notice."""
     from core.parallel import all_sum, grad_norm
+    from data import collate
     from model import build_model
-    from train_sft import accumulate_gradients, empty_batch
+    from train_sft import accumulate_gradients
 
     model = build_model(model_dir, world, replicas=replicas)
     docs = documents()
     pieces = [docs[i :: world.size * micro] for i in range(world.size * micro)]
-    mine = [batch(p) if p else empty_batch() for p in pieces[world.rank :: world.size]]
+    mine = [batch(p) if p else collate([]) for p in pieces[world.rank :: world.size]]
     supervised = sum(int((y != -100).sum()) for _, y in docs)
     if naive:
         supervised = max(1, sum(int((b.targets != -100).sum()) for b in mine)) * world.size

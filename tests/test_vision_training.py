@@ -1,24 +1,19 @@
 """The vision tower in training: frozen, trained, and on ranks that happen to have no image."""
 
-from types import SimpleNamespace
-
 import torch
 from ranks import run_ranks
 from test_model import image_stream, load
 from test_parallel import distance, whole_gradients
 
+from data import Batch
+
 
 def batch(sizes, seed):
     docs, grids, patches, (tokens, positions, cu) = image_stream(sizes, seed)
     grid = torch.cat(grids)
-    return SimpleNamespace(
-        tokens=tokens,
-        position_ids=positions,
-        cu_seqlens=cu,
-        targets=torch.where(tokens < 290, tokens, -100).roll(-1),
-        pixel_values=patches if len(grid) else None,
-        grid_thw=grid if len(grid) else None,
-    )
+    targets = torch.where(tokens < 290, tokens, -100).roll(-1)
+    images = (patches, grid) if len(grid) else (None, None)
+    return Batch.of(tokens, targets, positions, cu, *images)
 
 
 def on_ranks(world, model_dir, out):
@@ -40,14 +35,7 @@ def test_gradients_with_images_on_one_rank_only(tiny_vl, tmp_path):
     run_ranks(2, on_ranks, tiny_vl, tmp_path / "g.pt")
     model = load(tiny_vl, with_vision=True)
     for b in (batch([[(4, 8), (8, 4)], []], 1), batch([[]], 2)):
-        loss = -model(
-            b.tokens,
-            b.position_ids,
-            b.cu_seqlens,
-            targets=b.targets,
-            pixel_values=b.pixel_values,
-            grid_thw=b.grid_thw,
-        )[0].sum()
+        loss = -model(**b.inputs())[0].sum()
         (loss / 20).backward()
     assert distance(torch.load(tmp_path / "g.pt"), whole_gradients(model)) <= 1e-5
 

@@ -107,11 +107,11 @@ def block_activations(
 ) -> int:
     """Bytes that one decoder block keeps between its forward and its backward pass, its input included.
 
-    full: the input. attn: and attention's output and log-sum-exp. matmul: and the output of every matrix product
-    (q, k, v, o, gate, up, down). none: whatever autograd asks for: inputs and statistics of both norms, normed inputs,
+    full: the input. matmul: and the outputs of attention (with its log-sum-exp) and of every matrix product (q, k, v, o,
+    gate, up, down). none: whatever autograd asks for: inputs and statistics of both norms, normed inputs,
     rotated q and k, v, attention's output, four MLP tensors. On CPU (fused False) a norm also keeps fp32 copies, and
     attention's output exists per document and joined.
-    The 7B in bf16, 28 blocks of 16,384 tokens, GiB: full 3.06, attn 6.17, matmul 48.6, none about 84.
+    The 7B in bf16, 28 blocks of 16,384 tokens, GiB: full 3.06, matmul 48.6, none about 84.
     """
     c, q, kv = (
         config,
@@ -121,8 +121,6 @@ def block_activations(
     attention = q * compute_bytes + 4 * config.num_attention_heads
     if mode == "full":
         per_token = c.hidden_size * compute_bytes
-    elif mode == "attn":
-        per_token = c.hidden_size * compute_bytes + attention
     elif mode == "matmul":
         products = q + 2 * kv + 2 * c.hidden_size + 2 * c.intermediate_size
         per_token = c.hidden_size * compute_bytes + attention + products * compute_bytes
@@ -270,14 +268,14 @@ def table(plan: dict[str, int]) -> str:
 def hardware_table(config: ModelConfig) -> str:
     """Markdown: predicted peak GiB a GPU over machines and modes; bold: does not fit."""
     out = [
-        "| machine | tokens a micro-batch | Adam | full | attn | matmul | none |",
-        "|---|---|---|---|---|---|---|",
+        "| machine | tokens a micro-batch | Adam | full | matmul | none |",
+        "|---|---|---|---|---|---|",
     ]
     for machine, (ranks, usable) in MACHINES.items():
         for tokens in (16384, 32768):
             for adam in (4, 2):
                 cells = []
-                for mode in ("full", "attn", "matmul", "none"):
+                for mode in ("full", "matmul", "none"):
                     peak = plan_step(
                         config, Setting(ranks, tokens=tokens, adam_bytes=adam, checkpointing=mode)
                     )["peak"]
@@ -295,7 +293,7 @@ class Config:
     ranks: int = option(0, "GPUs; 0: print the table over machines")
     replicas: int = option(1, "HSDP groups")
     tokens: int = option(16384, "tokens of one micro-batch (--pack_len, --micro_tokens)")
-    checkpointing: Literal["none", "attn", "matmul", "full"] = option("full", "as in train_sft.py")
+    checkpointing: Literal["none", "matmul", "full"] = option("full", "as in train_sft.py")
     adam_dtype: Literal["fp32", "bf16"] = option("fp32", "as in train_sft.py")
     reshard: bool = option(True, "as in train_sft.py")
     grpo: bool = option(
