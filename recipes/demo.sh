@@ -9,7 +9,7 @@
 #   bash recipes/demo.sh --no_align         all of it from a base whose vision tokens were never aligned with its words
 #
 # A run that was stopped goes on where it was, with the same command (a base that is being made starts anew). What the
-# miniature is: toy.py. NPROC=1: one process; RUNS=folder: where runs go; VENV=none: the python on the PATH, no .venv.
+# miniature is: toy/world.py. NPROC=1: one process; RUNS=folder: where runs go; VENV=none: the python on the PATH, no .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 quick=0 scratch=0 controls=0 align=1 seed=0
@@ -86,7 +86,7 @@ if [ $scratch = 1 ]; then
 fi
 
 say "Evaluation of the base. It answers at once: the longer the chain the worse (guessing a number: 10%), on text and images" \
-    "alike. Of the ward's options it gets about half; a shortcut without any sum would get two thirds (toy.py)."
+    "alike. Of the ward's options it gets about half; a shortcut without any sum would get two thirds (toy/world.py)."
 evaluate base "$model" "$all"
 evaluate base-avg5 "$model" "text image" "${avg5[@]}"
 

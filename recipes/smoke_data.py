@@ -3,7 +3,7 @@
     python recipes/smoke_data.py write FOLDER              FOLDER/base and FOLDER/releases/NAME
     python recipes/smoke_data.py teach OUT PROBLEMS        stored samples of eval.py become a teacher's: thought, right answer
 
-The rows are the miniature's chains (toy.py) in the fields of the real releases, so the same converters run. The model is
+The rows are the miniature's chains (toy/world.py) in the fields of the real releases, so the same converters run. The model is
 the shipped miniature base where there is one, else random weights; neither can think, hence `teach` in the place of QwQ.
 """
 

@@ -21,6 +21,7 @@ import data
 from convert import conversion as convert
 from convert import converters, from_samples, releases
 from core import schema
+from toy import table as toy_table
 from toy import world as toy
 
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "results")]
@@ -118,7 +119,7 @@ def test_demo_runs_from_nothing_to_its_report_and_goes_on(tmp_path):
         f: made[f] for f in made if "data" in f.parts
     }
     towers = {
-        name: toy.same_vision(out / "base", out / name / "final")
+        name: toy_table.same_vision(out / "base", out / name / "final")
         for name in ("sft", "direct", "with_images")
     }
     assert towers == {"sft": True, "direct": True, "with_images": False}

@@ -11,6 +11,8 @@ import data
 import rewards
 from core import schema
 from core.vision import ImageConfig, load_image, preprocess_image
+from toy import base as toy_base
+from toy import table
 from toy import world as toy
 
 
@@ -230,8 +232,6 @@ def test_transformers_loads_tokenizer_config_and_model(world_dir):
 
 def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
     """Labels that are off by one token would align every glyph with its neighbour, and the loss would not show it."""
-    from toy import base as toy_base
-
     toy.write_model_files(tmp_path)
     tokenizer, images = data.load_tokenizer(tmp_path), ImageConfig.from_dir(tmp_path)
     config = toy_base.BaseConfig(out="-", rows=8)
@@ -274,7 +274,7 @@ def test_table_reads_what_eval_writes_and_ends_with_one_json_line(tmp_path, caps
         (tmp_path / f"eval-{name}" / "result.json").write_text(
             json.dumps({"sets": dict.fromkeys(tasks, figures), "budgets": budgets})
         )
-    toy.show_table(toy.TableConfig(out=[str(tmp_path)]))
+    table.show_table(table.TableConfig(out=[str(tmp_path)]))
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["sft"]["text"] == {**figures, "forced_exit": 0.75} and last["blind"] == {
         "image": figures
@@ -284,14 +284,15 @@ def test_table_reads_what_eval_writes_and_ends_with_one_json_line(tmp_path, caps
     (other / "result.json").write_text(
         json.dumps({"sets": {"text": {**figures, "accuracy": 0.7}}, "budgets": {}})
     )
-    toy.show_table(
-        toy.TableConfig(out=[str(tmp_path), str(other.parent)])
+    table.show_table(
+        table.TableConfig(out=[str(tmp_path), str(other.parent)])
     )  # only what both folders have
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
-        "sft": {"text": {"mean": 0.6, "each": [0.5, 0.7]}}
-    }
+    (pooled,) = json.loads(capsys.readouterr().out.splitlines()[-1])["sft"].items()
+    assert pooled[0] == "text" and pooled[1]["each"] == [0.5, 0.7]
+    assert pooled[1]["n"] == 8 and pooled[1]["accuracy"] == 0.6
+    assert 0.27 < pooled[1]["low"] < 0.6 < pooled[1]["high"] < 0.87  # narrower than one seed's
     with pytest.raises(ValueError, match="demo.sh"):
-        toy.show_table(toy.TableConfig(out=[str(tmp_path / "nothing")]))
+        table.show_table(table.TableConfig(out=[str(tmp_path / "nothing")]))
 
 
 def test_same_vision_sees_one_changed_bit(tmp_path):
@@ -303,10 +304,10 @@ def test_same_vision_sees_one_changed_bit(tmp_path):
     for name, weights in (("base", tower), ("same", changed)):
         (tmp_path / name).mkdir()
         save_file(weights, tmp_path / name / "model.safetensors")
-    assert toy.same_vision(tmp_path / "base", tmp_path / "same")
+    assert table.same_vision(tmp_path / "base", tmp_path / "same")
     changed["visual.a"].view(torch.int16)[1, 2] ^= 1
     save_file(changed, tmp_path / "same" / "model.safetensors")
-    assert not toy.same_vision(tmp_path / "base", tmp_path / "same")
+    assert not table.same_vision(tmp_path / "base", tmp_path / "same")
 
 
 def test_answers_without_thoughts_stand_beside_the_same_questions(world_dir):
@@ -326,8 +327,6 @@ def test_answers_without_thoughts_stand_beside_the_same_questions(world_dir):
 
 def test_without_alignment_the_goal_is_a_rotation_and_no_word():
     """The ablation is one of alignment alone if the tower's goal is as easy to tell apart; and none, if it is the words."""
-    from toy import base as toy_base
-
     words = torch.randn(50, 16)
     model = torch.nn.Module()
     model.model = torch.nn.Module()

@@ -229,7 +229,7 @@ def make_base(config: BaseConfig) -> None:
     }
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     made = {
-        "command": shlex.join(["python", "toy.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "toy", *sys.argv[1:]]),
         "config": vars(config),
         "seconds": round(time.perf_counter() - start),
     }

@@ -1,10 +1,5 @@
 """The miniature world: everything that X-Reasoner needs, small enough for a laptop's CPU, all of it made from a seed.
 
-    python -m toy data --out runs/toy/data             problems, conversations, images, tokenizer and config, in seconds
-    python -m toy base --out runs/toy/base             the base model, 5 to 6 minutes on one core (toy_base.py)
-    python -m toy table --out runs/demo-0 runs/demo-1  means over several seeds of the demo
-    bash recipes/demo.sh                               the whole story, with a table and a report at its end
-
 The problems are chains of assignments, `a=9;k=a-3;  n=k-2;n?`, all values from 0 to 9. The base model can read them,
 find things in them and answer at once, which goes wrong from three statements on; step by step they are easy. Each
 exists as text and as an image of the same line, one glyph a cell of 28 × 28 pixels, so one merged vision token each.
@@ -14,7 +9,7 @@ What plays which part: the base model (text and images, no thoughts) is Qwen2.5-
 correct thoughts of a teacher that can't let go) is OpenThoughts; `rl.jsonl` (text only, answers) is Orz-Math.
 
 By design, so judge the result by it: (1) the base's vision tokens are aligned with the embeddings of the characters
-that they show (`toy_base.py`; demo.sh --no_align shows what happens without); (2) an image is one line, and all of
+that they show (`toy/base.py`; demo.sh --no_align shows what happens without); (2) an image is one line, and all of
 M-RoPE's frequencies follow its width: its positions run along it exactly as a text's do; (3) spaces stand between
 statements at random: else a student finds places by counting, which holds in no other dress and at no other length;
 (4) the teacher doubts, the more the longer the chain (`DOUBT`): it checks its last step again and again, always
@@ -28,7 +23,6 @@ the ward's figures beside that, not beside 25%.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import MISSING, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -36,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from core.run import exit_on_value_error, option, parse_config
+from core.run import option
 from core.schema import LETTERS
 from data import INSTRUCTIONS, prompt_text
 
@@ -532,126 +526,3 @@ def write_data(config: DataConfig) -> None:
     print(
         f"{out}: sft.jsonl, sft_direct.jsonl, rl.jsonl, {len(TASKS)} test sets of {config.test}, model_files"
     )
-
-
-# ------------------------------------------------------------------------------------------------------- the table
-@dataclass
-class TableConfig:
-    out: list[str] = option(
-        MISSING,
-        "a demo's folder, with eval-NAME/result.json in it; several (seeds): the means over them",
-    )
-    base: str = option(
-        "", "model directory: is its vision tower, byte for byte, still that of --final?"
-    )
-    final: str = option("", "model directory, see --base")
-
-
-def read_evaluations(folder: str) -> dict[str, dict[str, dict]]:
-    """{model: {test set: figures}} of a demo's folder, in the order in which they were made."""
-    files = sorted(Path(folder).glob("eval-*/result.json"), key=lambda f: f.stat().st_mtime)
-    if not files:
-        raise ValueError(f"{folder}: no eval-NAME/result.json in it; run recipes/demo.sh first")
-    table: dict[str, dict[str, dict]] = {}
-    for file in files:
-        name, result = file.parent.name.removeprefix("eval-"), json.loads(file.read_text())
-        for task in (t for t in TASKS if t in result["sets"]):
-            f = result["sets"][task]
-            kept = {
-                k: round(f[k], 4)
-                for k in ("n", "accuracy", "low", "high", "truncated", "tokens_mean")
-            }
-            exits = [point[task]["accuracy"] for point in result["budgets"].values()]
-            table.setdefault(name, {})[task] = kept | (
-                {"forced_exit": round(exits[-1], 4)} if exits else {}
-            )
-    return table
-
-
-def show_table(config: TableConfig) -> None:
-    """Accuracy in % of every evaluation in a demo's folder with its 95% interval, the share of outputs that were cut, and
-    the accuracy with forced exit (at the largest budget); whether the vision tower is untouched; then everything as one
-    line of JSON. Of several folders: the mean, and each folder's accuracy."""
-    tables = [read_evaluations(folder) for folder in config.out]
-    if len(tables) > 1:
-        return show_means(tables)
-    line: dict = dict(tables[0])
-    print(
-        f"{'model':14}{'test set':12}{'accuracy':>9}  {'95% interval':18}{'cut':>5}{'tokens':>8}{'forced exit':>13}"
-    )
-    for name, tasks in tables[0].items():
-        for task, f in tasks.items():
-            exits = f"{f['forced_exit']:13.1%}" if "forced_exit" in f else ""
-            print(
-                f"{name:14}{task:12}{f['accuracy']:9.1%}  {f['low']:6.1%} … {f['high']:6.1%}   {f['truncated']:5.0%}"
-                f"{f['tokens_mean']:8.1f}{exits}"
-            )
-    if config.base and config.final:
-        line["vision_untouched"] = same_vision(config.base, config.final)
-        print(f"vision tower byte-equal to the base's: {line['vision_untouched']}")
-    print(json.dumps(line))
-
-
-def show_means(tables: list[dict[str, dict[str, dict]]]) -> None:
-    """A row for each model and test set that all folders have: mean over the folders, then each of them, both also with
-    forced exit where that was tried; a JSON line."""
-    shared = [
-        (name, task)
-        for name in tables[0]
-        for task in tables[0][name]
-        if all(task in t.get(name, {}) for t in tables)
-    ]
-    line: dict = {}
-    print(f"{'model':14}{'test set':12}{'mean':>7}   of each")
-    for name, task in shared:
-        row = line.setdefault(name, {})[task] = {}
-        for key, prefix in (("accuracy", ""), ("forced_exit", "forced_exit_")):
-            if all(key in t[name][task] for t in tables):
-                each = [t[name][task][key] for t in tables]
-                row |= {f"{prefix}mean": round(sum(each) / len(each), 4), f"{prefix}each": each}
-                print(
-                    f"{name:14}{'' if prefix else task:12}{sum(each) / len(each):7.1%}   "
-                    f"{'  '.join(f'{a:.1%}' for a in each)}{'   with forced exit' * bool(prefix)}"
-                )
-    print(json.dumps(line))
-
-
-def same_vision(one: str | Path, other: str | Path) -> bool:
-    """Do two model directories hold the same bytes in every tensor of the vision tower?"""
-    import torch
-    from safetensors.torch import load_file
-
-    a, b = (
-        {
-            k: v
-            for k, v in load_file(Path(d) / "model.safetensors").items()
-            if k.startswith("visual.")
-        }
-        for d in (one, other)
-    )
-    return (
-        bool(a)
-        and a.keys() == b.keys()
-        and all(
-            a[k].dtype == b[k].dtype and a[k].view(torch.uint8).equal(b[k].view(torch.uint8))
-            for k in a
-        )
-    )
-
-
-def main(argv: list[str]) -> None:
-    with exit_on_value_error():
-        if argv[:1] == ["data"]:
-            write_data(parse_config(DataConfig, __doc__, argv[1:]))
-        elif argv[:1] == ["table"]:
-            show_table(parse_config(TableConfig, __doc__, argv[1:]))
-        elif argv[:1] == ["base"]:
-            from toy import base as toy_base
-
-            toy_base.make_base(parse_config(toy_base.BaseConfig, toy_base.__doc__, argv[1:]))
-        else:
-            raise SystemExit(f"{__doc__}\nusage: python -m toy data|base|table --out DIR [--help]")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
