@@ -1,10 +1,6 @@
 """The sampler against transformers' generate, the model's own full forward, and itself in other batches and orders."""
 
 import dataclasses
-import importlib.util
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -689,27 +685,6 @@ def test_decode_attention_equals_packed_attention():
             -1
         ]
         assert (out[i] - expected).abs().max() < 2e-6
-
-
-TRITON_AGAINST_SDPA = """
-import torch
-from core.decode_kernels import decode_attend, plan_attention, triton_attend
-torch.manual_seed(0)
-for heads, kv_heads, capacity in ((8, 2, 600), (7, 1, 256)):
-    length = torch.tensor([0, 1, 62, 63, 64, 150, 255])
-    q, (k, v) = torch.randn(7, heads, 16), torch.randn(2, 7, capacity, kv_heads, 16)
-    for i, n in enumerate(length.tolist()):
-        k[i, n + 1:], v[i, n + 1:] = 1e4, 1e4  # what a row does not hold must not count
-    ours = triton_attend(q, k, v, (length + 1).int())
-    assert (ours - decode_attend(q, k, v, plan_attention(length, capacity, length.tolist()))).abs().max() < 1e-5
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_triton_kernel_in_its_interpreter():
-    """Splits of which some are empty, a group of 7 heads padded to 16, ends on and off block edges."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", TRITON_AGAINST_SDPA], env=env, check=True)
 
 
 def test_every_batch_has_a_bucket():
