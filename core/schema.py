@@ -1,74 +1,79 @@
-"""The two schemas of the flat jsonl files: reading them, and naming every fault with file, line, field and mend.
+"""The two schemas of the flat jsonl files, and every fault of a row: file, line, field, fix.
 
-conversation  {"messages": [{"role": "system|user|assistant", "content": "…"}], "images": ["img/x.png"]?}
-problem       {"id", "task", "subset"?, "kind": "math|choice|open", "question": "… <image> …", "options"?: [texts],
-               "answer": choice: the letter; else a text, or a list of which any counts, "images"?: […], "meta"?: {…}}
+conversation  {"messages": [{"role": "system|user|assistant", "content": "…"}], "images"?: [paths]}
+problem       {"id", "task", "subset"?, "kind": "math|choice|open", "question": "… <image> …",
+               "options"?: [texts], "answer": a choice's letter; else a text, or a list of texts of
+               which any is right, "images"?: [paths], "meta"?: {…}}
 
-Image paths are relative to the jsonl's folder. `<image>` stands in the text once per image, in order; only a problem
-may leave it out, its images then stand between instruction and question. A text may not hold a token that steers the
-model, such as `<|im_end|>`: such a row is refused, because it could forge a turn, and a silent change of the text
-would train or test something else than what the file says.
+Image paths are relative to the jsonl's folder. `<image>` stands in the text once per image, in
+order; only a problem may leave it out: its images then come between instruction and question.
+A text may not hold a token that steers the model, such as `<|im_end|>`: it could forge a turn,
+and to change the text silently would be to train on something else.
 
-    rows, faults = load_problems(["a.jsonl"])        ValueError on bad rows, unless skip_bad_rows=True
+    rows, faults = load_problems(["a.jsonl"])      ValueError on bad rows, unless skip_bad_rows
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 
+from tqdm import tqdm
+
+from core.formats import refuse_other_file, refuse_other_format
 from core.vision import ImageConfig, load_image, smart_resize
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-CONTROL_TOKENS = tuple(
+CONTROL_TOKENS = tuple(  # Qwen2.5's; those of another tokenizer are refused too
     f"<|{name}|>"
-    for name in (  # Qwen2.5's; those of another tokenizer are refused too
-        "endoftext",
-        "im_start",
-        "im_end",
-        "object_ref_start",
-        "object_ref_end",
-        "box_start",
-        "box_end",
-        "quad_start",
-        "quad_end",
-        "vision_start",
-        "vision_end",
-        "vision_pad",
-        "image_pad",
-        "video_pad",
-    )
+    for name in (
+        "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
+        "quad_end vision_start vision_end vision_pad image_pad video_pad"
+    ).split()
 )
+ROLES = ("system", "user", "assistant")
+KINDS = ("math", "choice", "open")
+ONE_OBJECT = "one JSON object on each line"
+Finding = tuple[str, str, str]  # field, why, fix: a Fault that does not know its file and line yet
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one row, where, and how to mend it. Line 0: the file as a whole."""
+    """What is wrong with one row, where, and how to fix it."""
 
     file: str
     line: int
     field: str
     why: str
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.field}: {self.why} ({self.mend})"
+        why = self.why if len(self.why) < 300 else f"{self.why[:200]} … {self.why[-60:]}"
+        return f"{self.file}:{self.line}: {self.field}: {why} ({self.fix})"
 
 
-Finding = tuple[str, str, str]  # field, why, mend: a Fault that does not know its place yet
+def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
+    """A bar on rank 0 for what takes over two seconds; in a log file, a line a minute."""
+    every, quiet = (0.2 if os.isatty(2) else 60), os.environ.get("RANK", "0") != "0"
+    return tqdm(items, what, total, False, unit=" rows", mininterval=every, delay=2, disable=quiet)
 
 
+# ---------------------------------------------------------------------- reading
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | Fault]]:
-    """(line number from 1, object or the Fault of that line). Blank lines are passed over.
-    Raises ValueError when there is no such file, or nothing in it."""
+    """(line number from 1, object or the Fault of that line); blank lines are skipped.
+    Raises ValueError for a missing or empty file, and for one that is no jsonl."""
     path, empty = Path(path), True
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     with open(path, "rb") as file:
+        refuse_other_file(path, file.peek(4)[:4])
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -76,87 +81,72 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | Fault]]:
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as e:
-                yield (
-                    number,
-                    Fault(
-                        str(path), number, "line", f"not JSON: {e}", "one JSON object on each line"
-                    ),
-                )
-                continue
-            if not isinstance(row, dict):
-                row = Fault(
-                    str(path),
-                    number,
-                    "line",
-                    f"a JSON {type(row).__name__}, not an object",
-                    "one JSON object on each line",
-                )
+                row = Fault(str(path), number, "line", f"not JSON: {e}", ONE_OBJECT)
+            if not isinstance(row, (dict, Fault)):
+                why = f"a JSON {type(row).__name__}, not an object"
+                row = Fault(str(path), number, "line", why, ONE_OBJECT)
             yield number, row
     if empty:
         raise ValueError(f"{path}: the file is empty")
 
 
+# ---------------------------------------------------------------------- one row
 def text_findings(value: object, field: str, forbidden: re.Pattern) -> Iterator[Finding]:
     """Of a text that must be there."""
     if not isinstance(value, str):
-        yield (
-            field,
-            "missing" if value is None else f"{type(value).__name__} instead of text",
-            "write it as a string",
-        )
+        why = "missing" if value is None else f"{type(value).__name__} instead of text"
+        yield field, why, "write it as a string"
     elif not value.strip():
         yield field, "empty", "fill it in or remove the row"
     elif found := forbidden.search(value):
-        yield (
-            field,
-            f"holds the control token {found[0]}",
-            "remove it or write it apart, as in '< |im_end| >'",
-        )
+        why = f"holds the control token {found[0]}"
+        yield field, why, "remove it, or write it with spaces, as in '< |im_end| >'"
     elif not value.isascii() and re.search("[\ud800-\udfff]", value):
         yield field, "half of a surrogate pair, not a character", "write the file as UTF-8"
 
 
-def image_findings(
-    images: object, folder: Path, marks: int, may_omit_marks: bool
-) -> Iterator[Finding]:
-    """Of the field `images`, given how many `<image>` stand in the row's text."""
-    if not (
-        images is None or isinstance(images, list) and all(isinstance(i, str) and i for i in images)
-    ):
+def image_findings(images: object, folder: Path, marks: int, optional: bool) -> Iterator[Finding]:
+    """Of the field `images`, given the number of `<image>` in the text; optional: it may be 0."""
+    names = [] if images is None else images
+    if not (isinstance(names, list) and all(isinstance(i, str) and i for i in names)):
         yield "images", "not a list of file names", 'as in ["img/1.png"]'
         return
-    images = images or []
-    if marks != len(images) and not (may_omit_marks and marks == 0):
-        yield (
-            "images",
-            f"{marks} <image> in the text, {len(images)} images",
-            "one <image> for each image, in order",
-        )
-    for name in images:
-        if why := image_fault(folder / name):
-            yield "images", why, "a readable file, relative to the jsonl's folder"
+    if marks != len(names) and not (optional and marks == 0):
+        why = f"{marks} <image> in the text, {len(names)} images"
+        yield "images", why, "one <image> for each image, in order"
+    for name in names:
+        if name[:5] == "data:" or len(name) > 1000:
+            fix = "`python -m convert chat FILE --out NEW.jsonl` writes images to files"
+            yield "images", f"{name[:40]}… is no file name", fix
+        elif isinstance(size := image_size(folder / name), str):
+            yield "images", size, "a readable file, relative to the jsonl's folder"
 
 
-@lru_cache(maxsize=1 << 17)
-def image_fault(path: Path) -> str | None:
-    """Why this image cannot be used; None: it was read to its end and has a usable shape."""
+def image_size(path: str | Path) -> tuple[int, int] | str:
+    """(width, height) of an image that was read to its end and has a usable shape; else why not.
+    Cached: rows are checked, then tokenised, and many questions may share an image."""
+    try:
+        return _image_size(str(path), os.stat(path).st_mtime_ns)
+    except (OSError, ValueError):
+        return f"{path}: no such file"
+
+
+@lru_cache(maxsize=1 << 20)
+def _image_size(path: str, modified: int) -> tuple[int, int] | str:
     try:
         image = load_image(path)
         smart_resize(image.height, image.width, ImageConfig())
+        return image.size
     except ValueError as e:
         return str(e)
-    return None
 
 
 def conversation_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator[Finding]:
     """All that is wrong with a row of the conversation schema."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
-        yield (
-            "messages",
-            "missing or empty" if not messages else "not a list",
-            "a list of {role, content}",
-        )
+        why = "not a list" if messages else "missing or empty"
+        yield "messages", why, "a list of {role, content}"
         return
     roles, marks = [], 0
     for i, m in enumerate(messages):
@@ -166,34 +156,24 @@ def conversation_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Ite
             continue
         role, content = m.get("role"), m.get("content")
         roles.append(role)
-        if role not in ("system", "user", "assistant"):
-            yield (
-                f"{field}.role",
-                "missing" if role is None else f"unknown role {role!r}",
-                "system, user or assistant",
-            )
+        if role not in ROLES:
+            why = "missing" if role is None else f"unknown role {role!r:.40}"
+            yield f"{field}.role", why, "system, user or assistant"
         yield from text_findings(content, f"{field}.content", forbidden)
         here = content.count("<image>") if isinstance(content, str) else 0
         if here and role == "assistant":
-            yield (
-                f"{field}.content",
-                "<image> in an assistant turn",
-                "images stand in user turns; rewrite the text",
-            )
+            fix = "images belong to user turns; rewrite the text"
+            yield f"{field}.content", "<image> in an assistant turn", fix
         else:
             marks += here
-    if len(roles) == len(messages) and set(roles) <= {"system", "user", "assistant"}:
+    if len(roles) == len(messages) and all(role in ROLES for role in roles):
         if "assistant" not in roles:
             yield "messages", "no assistant turn", "there is nothing to learn from this row"
         elif "user" not in roles[: roles.index("assistant")]:
-            yield (
-                "messages",
-                "begins with the assistant",
-                "a user turn comes before the first assistant turn",
-            )
+            yield "messages", "begins with the assistant", "a user turn comes before it"
         if "system" in roles[1:]:
             yield "messages", "system turn after the first place", "put it first"
-    yield from image_findings(row.get("images"), folder, marks, may_omit_marks=False)
+    yield from image_findings(row.get("images"), folder, marks, optional=False)
 
 
 def problem_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator[Finding]:
@@ -207,82 +187,76 @@ def problem_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator
         yield "subset", "not text", "write it as a string"
     if not isinstance(row.get("meta") or {}, dict):
         yield "meta", "not an object", '{"name": value}'
-    if kind not in ("math", "choice", "open"):
-        yield (
-            "kind",
-            "missing" if kind is None else f"unknown kind {kind!r}",
-            "math, choice or open",
-        )
-    if options is not None and not (
-        isinstance(options, list) and 1 <= len(options) <= len(LETTERS)
-    ):
+    if kind not in KINDS:
+        why = "missing" if kind is None else f"unknown kind {kind!r:.40}"
+        yield "kind", why, "math, choice or open"
+    if options is not None and not (isinstance(options, list) and 1 <= len(options) <= 26):
         yield "options", "not a list of 1 to 26 texts", '["first option", "second option"]'
         options = []
     for i, option in enumerate(options or []):
         yield from text_findings(option, f"options[{i}]", forbidden)
-    if kind == "choice":
-        if row.get("options") is None:
-            yield "options", "missing", "a choice problem lists its options, without letters"
-        elif (
-            options
-            and isinstance(answer, str)
-            and answer.strip()
-            and answer not in list(LETTERS[: len(options)])
-        ):
-            yield (
-                "answer",
-                f"{answer[:40]!r} is not a letter of its {len(options)} options",
-                f"a capital letter from A to {LETTERS[len(options) - 1]}",
-            )
+    letters = LETTERS[: len(options or [])]
+    if kind == "choice" and row.get("options") is None:
+        yield "options", "missing", "a choice problem lists its options, without letters"
+    elif kind == "choice" and options and isinstance(answer, str) and answer.strip():
+        if len(answer) != 1 or answer not in letters:
+            why = f"{answer[:40]!r} is not a letter of its {len(options)} options"
+            yield "answer", why, f"a capital letter from A to {letters[-1]}"
     elif options and kind in ("math", "open"):
         yield "options", f"given for kind {kind!r}", "only kind 'choice' has options"
     texts = [t for t in [row.get("question"), *(options or [])] if isinstance(t, str)]
-    yield from image_findings(
-        row.get("images"), folder, sum(t.count("<image>") for t in texts), may_omit_marks=True
-    )
+    marks = sum(t.count("<image>") for t in texts)
+    yield from image_findings(row.get("images"), folder, marks, optional=True)
 
 
 def control_tokens(tokenizer=None) -> re.Pattern:
-    """Matches what no text of a row may hold: the published control tokens, and the special ones of `tokenizer`."""
+    """Matches what no text may hold: the published control tokens and those of `tokenizer`."""
     added = tokenizer.added_tokens_decoder.values() if tokenizer is not None else ()
-    return re.compile(
-        "|".join(
-            re.escape(t) for t in sorted({*CONTROL_TOKENS, *(str(t) for t in added if t.special)})
-        )
-    )
+    names = {*CONTROL_TOKENS, *(str(t) for t in added if t.special)}
+    return re.compile("|".join(re.escape(t) for t in sorted(names)))
 
 
+# ---------------------------------------------------------------------- whole files
 def scan(
     paths: Sequence[str | Path] | str | Path, schema: str, forbidden: re.Pattern | None = None
 ) -> Iterator[tuple[str, int, dict | None, list[Fault]]]:
     """(file, line, row or None, its faults) for every row; schema: "conversation" or "problem".
 
-    A row's image paths become absolute. A problem's id must be new: seeds and resumed evaluations go by it.
+    A row's image paths become absolute. A problem's id must be new: seeds and resumed evaluations
+    use it. Raises ValueError for a missing or empty file, and for one in another format.
     """
-    rule = {"conversation": conversation_findings, "problem": problem_findings}[schema]
+    findings = {"conversation": conversation_findings, "problem": problem_findings}[schema]
     forbidden, seen = forbidden or control_tokens(), {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        folder = Path(path).resolve().parent
-        for line, row in read_jsonl(path):
-            if isinstance(row, Fault):
-                yield str(path), line, None, [row]
-                continue
-            faults = [Fault(str(path), line, *p) for p in rule(row, folder, forbidden)]
-            if schema == "problem" and isinstance(row.get("id"), str):
-                if row["id"] in seen:
-                    faults.append(
-                        Fault(
-                            str(path),
-                            line,
-                            "id",
-                            f"{row['id']!r} stands in {seen[row['id']]} already",
-                            "every problem has its own id",
-                        )
-                    )
-                seen.setdefault(row["id"], f"{path}:{line}")
-            if not faults and row.get("images"):
-                row["images"] = [str(folder / name) for name in row["images"]]
-            yield str(path), line, row, faults
+        folder, rows = Path(path).resolve().parent, read_jsonl(path)
+        first = list(islice(rows, 20))  # missing or empty: an error at once
+        refuse_other_format(path, [row for _, row in first], schema)
+        rows = iter(progress(chain(first, rows), f"checking {Path(path).name}"))
+        while batch := list(islice(rows, 256)):
+            read_images(batch, folder)
+            for line, row in batch:
+                if isinstance(row, Fault):
+                    yield str(path), line, None, [row]
+                    continue
+                faults = [Fault(str(path), line, *f) for f in findings(row, folder, forbidden)]
+                if schema == "problem" and isinstance(row.get("id"), str):
+                    if before := seen.get(row["id"]):
+                        why = f"{row['id']!r:.80} is already used in {before}"
+                        fix = "give every problem its own id"
+                        faults.append(Fault(str(path), line, "id", why, fix))
+                    seen.setdefault(row["id"], f"{path}:{line}")
+                if not faults and row.get("images"):
+                    row["images"] = [str(folder / name) for name in row["images"]]
+                yield str(path), line, row, faults
+
+
+def read_images(rows: Iterable[tuple[int, dict | Fault]], folder: Path) -> None:
+    """Read the images of some rows on all cores; their check then finds them in the cache."""
+    lists = [row.get("images") for _, row in rows if isinstance(row, dict)]
+    names = {n for i in lists if isinstance(i, list) for n in i if isinstance(n, str)}
+    if len(names) > 1:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(image_size, [folder / n for n in names if n and len(n) <= 1000]))
 
 
 def refuse(faults: list[Fault], skip_bad_rows: bool, good: int) -> None:
@@ -291,8 +265,9 @@ def refuse(faults: list[Fault], skip_bad_rows: bool, good: int) -> None:
         bad = len({(f.file, f.line) for f in faults})
         shown = "\n".join(f"  {f}" for f in faults[:10]) + ("\n  …" if len(faults) > 10 else "")
         raise ValueError(
-            f"{bad} bad row(s), {good} good:\n{shown}\n`python -m tools.check {faults[0].file}` names all; "
-            f"mend them, or pass --skip_bad_rows to go on without them"
+            f"{bad} bad row(s), {good} good:\n{shown}\n"
+            f"`python -m tools.check {faults[0].file}` lists all; fix them"
+            + (", or pass --skip_bad_rows to train without them" if good else "")
         )
 
 
@@ -309,8 +284,8 @@ def load(paths, schema: str, skip_bad_rows: bool) -> tuple[list[dict], list[Faul
 def load_conversations(
     paths: Sequence[str | Path] | str | Path, *, skip_bad_rows: bool = False
 ) -> tuple[list[dict], list[Fault]]:
-    """All good rows (image paths absolute), and the faults of the others, which the caller logs. Raises ValueError
-    with file, line and mend on the first bad rows unless skip_bad_rows; on a missing or empty file always."""
+    """All good rows (image paths absolute), and the faults of the others, which the caller logs.
+    Raises ValueError with the first bad rows unless skip_bad_rows."""
     return load(paths, "conversation", skip_bad_rows)
 
 

@@ -211,7 +211,7 @@ def test_every_kind_of_bad_row_is_named_once(folder, kind, cases, good, load):
     kept, faults = load(path, skip_bad_rows=True)
     assert [f.line for f in faults] == [2 * i + 1 for i in range(len(cases))]
     for fault, (_, field, why) in zip(faults, cases):
-        assert fault.field == field and why in fault.why and fault.mend, fault
+        assert fault.field == field and why in fault.why and fault.fix, fault
     assert [r["id"] for r in kept] == [str(i) for i in range(len(cases))]
     with pytest.raises(
         ValueError, match=rf"{len(cases)} bad row\(s\), {len(cases)} good(.|\n)*{kind}.jsonl:1: "
@@ -241,7 +241,7 @@ def test_ids_must_differ_over_all_files(tmp_path):
         write(tmp_path / "a.jsonl", [problem()]),
         write(tmp_path / "b.jsonl", [problem(id="p/2"), problem()]),
     )
-    with pytest.raises(ValueError, match=r"b.jsonl:2: id: 'p/1' stands in .*a.jsonl:1 already"):
+    with pytest.raises(ValueError, match=r"b.jsonl:2: id: 'p/1' is already used in .*a.jsonl:1"):
         data.load_problems([a, b])
 
 
@@ -879,3 +879,64 @@ def test_command_line(model_dir, tmp_path, capsys):
 def test_schema_constants_agree_with_the_real_tokenizer(real_tokenizer):
     """Prevents a control token of the published tokenizer that only the second, tokenizer-aware look would refuse."""
     assert set(real_tokenizer.all_special_tokens) <= set(schema.CONTROL_TOKENS)
+
+
+# ---------------------------------------------------------------------- files in other formats
+SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}
+PARTS = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ASSISTANT]}
+DATA_URL = conversation("<image>?", "x", images=["data:image/png;base64," + "A" * 300_000])
+
+
+@pytest.mark.parametrize(
+    "row, name",
+    [
+        (SHAREGPT, "ShareGPT"),
+        ({"instruction": "Add.", "input": "1 1", "output": "2"}, "Alpaca"),
+        ({"prompt": "1+1?", "completion": "2"}, "prompt/completion"),
+        (PARTS, "OpenAI messages"),
+        (DATA_URL, "OpenAI messages"),
+    ],
+)
+@pytest.mark.parametrize("load", [data.load_conversations, data.load_problems])
+def test_a_file_in_another_format_is_named_once_with_the_command(row, name, load, tmp_path):
+    """Prevents 151 faults, or 300 KB of base64, where one line says what to run."""
+    file = write(tmp_path / "a.jsonl", [row] * 151)
+    with pytest.raises(ValueError) as e:
+        load(file, skip_bad_rows=True)
+    said = str(e.value)
+    assert f"{name} format" in said and f"python -m convert chat {file} --out" in said
+    assert len(said) < 400 + len(file)
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"PAR1\0\0", "parquet; convert it"),
+        (json.dumps([SHAREGPT]).encode(), "one JSON list"),
+        (b"\x1f\x8b\x08", "compressed"),
+        ("{}".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_a_file_that_is_no_jsonl_is_named(content, why, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=why):
+        data.load_conversations(tmp_path / "a.jsonl", skip_bad_rows=True)
+
+
+def test_the_other_schema_is_named(tmp_path):
+    """Prevents "messages: missing" on every row for a file that was meant for the other script."""
+    problems = write(tmp_path / "p.jsonl", [problem(id=str(i)) for i in range(3)])
+    with pytest.raises(ValueError, match="a file of problems, where one of conversations"):
+        data.load_conversations(problems)
+    with pytest.raises(ValueError, match="a file of conversations, where one of problems"):
+        data.load_problems(write(tmp_path / "c.jsonl", ROWS))
+    with pytest.raises(ValueError, match="a folder, not a file"):
+        data.load_problems(tmp_path)
+
+
+def test_one_data_url_among_good_rows_is_a_short_fault(tmp_path):
+    """Prevents a fault that prints 300 KB of base64."""
+    faults = data.load_conversations(
+        write(tmp_path / "a.jsonl", [*ROWS, DATA_URL]), skip_bad_rows=True
+    )[1]
+    assert len(faults) == 1 and len(str(faults[0])) < 500 and "convert chat" in faults[0].fix

@@ -1,0 +1,61 @@
+"""Recognising files in other formats than the two schemas, so that one line can say what they are.
+
+A fault on each of 150 rows of a ShareGPT file would be true and of no help; "ShareGPT format,
+convert it with …" is. `python -m convert chat` reads all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Sequence
+
+CONVERT = "convert it: `python -m convert chat {path} --out NEW.jsonl`"
+
+
+def refuse_other_file(path: Path, head: bytes) -> None:
+    """Raise ValueError when a file with these first bytes is no jsonl."""
+    for magics, what in (
+        ([b"PAR1"], f"parquet; {CONVERT}"),
+        ([b"["], f"one JSON list, not one object on each line; {CONVERT}"),
+        ([b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd"], "compressed; unpack it first"),
+        ([b"\xff\xfe", b"\xfe\xff"], "UTF-16 text; save it as UTF-8"),
+    ):
+        if head.startswith(tuple(magics)):
+            raise ValueError(f"{path}: {what.format(path=path)}")
+
+
+def chat_format(row: object) -> str | None:
+    """The name of the common chat format that a row has; None for our own schemas and others.
+
+    >>> chat_format({"instruction": "Add.", "input": "1 1", "output": "2"})
+    'Alpaca'
+    """
+    if not isinstance(row, dict):
+        return None
+    turns = row.get("conversations", row.get("conversation"))
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+        return "ShareGPT"
+    if "instruction" in row and "output" in row:
+        return "Alpaca"
+    if "prompt" in row and ("completion" in row or "response" in row):
+        return "prompt/completion"
+    messages, images = row.get("messages"), row.get("images")
+    contents = [m.get("content") for m in messages or [] if isinstance(m, dict)]
+    in_parts = any(isinstance(c, list) and c and isinstance(c[0], dict) for c in contents)
+    data_urls = isinstance(images, list) and any(str(i)[:5] == "data:" for i in images)
+    return "OpenAI messages" if in_parts or (data_urls and contents) else None
+
+
+def refuse_other_format(path: str | Path, rows: Sequence[object], schema: str) -> None:
+    """Raise ValueError when most of a file's first rows are in another format, or all of them in
+    the other schema. schema: "conversation" or "problem"."""
+    formats = [name for name in map(chat_format, rows) if name]
+    if 2 * len(formats) > len(rows):
+        raise ValueError(
+            f"{path}: {formats[0]} format, not the {schema} schema; {CONVERT.format(path=path)}"
+        )
+    kinds = ["messages" in r and "question" not in r for r in rows if isinstance(r, dict)]
+    problems = ["question" in r and "messages" not in r for r in rows if isinstance(r, dict)]
+    if rows and all(problems if schema == "conversation" else kinds) and kinds:
+        found = "problems" if schema == "conversation" else "conversations"
+        raise ValueError(f"{path}: a file of {found}, where one of {schema}s is needed")
