@@ -1,16 +1,15 @@
-"""Qwen2.5-VL in plain PyTorch: the language model, its rotary positions, and chunked token log-probabilities.
+"""Qwen2.5-VL, Qwen3-VL and their text-only kin in plain PyTorch: the decoder, and how a model is built and loaded.
 
-    model = Model(ModelConfig.from_dir(path), with_vision=False)        # text-only training never builds the tower
+    model = build_model("Qwen/Qwen2.5-VL-7B-Instruct", world)     # text-only: no vision tower is built
     logprobs, entropy = model(tokens, position_ids, cu_seqlens, targets=targets)
 
-What differs from transformers' `Qwen2_5_VLForConditionalGeneration`, whose logits this must equal:
-1. One layout: documents lie end to end in a packed stream (T,); there is no batch dimension, padding or mask tensor.
+What differs from transformers, whose logits this must equal:
+1. One layout: documents lie end to end in a packed stream (T,), without a batch dimension, padding or a mask.
 2. Positions (M-RoPE: time, height, width) are arguments, never module state.
-3. Training asks for log-probabilities of given targets, and the (T, V) logits never exist at once.
-Parameter names are the published checkpoint's own, so that loading is the identity. The text-only Qwen2 / Qwen2.5
-family (QwQ-32B too) is the same decoder with one-dimensional positions and no tower.
+3. Training asks for log-probabilities of given targets; the (T, V) logits never exist at once.
 
-Shapes: T tokens in the stream, N documents, C hidden size, Hq / Hkv query / KV heads, D head size, V vocabulary.
+Shapes: T tokens in the stream, N documents, C hidden size, Hq / Hkv query / KV heads, D head size, V vocabulary,
+M image tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,33 @@ from torch.utils.checkpoint import (
 )
 
 from core.attention import apply_rope, attend
+from core.logprobs import ChunkedLogProbs, head_logits, rows_of_logits
 from core.parallel import World, rank0_first, shard
-from core.vision import VisionConfig, VisionTower
+from core.vision import VisionConfig
+from core.vision3 import Vision3Config
 from core.weights import WeightFiles, load_hf
 
-SUPPORTED = "qwen2_5_vl (Qwen2.5-VL 3B, 7B, 32B, 72B) and qwen2 (text-only Qwen2, Qwen2.5, QwQ-32B)"
 CHECKPOINTING = ("none", "matmul", "full")  # what backward recomputes, see `Block.forward`
 
 
 # ------------------------------------------------------------------------------------------------- configuration
+class Architecture(NamedTuple):
+    """What distinguishes the decoders; all are pre-norm, with grouped queries, RoPE and SwiGLU."""
+
+    qkv_bias: bool  # biases of the q, k and v projections; no other matrix has one
+    qk_norm: bool  # RMSNorm over each head of q and of k, before the rotation
+    mrope_interleaved: bool  # see `axis_of_frequency`
+    vision: type | None  # the config of its vision tower
+
+
+ARCHITECTURES = {  # config.json's model_type
+    "qwen2": Architecture(True, False, False, None),  # Qwen2, Qwen2.5, QwQ-32B
+    "qwen2_5_vl": Architecture(True, False, False, VisionConfig),  # 3B, 7B, 32B, 72B
+    "qwen3": Architecture(False, True, False, None),  # dense Qwen3, 0.6B to 32B
+    "qwen3_vl": Architecture(False, True, True, Vision3Config),  # dense: 2B, 4B, 8B, 32B
+}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The numbers that shape the model, read from a checkpoint's config.json."""
@@ -51,18 +69,19 @@ class ModelConfig:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: (
-        tuple[int, int, int] | None
-    )  # frequencies per axis (time, height, width); None: text-only model
+    mrope_section: tuple[int, int, int] | None  # frequencies of (time, height, width); None: text
     tie_word_embeddings: bool
     image_token_id: int | None
     vision_start_token_id: int | None
-    vision: VisionConfig | None
-    raw: dict  # the config.json as read, written back unchanged on export
+    vision: VisionConfig | Vision3Config | None
+    raw: dict  # config.json as read
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    mrope_interleaved: bool = False
 
     @staticmethod
-    def from_dir(path: str | Path) -> "ModelConfig":
-        """Read `path`/config.json. Raises ValueError when it is missing, broken or of another architecture."""
+    def from_dir(path: str | Path) -> ModelConfig:
+        """Read `path`/config.json. Raises ValueError when it is missing, broken or unsupported."""
         file = Path(path) / "config.json"
         if not file.is_file():
             raise ValueError(
@@ -72,100 +91,99 @@ class ModelConfig:
         try:
             raw = json.loads(file.read_text())
         except json.JSONDecodeError as e:
-            raise ValueError(
-                f"{file}:{e.lineno}: not valid JSON ({e.msg}); fetch the file again"
-            ) from e
+            raise ValueError(f"{file}:{e.lineno}: not valid JSON ({e.msg}); fetch it again") from e
         try:
             return ModelConfig.from_dict(raw)
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from e
 
     @staticmethod
-    def from_dict(raw: dict) -> "ModelConfig":
-        """Both forms of config.json: flat as published, or nested in `text_config` as transformers 5 writes it."""
+    def from_dict(raw: dict) -> ModelConfig:
+        """Read a config.json: flat as Qwen2.5-VL's was published, or nested in `text_config`."""
         kind = raw.get("model_type")
-        if kind not in ("qwen2_5_vl", "qwen2"):
-            raise ValueError(f"model_type {kind!r} is not supported; supported: {SUPPORTED}")
+        if kind not in ARCHITECTURES:
+            raise ValueError(f"model_type {kind!r}: only {', '.join(ARCHITECTURES)} are supported")
+        arch = ARCHITECTURES[kind]
         text = {**raw, **raw.get("text_config", {})}
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        _refuse_unknown_variants(text, rope)
-        needed = (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "vocab_size",
-        )
-        missing = [k for k in needed if k not in text]
-        if missing:
-            raise ValueError(f"fields {missing} are missing")
-        is_vl = kind == "qwen2_5_vl"
-        if is_vl and "mrope_section" not in rope:
-            raise ValueError(
-                "rope_scaling (or rope_parameters) has no mrope_section, which qwen2_5_vl needs"
-            )
+        text |= text.get("rope_parameters") or text.get("rope_scaling") or {}
+        _refuse_unknown_variants(arch, text)
+        # no defaults here: those of transformers' classes are not those of the published models
+        needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+        needed += ["intermediate_size", "vocab_size", "rope_theta"]
+        needed += ["head_dim"] if arch.qk_norm else []
+        images = ["mrope_section", "image_token_id", "vision_start_token_id", "vision_config"]
+        if missing := [k for k in needed + (images if arch.vision else []) if k not in text]:
+            raise ValueError(f"fields {missing} are missing, which {kind} needs")
         head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        sections = tuple(rope["mrope_section"]) if is_vl else None
+        sections = tuple(text["mrope_section"]) if arch.vision else None
         if sections and sum(sections) != head_dim // 2:
             raise ValueError(
                 f"mrope_section {sections} must sum to half the head size, {head_dim // 2}"
             )
         return ModelConfig(
-            hidden_size=text["hidden_size"],
-            num_hidden_layers=text["num_hidden_layers"],
-            num_attention_heads=text["num_attention_heads"],
-            num_key_value_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+            **{k: text[k] for k in needed if k not in ("rope_theta", "head_dim")},
             head_dim=head_dim,
-            intermediate_size=text["intermediate_size"],
-            vocab_size=text["vocab_size"],
             rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
+            rope_theta=float(text["rope_theta"]),
             mrope_section=sections,
-            # the nested form keeps the flag that counts at the top level
-            tie_word_embeddings=bool(
-                raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+            # text_config may repeat it; the one at the top level counts
+            tie_word_embeddings=raw.get(
+                "tie_word_embeddings", text.get("tie_word_embeddings", False)
             ),
-            image_token_id=raw.get("image_token_id") if is_vl else None,
-            vision_start_token_id=raw.get("vision_start_token_id") if is_vl else None,
-            vision=VisionConfig.from_dict(raw["vision_config"]) if is_vl else None,
+            image_token_id=text["image_token_id"] if arch.vision else None,
+            vision_start_token_id=text["vision_start_token_id"] if arch.vision else None,
+            vision=arch.vision.from_dict(text["vision_config"]) if arch.vision else None,
             raw=raw,
+            qkv_bias=arch.qkv_bias,
+            qk_norm=arch.qk_norm,
+            mrope_interleaved=arch.mrope_interleaved,
         )
 
 
-def _refuse_unknown_variants(text: dict, rope: dict) -> None:
-    if text.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {text['hidden_act']!r} is not supported (only 'silu')")
-    if text.get("use_sliding_window"):
-        raise ValueError(
-            "use_sliding_window is on; only full attention is supported. Set it to false in config.json"
-        )
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "mrope"):
-        raise ValueError(f"rope scaling {kind!r} is not supported (only 'default' and 'mrope')")
+def _refuse_unknown_variants(arch: Architecture, text: dict) -> None:
+    """Raise ValueError for settings that load but would be computed wrongly."""
+    allowed = {
+        "hidden_act": ("silu",),
+        "use_sliding_window": (False, None),
+        "quantization_config": (None,),
+        "partial_rotary_factor": (1.0, None),
+        "attention_bias": (arch.qkv_bias, None),
+        "mrope_interleaved": (arch.mrope_interleaved, None),
+        "rope_type": ("default", "mrope", None),
+        "type": ("default", "mrope", None),  # an older name of rope_type
+    }
+    for field, values in allowed.items():
+        if text.get(field, values[0]) not in values:
+            raise ValueError(f"{field} {text[field]!r} is not supported, only {values[0]!r}")
+    if other := set(text.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"layer_types {sorted(other)} are not supported, only 'full_attention'")
 
 
 # ------------------------------------------------------------------------------------------------------ positions
+def axis_of_frequency(config: ModelConfig) -> torch.Tensor:
+    """(D/2,) long: which position turns each rotary frequency, 0 time, 1 height or 2 width.
+
+    Sections (2, 1, 1) of four frequencies: contiguous (Qwen2.5-VL) 0 0 1 2; interleaved (Qwen3-VL)
+    0 1 2 0, where height and width take every third frequency from 1 and 2 on, as long as their
+    section lasts, and time the rest. Text has three equal positions: there this is ordinary RoPE.
+    """
+    half = config.head_dim // 2
+    sections = torch.tensor(config.mrope_section or (half, 0, 0))
+    if not config.mrope_interleaved:
+        return torch.arange(3).repeat_interleave(sections)
+    axis = torch.arange(half) % 3
+    return torch.where(torch.arange(half) < 3 * sections[axis], axis, 0)
+
+
 def rope_cos_sin(
     position_ids: torch.Tensor, config: ModelConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary angles of every token: (cos, sin), each (T, D/2) fp32, from position_ids (3, T).
-
-    M-RoPE gives frequency j of D/2 to one axis: the first mrope_section[0] frequencies turn with time, the next with
-    height, the last with width. On text all three positions are equal, and this is ordinary RoPE.
-    """
-    half = config.head_dim // 2
-    device = position_ids.device
+    """Rotary angles of every token: (cos, sin), each (T, D/2) fp32, from position_ids (3, T)."""
+    half, device = config.head_dim // 2, position_ids.device
     inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
-    sections = config.mrope_section or (half, 0, 0)
-    # e.g. mrope_section (1, 2, 1): frequency 0 reads axis 0, 1 and 2 read axis 1, 3 reads axis 2
-    angles = torch.cat(
-        [
-            position_ids[axis, :, None].float() * f  # (T, section)
-            for axis, f in enumerate(inv_freq.split(sections))
-        ],
-        dim=1,
-    )
-    return angles.cos(), angles.sin()  # (T, D/2)
+    axis = axis_of_frequency(config).to(device, non_blocking=True)
+    angles = position_ids.float().t()[:, axis] * inv_freq  # (T, D/2)
+    return angles.cos(), angles.sin()
 
 
 # --------------------------------------------------------------------------------------------------------- layers
@@ -182,24 +200,27 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; q, k, v have biases, o has none."""
+    """Grouped-query attention. Qwen2: biases on q, k, v. Qwen3: norms on the heads of q and k."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q_size, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def qkv(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """x (T, C) → rotated q (T, Hq, D), rotated k (T, Hkv, D), v (T, Hkv, D); the sampler caches k and v."""
+        """x (T, C) → rotated q (T, Hq, D) and k (T, Hkv, D), and v (T, Hkv, D); the sampler caches k and v."""
         q, k, v = (
             p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+        return apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin), v
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
         q, k, v = self.qkv(x, cos, sin)
@@ -231,23 +252,15 @@ class Block(nn.Module):
         self.checkpointing = "none"
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
-        """x (T, C) → (T, C). `checkpointing` says what the backward pass recomputes: nothing (none), all but the
-        outputs of attention and of every matmul (matmul), or all from the block's input (full).
-        Checkpointing inside forward, not as a wrapper, keeps the parameters' names as published."""
+        """x (T, C) → (T, C). `checkpointing` says what the backward pass recomputes: nothing (none),
+        all but the outputs of attention and matmuls (matmul), or all from the block's input (full).
+        Checkpointing inside forward, not in a wrapper, keeps the parameters' names as published."""
+        args = (x, cos, sin, cu_seqlens, max_len)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self.run(x, cos, sin, cu_seqlens, max_len)
+            return self.run(*args)
         options = {} if self.checkpointing == "full" else {"context_fn": keep_matmuls}
-        return checkpoint(
-            self.run,
-            x,
-            cos,
-            sin,
-            cu_seqlens,
-            max_len,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            **options,
-        )  # no dropout: there is no random state to preserve
+        # no dropout: there is no random state to preserve
+        return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
     def run(self, x, cos, sin, cu_seqlens, max_len):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_len)
@@ -259,11 +272,10 @@ ATTENTION_OPS = ("scaled_dot_product", "_flash_attention", "varlen_attn", "flash
 
 
 def keep_matmuls():
-    """Contexts for `checkpoint` that keep the outputs of attention and matrix products, and recompute the rest."""
+    """Contexts for `checkpoint` that keep the outputs of attention and matmuls, and recompute the rest."""
 
     def policy(ctx, op, *args, **kwargs):
-        name = str(op)
-        keep = any(n in name for n in (*ATTENTION_OPS, "aten.mm", "aten.addmm"))
+        keep = any(n in str(op) for n in (*ATTENTION_OPS, "aten.mm", "aten.addmm"))
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
@@ -281,37 +293,30 @@ class Decoder(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- model
 class Model(nn.Module):
-    """Qwen2.5-VL (or Qwen2). Without `with_vision`, `visual.*` is neither built, nor loaded, sharded or trained."""
+    """The decoder with its output head and, only if asked for, the vision tower `visual`."""
 
     def __init__(self, config: ModelConfig, with_vision: bool = False):
         super().__init__()
         if with_vision and config.vision is None:
-            raise ValueError(
-                "this model has no vision tower (model_type qwen2); only text can be used with it"
-            )
+            raise ValueError("this model has no vision tower: only text can be used with it")
         self.config = config
-        self.visual = VisionTower(config.vision) if with_vision else None
+        self.visual = config.vision.tower() if with_vision else None
         self.model = Decoder(config)
+        tied = config.tie_word_embeddings
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
         # what its files may hold beside its parameters, see `core.weights.WeightFiles.check`
         self.not_built = () if with_vision else ("visual.",)
-        self.tied = ("lm_head.",) if config.tie_word_embeddings else ()
-        self.loss_chunk = 0  # rows of logits that exist at once, 0: by device, see `rows_of_logits`
-        self.banned_ids: torch.Tensor | None = (
-            None  # ids that never get probability, see `set_banned_ids`
-        )
+        self.tied = ("lm_head.",) if tied else ()
+        self.loss_chunk = 0  # rows of logits that exist at once; 0: `rows_of_logits`
+        self.banned_ids: torch.Tensor | None = None  # see `set_banned_ids`
 
     def set_banned_ids(self, ids: list[int]) -> None:
         """Give these ids probability zero, in training and sampling alike: vision placeholders and the padded end of
         the vocabulary would otherwise be sampled now and then and break the next forward."""
         device = self.model.embed_tokens.weight.device
-        self.banned_ids = (
-            torch.tensor(sorted(ids), dtype=torch.long, device=device) if ids else None
-        )
+        self.banned_ids = torch.tensor(sorted(ids), device=device) if ids else None
 
     def head_weight(self) -> torch.Tensor:
         """(V, C): the output matrix, which is the embedding itself when the two are tied."""
@@ -322,39 +327,35 @@ class Model(nn.Module):
         tokens: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """tokens (T,) → (T, C); each image placeholder takes the next merged vision token of `pixel_values`."""
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """tokens (T,) → x (T, C) and what DeepStack adds to it later.
+
+        Each image placeholder takes the next vector of the tower. Qwen3-VL's tower has more for it
+        (DeepStack): after layer k the caller adds the k-th, x = x.index_add(0, *deepstack[k]).
+        deepstack is a list of (placeholders' rows (M,), vectors (M, C)), empty for Qwen2.5-VL.
+        """
         x = self.model.embed_tokens(tokens)  # (T, C)
         if pixel_values is None:
-            return (
-                x + self._no_image() if self.visual is not None and torch.is_grad_enabled() else x
-            )
+            needs_gradient = self.visual is not None and torch.is_grad_enabled()
+            return (x + self._no_image() if needs_gradient else x), []
         if self.visual is None:
+            raise ValueError("images given, but the model was built without with_vision=True")
+        rows = (tokens == self.config.image_token_id).nonzero().squeeze(1)
+        image = self.visual(pixel_values.to(x.device), torch.as_tensor(grid_thw)).to(x.dtype)
+        if len(rows) != len(image):
             raise ValueError(
-                "images given, but the model was built without its vision tower (with_vision=True)"
+                f"{len(rows)} image placeholders in the tokens, {len(image)} tokens from the images"
             )
-        places = (tokens == self.config.image_token_id).nonzero().squeeze(1)
-        image = self.visual(
-            pixel_values.to(x.device), torch.as_tensor(grid_thw)
-        )  # (number of merged vision tokens, C)
-        if len(places) != len(image):
-            raise ValueError(
-                f"{len(places)} image placeholders in the tokens, {len(image)} tokens from the images"
-            )
-        return x.index_copy(0, places, image.to(x.dtype))
+        image, *deepstack = image.split(x.shape[1], dim=1)  # (M, C) each
+        return x.index_copy(0, rows, image), [(rows, extra) for extra in deepstack]
 
     def _no_image(self) -> torch.Tensor | float:
-        """Zero, through the tower when it is trained: under FSDP every rank must have a gradient for the same
+        """Zero, through the whole tower when it is trained: under FSDP every rank must have a gradient for the same
         parameters, also a rank whose micro-batch has no image."""
-        weight = self.visual.patch_embed.proj.weight
+        weight, side = self.visual.patch_embed.proj.weight, self.visual.config.spatial_merge_size
         if not weight.requires_grad:
             return 0.0
-        blank = torch.zeros(
-            self.visual.config.spatial_merge_size**2,
-            weight.flatten(1).shape[1],
-            device=weight.device,
-        )
-        side = self.visual.config.spatial_merge_size
+        blank = torch.zeros(side**2, weight[0].numel(), device=weight.device)
         return self.visual(blank, torch.tensor([[1, side, side]])).sum() * 0.0
 
     def forward(
@@ -374,8 +375,8 @@ class Model(nn.Module):
         """One packed stream through the model.
 
         tokens (T,) long; position_ids (3, T) long; cu_seqlens (N+1,) int32; targets (T,) long, -100 where nothing is
-        asked. max_len (bound of the document lengths) and rows (where targets are) spare two waits for the GPU when
-        these are CUDA tensors; by default they are read from cu_seqlens and targets.
+        asked; pixel_values and grid_thw: see the tower. max_len (bound of the document lengths) and rows (where targets
+        are) spare two waits for the GPU when these are CUDA tensors; by default they are read from the others.
         Returns fp32 logits (T, V) without targets; else (logprobs (T,), entropies (T,) or None), fp32, zero where the
         target is -100: log softmax(logits / temperature)[target], and the entropy of the same distribution.
         """
@@ -386,138 +387,32 @@ class Model(nn.Module):
         tokens, position_ids, cu = (
             t.to(device, non_blocking=True) for t in (tokens, position_ids, cu_seqlens)
         )
-        x = self.embed(tokens, pixel_values, grid_thw)
+        x, deepstack = self.embed(tokens, pixel_values, grid_thw)
         cos, sin = rope_cos_sin(position_ids, self.config)
-        for layer in self.model.layers:
+        for k, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, cu, max_len)
+            if k < len(deepstack):
+                x = x.index_add(0, *deepstack[k])
         if targets is None:
             return head_logits(self.model.norm(x), self.head_weight(), 1.0, self.banned_ids)
         rows, targets = rows.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        hidden = self.model.norm(x[rows])  # only the rows that are asked for reach the head
         logprobs, entropies = ChunkedLogProbs.apply(
-            hidden,
+            self.model.norm(x[rows]),  # only the rows that are asked for reach the head
             self.head_weight(),
             targets[rows],
             temperature,
             entropy,
             self.banned_ids,
-            self.loss_chunk or rows_of_logits(self),
+            self.loss_chunk or rows_of_logits(self.head_weight()),
         )
         full = torch.zeros(len(tokens), device=device)
-        return full.index_copy(0, rows, logprobs), full.index_copy(
-            0, rows, entropies
-        ) if entropy else None
-
-
-# ------------------------------------------------------------------------------------- log-probabilities in chunks
-def rows_of_logits(model: Model) -> int:
-    """Rows of one chunk: 4,096 on a GPU (2.5 GB of fp32 logits at V = 152,064; large matmuls run best), 32 MB on CPU,
-    where larger blocks miss the cache and fresh pages cost more than the arithmetic."""
-    on_gpu = model.model.embed_tokens.weight.is_cuda
-    return 4096 if on_gpu else max(16, 2**23 // model.config.vocab_size)
-
-
-def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with an fp32 result that was never rounded to bf16: on CUDA straight from the tensor cores."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def head_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, temperature: float, banned_ids: torch.Tensor | None
-) -> torch.Tensor:
-    """hidden (R, C), weight (V, C) → fp32 logits / temperature (R, V). Trainer and sampler both score with this.
-
-    Banned ids get -1e30: probability exactly 0, and no NaN in 0 · log 0.
-    """
-    logits = matmul_fp32(hidden, weight.t())
-    if temperature != 1.0:
-        logits = logits.div_(temperature)
-    if banned_ids is not None:
-        logits = logits.index_fill_(1, banned_ids, -1e30)
-    return logits
-
-
-class ChunkedLogProbs(torch.autograd.Function):
-    """Log-probabilities (and entropies) of targets without the (R, V) logits: they exist for `chunk` rows at a time
-    and are computed again in backward. The head's weight gradient is summed over chunks in fp32 (summed in bf16 its
-    error grows from 2e-3 to 5e-3 over 32 chunks). Must equal log_softmax + gather, and its autograd."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, with_entropy, banned_ids, chunk):
-        """hidden (R, C), weight (V, C), targets (R,) → logprobs (R,), entropies (R,), fp32 (zeros when not asked)."""
-        logprobs = torch.zeros(len(targets), device=hidden.device)
-        entropies = torch.zeros_like(logprobs)
-        lse = torch.zeros_like(logprobs)
-        for s in _slices(len(targets), chunk):
-            logits = head_logits(hidden[s], weight, temperature, banned_ids)  # (chunk, V)
-            lse[s] = logits.logsumexp(-1)
-            logprobs[s] = logits.gather(1, targets[s, None]).squeeze(1) - lse[s]
-            if with_entropy:
-                entropies[s] = lse[s] - (logits - lse[s, None]).exp_().mul_(logits).sum(
-                    -1
-                )  # H = lse - E[logit]
-        ctx.save_for_backward(hidden, weight, targets, lse, entropies)
-        ctx.options = temperature, with_entropy, banned_ids, chunk
-        return logprobs, entropies
-
-    @staticmethod
-    def backward(ctx, d_logprobs, d_entropies):
-        hidden, weight, targets, lse, entropies = ctx.saved_tensors
-        temperature, with_entropy, banned_ids, chunk = ctx.options
-        d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for s in _slices(len(targets), chunk):
-            # ∂logp[y]/∂z = onehot(y) - p;  ∂H/∂z = -p (log p + H). In place: a chunk of logits is the largest tensor
-            logp = head_logits(hidden[s], weight, temperature, banned_ids).sub_(
-                lse[s, None]
-            )  # (chunk, V)
-            if with_entropy:
-                p = logp.exp()
-                d_logits = (
-                    logp.add_(entropies[s, None])
-                    .mul_(d_entropies[s, None])
-                    .add_(d_logprobs[s, None])
-                    .mul_(p)
-                    .neg_()
-                )
-                del p
-            else:
-                d_logits = logp.exp_().mul_(-d_logprobs[s, None])
-            d_logits.scatter_add_(1, targets[s, None], d_logprobs[s, None])
-            d_logits = d_logits.div_(temperature).to(hidden.dtype)
-            d_hidden[s] = d_logits @ weight
-            if ctx.needs_input_grad[1]:
-                add_weight_gradient(d_weight, d_logits, hidden[s])
-        return (
-            d_hidden,
-            d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def add_weight_gradient(total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
-    """total (V, C) fp32 += d_logitsᵀ (V, R) @ hidden (R, C), in fp32 whatever the inputs' dtype."""
-    if hidden.dtype == torch.float32:
-        total.addmm_(d_logits.t(), hidden)
-    else:
-        total += matmul_fp32(d_logits.t(), hidden)
-
-
-def _slices(rows: int, chunk: int) -> list[slice]:
-    return [slice(i, min(i + chunk, rows)) for i in range(0, rows, chunk)]
+        entropies = full.index_copy(0, rows, entropies) if entropy else None
+        return full.index_copy(0, rows, logprobs), entropies
 
 
 # ----------------------------------------------------------------------------------------- from a model directory
 def resolve_model_dir(name: str, world: World) -> Path:
-    """A local directory as it is; a hub id is downloaded (by rank 0 first) and its local copy returned."""
+    """A local directory as it is; a hub id: its local copy, downloaded (by rank 0 first) if need be."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -537,8 +432,9 @@ def resolve_model_dir(name: str, world: World) -> Path:
 
 
 def check_model_dir(model_dir: str | Path) -> None:
-    """Raise ValueError unless this directory holds a supported model with all of its weights in shape. Reads headers
-    only, so that a broken directory shows before minutes of preparing data."""
+    """Raise ValueError unless this directory holds a supported model with all weights in shape.
+
+    Reads headers only, so that a broken directory shows before minutes of preparing data."""
     with torch.device("meta"):
         model = Model(ModelConfig.from_dir(model_dir))
     WeightFiles(model_dir).check(model)
@@ -571,13 +467,8 @@ def build_model(
         block.checkpointing = checkpointing
         if compile_blocks:
             block.compile()
-    shard(
-        model,
-        world,
-        compute_dtype=compute_dtype,
-        reshard_after_forward=reshard_after_forward,
-        replicas=replicas,
-    )
+    fsdp = dict(reshard_after_forward=reshard_after_forward, replicas=replicas)
+    shard(model, world, compute_dtype=compute_dtype, **fsdp)
     model.to_empty(device=world.device)
     load_hf(model, model_dir)
     # mixed precision would be silently lost if the masters were not what was asked for
@@ -589,9 +480,9 @@ def build_model(
 def train_flops(config: ModelConfig, lengths: list[int] | torch.Tensor) -> tuple[float, float]:
     """FLOPs of forward + backward over documents of these lengths: (strict, PaLM convention).
 
-    Both: 6 · (parameters in matmuls, head included, embedding lookup excluded) a token. Attention: strict counts the
-    causal half within each document, 6·L·Hq·D·len² a document; PaLM counts 12·L·Hq·D·T a token at the full stream
-    length T, as most published MFUs do. Recomputation is never counted.
+    Both: 6 · (parameters in matmuls, head included, embedding lookup excluded) a token. Attention:
+    strict counts the causal half within each document, 6·L·Hq·D·len² a document; PaLM counts
+    12·L·Hq·D·T a token at the full stream length T. Recomputation is never counted.
     """
     lens = torch.as_tensor(lengths, dtype=torch.float64)
     c, tokens = config, float(lens.sum())

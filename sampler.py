@@ -519,7 +519,8 @@ class Sampler:
             if pictured
         ]
         m, longest, on_device = self.decoder.model, int(cu.diff().max()), cu.to(self.device)
-        x = self.model.embed(tokens.to(self.device), *images).to(self.slots.kv.dtype)  # (T, C)
+        x, deepstack = self.model.embed(tokens.to(self.device), *images)  # (T, C)
+        x = x.to(self.slots.kv.dtype)
         cos, sin = rope_cos_sin(torch.cat(positions, dim=1).to(self.device), c)
         kv = x.new_empty(2, len(m.layers), len(tokens), c.num_key_value_heads, c.head_dim)
         for i, layer in enumerate(m.layers):
@@ -529,6 +530,9 @@ class Sampler:
                 return attend(q, k, v, on_device, longest, causal=True)
 
             x = through(layer, x, cos, sin, attention)
+            if i < len(deepstack):
+                rows, extra = deepstack[i]
+                x = x.index_add(0, rows, extra.to(x.dtype))
         last = m.norm(x[on_device[1:].long() - 1])  # (prompts, C)
         run.staged.extend(
             Staged(i, kv[:, :, a:b], h, d)

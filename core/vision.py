@@ -355,7 +355,7 @@ def mrope_positions(
 # -------------------------------------------------------------------------------------------------------- tower
 @dataclass(frozen=True)
 class VisionConfig:
-    """The numbers that shape the tower. Defaults: what published config.json files leave out when it is this."""
+    """The numbers that shape the tower. Defaults: what published config.json files leave out."""
 
     hidden_size: int
     out_hidden_size: int = 3584
@@ -368,22 +368,6 @@ class VisionConfig:
     spatial_merge_size: int = 2
     window_size: int = 112  # pixels
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # blocks that see the whole image
-    hidden_act: str = "silu"
-
-    def __post_init__(self):
-        if self.hidden_act != "silu":
-            raise ValueError(
-                f"vision_config.hidden_act {self.hidden_act!r} is not supported (only 'silu')"
-            )
-        if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(
-                f"vision_config: hidden_size {self.hidden_size} must be a multiple of 4 · num_heads "
-                f"({self.num_heads}): each head turns a quarter of its frequencies by row, as by column"
-            )
-        if self.cells_per_window < 1:
-            raise ValueError(
-                f"vision_config.window_size {self.window_size} is smaller than one merged token"
-            )
 
     @property
     def cells_per_window(self) -> int:
@@ -392,59 +376,70 @@ class VisionConfig:
 
     @staticmethod
     def from_dict(raw: dict) -> VisionConfig:
-        """The "vision_config" of config.json, as published (in_chans) or as transformers 5 writes it (in_channels)."""
+        """Read the "vision_config" of config.json, as published or as transformers 5 writes it."""
         known = {k: raw[k] for k in VisionConfig.__dataclass_fields__ if k in raw}
         if "hidden_size" not in known:
-            raise ValueError(
-                "vision_config.hidden_size is missing; is this the config.json of a Qwen2.5-VL model?"
-            )
+            raise ValueError("vision_config.hidden_size is missing; is this a Qwen2.5-VL model?")
         known["in_channels"] = raw.get("in_channels", raw.get("in_chans", 3))
         if "fullatt_block_indexes" in known:
             known["fullatt_block_indexes"] = tuple(known["fullatt_block_indexes"])
-        rope = raw.get("rope_parameters") or {}
-        if rope.get("rope_theta", 1e4) != 1e4 or rope.get("rope_type", "axial") != "axial":
+        if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(
-                f"vision_config.rope_parameters {rope} are not supported (only axial, theta 10000)"
+                f"vision_config.hidden_act {raw['hidden_act']!r} is not supported, only 'silu'"
             )
-        return VisionConfig(**known)
+        c = VisionConfig(**known)
+        check_rope(raw, c.hidden_size, c.num_heads)
+        if c.cells_per_window < 1:
+            raise ValueError(
+                f"vision_config.window_size {c.window_size} is smaller than one merged token"
+            )
+        return c
+
+    def tower(self) -> VisionTower:
+        return VisionTower(self)
+
+
+def check_rope(raw: dict, hidden_size: int, num_heads: int) -> None:
+    """Raise ValueError unless the "vision_config" asks for the rotation of `rope_2d`."""
+    rope = raw.get("rope_parameters") or {}
+    if rope.get("rope_theta", 1e4) != 1e4 or rope.get("rope_type", "axial") != "axial":
+        raise ValueError(
+            f"vision_config.rope_parameters {rope} are not supported, only axial with theta 10000"
+        )
+    if hidden_size % (4 * num_heads):
+        raise ValueError(
+            f"vision_config: hidden_size {hidden_size} must be a multiple of 4 · num_heads "
+            f"({num_heads}): a quarter of each head turns by row, a quarter by column, as pairs"
+        )
 
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """Where each patch of a set of images belongs; CPU tensors. M merged tokens, P = M · merge² patches."""
+    """Where each patch of a set of images belongs. M merged tokens, P = M · merge² patches; CPU."""
 
     order: torch.Tensor  # (M,) long: the merged tokens, window by window
     positions: torch.Tensor  # (P, 2) long: row and column of each patch in its image, in that order
-    cu_windows: torch.Tensor  # (windows + 1,) int32: where windows begin and end, in patches
-    cu_images: torch.Tensor  # (images + 1,) int32: the same for images
+    cu_windows: torch.Tensor  # (windows + 1,) int32: window boundaries, in patches
+    cu_images: torch.Tensor  # (images + 1,) int32: image boundaries, in patches
 
 
 def window_layout(grid_thw: torch.Tensor, config: VisionConfig) -> WindowLayout:
     """Sort the merged tokens of all images by attention window: grid_thw (n, 3) long on the CPU.
 
-    Windows start at the image's top left and are cut off at its right and lower edge: they are never padded. Must give
-    the order and boundaries of transformers' `get_vision_window_index`.
+    Windows start at the image's top left and are cut off at its right and lower edge, never padded.
+    Must give the order and boundaries of transformers' `get_vision_window_index`.
     One image of 4 x 12 patches, merge 2, windows of 4 x 4 merged tokens: 2 x 6 merged tokens
         0 1 2 3 |  4  5
-        6 7 8 9 | 10 11      → order 0 1 2 3 6 7 8 9 4 5 10 11, cu_windows [0, 32, 48], cu_images [0, 48]
+        6 7 8 9 | 10 11      → order 0 1 2 3 6 7 8 9 4 5 10 11, cu_windows [0, 32, 48]
     """
     m, side = config.spatial_merge_size, config.cells_per_window
     order, positions, windows, images, start = [], [], [], [], 0
     for t, h, w in grid_thw.tolist():
-        if h % m or w % m or min(t, h, w) < 1:
-            raise ValueError(
-                f"grid {(t, h, w)}: height and width must be positive multiples of the merge size {m}"
-            )
         rows, columns = torch.arange(h // m)[:, None], torch.arange(w // m)
-        window = (
-            rows // side * -(-w // m // side) + columns // side
-        )  # (h/m, w/m): number of each token's window
+        # (h/m, w/m): number of each token's window
+        window = rows // side * -(-w // m // side) + columns // side
         frame_order = window.flatten().argsort(stable=True)  # reading order inside a window
-        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        place = (
-            torch.stack([y, x], dim=-1).reshape(h // m, m, w // m, m, 2).transpose(1, 2)
-        )  # (h/m, w/m, m, m, 2)
-        place = place.reshape(-1, m * m, 2)[frame_order].reshape(-1, 2)
+        place = patch_positions(h, w, m).view(-1, m * m, 2)[frame_order].view(-1, 2)
         for _ in range(t):  # 1 for an image; attention never crosses frames
             order.append(frame_order + start)
             positions.append(place)
@@ -454,12 +449,26 @@ def window_layout(grid_thw: torch.Tensor, config: VisionConfig) -> WindowLayout:
     return WindowLayout(
         torch.cat(order),
         torch.cat(positions),
-        _boundaries(torch.cat(windows)),
-        _boundaries(torch.tensor(images)),
+        boundaries(torch.cat(windows)),
+        boundaries(torch.tensor(images)),
     )
 
 
-def _boundaries(lengths: torch.Tensor) -> torch.Tensor:
+def patch_positions(h: int, w: int, merge: int) -> torch.Tensor:
+    """(h · w, 2) long: row and column of each patch of an image, in the order of `preprocess_image`.
+
+    Raises ValueError unless h and w are multiples of `merge`.
+    """
+    if h % merge or w % merge or min(h, w) < 1:
+        raise ValueError(
+            f"grid {h}x{w}: height and width must be positive multiples of the merge size {merge}"
+        )
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    place = torch.stack([y, x], dim=-1).view(h // merge, merge, w // merge, merge, 2)
+    return place.transpose(1, 2).reshape(-1, 2)
+
+
+def boundaries(lengths: torch.Tensor) -> torch.Tensor:
     """Lengths (N,) → cumulative boundaries (N + 1,) int32: [2, 3] → [0, 2, 5]."""
     return F.pad(lengths.cumsum(0), (1, 0)).int()
 
@@ -467,28 +476,29 @@ def _boundaries(lengths: torch.Tensor) -> torch.Tensor:
 def rope_2d(positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column of each patch, (P, 2) → (cos, sin) of its angles, each (P, D/2) fp32.
 
-    Half of the angles turn with the row, half with the column, with the same D/4 frequencies 10000^(-4j/D).
+    Half of the angles turn with the row, half with the column, by the same D/4 frequencies
+    10000^(-4j/D).
     """
-    exponent = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=positions.device) / (
-        head_dim // 2
-    )
-    angles = (positions[:, :, None].float() / 10000.0**exponent).flatten(
-        1
-    )  # (P, 2, D/4) → (P, D/2)
+    j = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=positions.device)
+    frequencies = 10000.0 ** (j / (head_dim // 2))
+    angles = (positions[:, :, None].float() / frequencies).flatten(1)  # (P, 2, D/4) → (P, D/2)
     return angles.cos(), angles.sin()
 
 
 class PatchEmbed(nn.Module):
-    """The published weight is a Conv3d's whose stride is its kernel: one matrix on flattened patches."""
+    """The published weight is a Conv3d's whose stride is its kernel: a matrix on flattened patches.
 
-    def __init__(self, c: VisionConfig):
+    It is kept a matrix product: Conv3d is 10 to 50 times slower on some CUDA versions.
+    """
+
+    def __init__(self, c: VisionConfig, bias: bool = False):
         super().__init__()
         kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
-        self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, stride=kernel, bias=False)
+        self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, stride=kernel, bias=bias)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         weight = self.proj.weight.flatten(1)  # (C, 1176)
-        return F.linear(patches.to(weight.dtype), weight)  # (P, C)
+        return F.linear(patches.to(weight.dtype), weight, self.proj.bias)  # (P, C)
 
 
 class VisionAttention(nn.Module):
@@ -520,14 +530,14 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """One layer of the tower, pre-norm."""
+    """One layer of a tower, pre-norm."""
 
-    def __init__(self, c: VisionConfig):
+    def __init__(self, c: VisionConfig, norm: type = nn.RMSNorm, mlp: type = VisionMLP):
         super().__init__()
-        self.norm1 = nn.RMSNorm(c.hidden_size, eps=1e-6)
-        self.norm2 = nn.RMSNorm(c.hidden_size, eps=1e-6)
+        self.norm1 = norm(c.hidden_size, eps=1e-6)
+        self.norm2 = norm(c.hidden_size, eps=1e-6)
         self.attn = VisionAttention(c)
-        self.mlp = VisionMLP(c)
+        self.mlp = mlp(c)
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, cu_seqlens, max_len)
@@ -552,10 +562,11 @@ class Merger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Qwen2.5-VL's vision transformer (arXiv 2502.13923, section 2.1.1); parameter names as published below `visual.`.
+    """Qwen2.5-VL's vision transformer (arXiv 2502.13923, section 2.1.1).
 
-    All images of a batch go through together, as segments of one stream. Attention stays inside windows, but for the
-    blocks in fullatt_block_indexes, which see the whole image. Positions come with the call: there is no state.
+    All images of a batch go through together, as segments of one stream. Attention stays inside
+    windows, but for the blocks in fullatt_block_indexes, which see the whole image. Positions come
+    with the call: there is no state. Parameter names are the published ones below `visual.`.
     """
 
     def __init__(self, config: VisionConfig):
@@ -566,19 +577,21 @@ class VisionTower(nn.Module):
         self.merger = Merger(config)
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """patches (P, in_channels · temporal_patch · patch²), grid_thw (images, 3) long on the CPU → (P / merge², out)
-        in the order of the patches, in the dtype of the weights. Raises ValueError when the two do not fit."""
+        """patches (P, in_channels · temporal_patch · patch²), grid_thw (images, 3) long on the CPU
+        → (P / merge², out) in the order of the patches and the dtype of the weights.
+
+        Raises ValueError when patches and grids do not fit.
+        """
         c, device = self.config, patches.device
-        if len(patches) != int(grid_thw.prod(dim=1).sum()):
+        wanted = int(grid_thw.prod(dim=1).sum())
+        if len(patches) != wanted:
             raise ValueError(
-                f"{len(patches)} patches, but the grids {grid_thw.tolist()} ask for "
-                f"{int(grid_thw.prod(dim=1).sum())}"
+                f"{len(patches)} patches, but the grids {grid_thw.tolist()} ask for {wanted}"
             )
         layout = window_layout(grid_thw, c)
         # the true maxima are known on the CPU, so that the GPU is never waited for
         longest_window, longest_image = (
-            int(layout.cu_windows.diff().max()),
-            int(layout.cu_images.diff().max()),
+            int(cu.diff().max()) for cu in (layout.cu_windows, layout.cu_images)
         )
         order, back, positions, cu_windows, cu_images = (
             t.to(device, non_blocking=True)
@@ -590,17 +603,11 @@ class VisionTower(nn.Module):
                 layout.cu_images,
             )
         )
+        windows, images = (cu_windows, longest_window), (cu_images, longest_image)
         cos, sin = rope_2d(positions, c.hidden_size // c.num_heads)
         # (P, 1176) → (M, merge² · 1176), into window order, → (P, 1176)
         x = patches.view(len(order), -1).index_select(0, order).view(len(patches), -1)
         x = self.patch_embed(x)  # (P, C)
         for i, block in enumerate(self.blocks):
-            whole = i in c.fullatt_block_indexes
-            x = block(
-                x,
-                cos,
-                sin,
-                cu_images if whole else cu_windows,
-                longest_image if whole else longest_window,
-            )
+            x = block(x, cos, sin, *(images if i in c.fullatt_block_indexes else windows))
         return self.merger(x).index_select(0, back)  # (M, out)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model
-from model import ChunkedLogProbs
+from core import logprobs
+from core.logprobs import ChunkedLogProbs
 
 ROWS, WIDTH, WORDS = 96, 32, 300
 
@@ -58,14 +58,14 @@ def test_bf16_weight_gradient_is_summed_in_fp32(monkeypatch, chunks):
     """Before its final cast it is within 2e-4 of fp64 on the same rounded logit gradients, whatever the number of chunks;
     a bf16 sum is not. The loss itself is fp32, and all within bf16's 2e-2 of the exact gradients."""
     hidden, weight, targets = inputs(torch.bfloat16)
-    total, pieces, real = [], [], model.add_weight_gradient
+    total, pieces, real = [], [], logprobs.add_weight_gradient
 
     def record(accumulated, d_logits, rows):
         real(accumulated, d_logits, rows)
         total[:] = [accumulated]
         pieces.append((d_logits, rows))
 
-    monkeypatch.setattr(model, "add_weight_gradient", record)
+    monkeypatch.setattr(logprobs, "add_weight_gradient", record)
     loss, d_hidden, d_weight = ours(hidden, weight, targets, 72 // chunks)
     assert len(pieces) == chunks and loss.dtype == torch.float32
     same = sum(d.double().T @ rows.double() for d, rows in pieces)
