@@ -161,7 +161,7 @@ def run_trl(folder: Path, steps: int, batch: int) -> dict:
 
     documents, ends = tokenised(folder), []
     rows = [
-        {"input_ids": d.tokens.tolist(), "labels": np.where(d.learned, d.tokens, -100).tolist()}
+        {"input_ids": d.tokens.tolist(), "labels": np.where(d.loss_mask, d.tokens, -100).tolist()}
         for d in map(documents.get, range(len(documents)))
     ]
 

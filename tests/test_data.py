@@ -4,6 +4,7 @@ import json
 import os
 import random
 import unicodedata
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from real_data import REAL
 from tiny import make_tiny_tokenizer
 
+import core.token_cache
 import data
 from core import schema
 from core.vision import ImageConfig, mrope_positions, num_image_tokens
@@ -444,7 +446,7 @@ def test_overlong_policies_are_counted(model_dir, tokenizer, tmp_path):
         tokenize(file, model_dir, tmp_path, max_len=cut, overlong="error")
     _, stats = tokenize(file, model_dir, tmp_path, max_len=max(map(len, whole)), overlong="error")
     assert stats["documents"] == stats["rows"] == 3 and stats["tokens"] == sum(map(len, whole))
-    with pytest.raises(ValueError, match="no document keeps anything to learn at max_len 8"):
+    with pytest.raises(ValueError, match="no document has anything to learn within max_len"):
         tokenize(file, model_dir, tmp_path, max_len=8)
 
 
@@ -460,7 +462,7 @@ def test_bad_rows_stop_before_tokenising_unless_skipped(model_dir, tmp_path, mon
     """Prevents a run that finds its bad row after an hour of tokenising, or that skips rows without saying which."""
     file = write(tmp_path / "a.jsonl", [ROWS[0], conversation("x", ""), ROWS[0]])
     with monkeypatch.context() as m:
-        m.setattr(data, "write_cache", lambda *a: pytest.fail("tokenised"))
+        m.setattr(data, "write_parts", lambda *a: pytest.fail("tokenised"))
         with pytest.raises(ValueError, match=r"a.jsonl:2: messages\[1\].content: empty"):
             tokenize(file, model_dir, tmp_path)
     dataset, stats = tokenize(file, model_dir, tmp_path, skip_bad_rows=True)
@@ -492,8 +494,8 @@ def test_tokens_that_only_this_tokenizer_calls_special_are_refused(model_dir, tm
 def test_cache_is_reused_and_renewed(model_dir, tmp_path, monkeypatch):
     """Prevents tokenising again at each start, and the worse: training on tokens of another file, tokenizer or cut."""
     built = []
-    original = data.write_cache
-    monkeypatch.setattr(data, "write_cache", lambda *a: (built.append(1), original(*a)))
+    original = data.write_parts
+    monkeypatch.setattr(data, "write_parts", lambda *a: (built.append(1), original(*a))[1])
     file, other_dir = write(tmp_path / "a.jsonl", ROWS), make_tiny_tokenizer(tmp_path / "model")
     first, _ = tokenize(file, model_dir, tmp_path)
     again, stats = tokenize(file, model_dir, tmp_path)
@@ -512,20 +514,63 @@ def test_cache_is_reused_and_renewed(model_dir, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
+def test_a_killed_build_continues_where_it_was(model_dir, tmp_path, monkeypatch):
+    """Prevents hours of tokenising that a kill or a time limit throws away; and parts of a killed
+    build that make other data than a build in one go."""
+    rows = [conversation(f"{i}?", "Yes " * (i % 7 + 1)) for i in range(10)]
+    file, encoded, original = write(tmp_path / "a.jsonl", rows), [], data.encode_conversations
+    whole, stats = tokenize(file, model_dir, tmp_path, cache_dir=tmp_path / "other")
+    monkeypatch.setattr(core.token_cache, "ROWS_PER_PART", 3)
+
+    def encode(rows, **rest):
+        encoded.append(len(rows))
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return original(rows, **rest)
+
+    monkeypatch.setattr(data, "encode_conversations", encode)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(file, model_dir, tmp_path)
+    dataset, again = tokenize(file, model_dir, tmp_path)
+    assert encoded == [3, 3, 3, 3, 1] and again == stats
+    assert dataset.data_hash == whole.data_hash
+    assert [dataset.get(i).source for i in range(10)] == [f"{file}:{i + 1}" for i in range(10)]
+    assert all(np.array_equal(dataset.get(i).tokens, whole.get(i).tokens) for i in range(10))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_cache_knows_the_versions_and_the_data_has_a_hash(model_dir, tmp_path, monkeypatch):
+    """Prevents training on tokens of another tokenizers release, and a changed data file that
+    nobody notices on resume: the hash goes into the checkpoint. It does not depend on the place."""
+    file = write(tmp_path / "a.jsonl", ROWS)
+    first = data.cache_key([file], model_dir)
+    for library in ("transformers", "tokenizers"):
+        with monkeypatch.context() as m:
+            m.setattr(data, "version", lambda n, old=library: "0" if n == old else version(n))
+            assert data.cache_key([file], model_dir) != first
+    assert data.cache_key([file], model_dir) == first
+    here = tokenize(file, model_dir, tmp_path)[0].data_hash
+    moved = write(tmp_path / "b" / "c.jsonl", ROWS)
+    assert tokenize(moved, model_dir, tmp_path)[0].data_hash == here
+    changed = write(tmp_path / "a.jsonl", [*ROWS[:2], conversation("Why", "Yes")])
+    assert tokenize(changed, model_dir, tmp_path)[0].data_hash != here
+
+
 def test_two_processes_may_build_the_cache_at_once(model_dir, tmp_path, monkeypatch):
     """Prevents half-written tokens when a second process finds no cache while the first one writes it; and the rest
     of a killed build from being taken for a cache."""
-    file, original, depth = write(tmp_path / "a.jsonl", ROWS), data.write_cache, []
+    file, original, depth = write(tmp_path / "a.jsonl", ROWS), data.write_parts, []
 
     def slow(path, *rest):
-        original(path, *rest)
+        number = original(path, *rest)
         if not depth:
             depth.append(1)
             with monkeypatch.context() as m:
                 m.setattr(os, "getpid", lambda: 999_999)
                 depth.append(tokenize(file, model_dir, tmp_path)[0].lengths.tolist())
+        return number
 
-    monkeypatch.setattr(data, "write_cache", slow)
+    monkeypatch.setattr(data, "write_parts", slow)
     dataset, _ = tokenize(file, model_dir, tmp_path)
     assert dataset.lengths.tolist() == depth[1] and len(list((tmp_path / "cache").iterdir())) == 1
     whole = next((tmp_path / "cache").iterdir())

@@ -161,7 +161,7 @@ def test_first_loss_equals_transformers(whole, inputs, world):
     for i in np.concatenate(train_sft.plan_steps(data.lengths, config)[0][0]):
         doc = data.get(i)
         labels = torch.where(
-            torch.from_numpy(doc.learned.copy()),
+            torch.from_numpy(doc.loss_mask.copy()),
             torch.from_numpy(doc.tokens.astype(np.int64)),
             -100,
         )
