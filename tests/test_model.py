@@ -1,5 +1,6 @@
 """The decoder against transformers' Qwen2.5-VL and Qwen2 on the same random weights, and the chunked loss."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_model import IDS, PATCH, VL, VOCAB, make_tiny, make_tiny_vl, reference
 from core.logprobs import ChunkedLogProbs, add_weight_gradient, head_logits
 from core.vision import mrope_positions
 from core.weights import load_hf, parameter_name
-from model import Model, ModelConfig, rope_cos_sin, train_flops
+from model import Model, ModelConfig, axis_of_frequency, rope_cos_sin, train_flops
 
 MODELS = [
     ("qwen2_5_vl",),
@@ -304,6 +305,82 @@ def test_published_flat_config_gives_the_published_parameter_counts():
     assert sum(p.numel() for p in both.parameters()) == 8_292_166_656
 
 
+def qwen3_vl(size):
+    """config.json as published; the numbers of each size."""
+    hidden, layers, heads, mlp, tied, tower, depth, tower_mlp, deepstack = {
+        "2B": (2048, 28, 16, 6144, True, 1024, 24, 4096, [5, 11, 17]),
+        "4B": (2560, 36, 32, 9728, True, 1024, 24, 4096, [5, 11, 17]),
+        "8B": (4096, 36, 32, 12288, False, 1152, 27, 4304, [8, 16, 24]),
+        "32B": (5120, 64, 64, 25600, False, 1152, 27, 4304, [8, 16, 24]),
+    }[size]
+    return {
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": tied,
+        "image_token_id": 151655,
+        "vision_start_token_id": 151652,
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": mlp,
+            "vocab_size": 151936,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 5000000,
+            "rope_scaling": {
+                "mrope_interleaved": True,
+                "mrope_section": [24, 20, 20],
+                "rope_type": "default",
+            },
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "depth": depth,
+            "hidden_size": tower,
+            "hidden_act": "gelu_pytorch_tanh",
+            "intermediate_size": tower_mlp,
+            "num_heads": 16,
+            "in_channels": 3,
+            "patch_size": 16,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "out_hidden_size": hidden,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": deepstack,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "size, text, tower",
+    [
+        ("2B", 1_720_574_976, 406_957_056),
+        ("4B", 4_022_468_096, 415_347_712),
+        ("8B", 8_190_735_360, 576_388_336),
+        ("32B", 32_762_123_264, 595_266_800),
+    ],
+)
+def test_qwen3_vl_has_the_published_parameter_counts(size, text, tower):
+    with torch.device("meta"):
+        model = Model(ModelConfig.from_dict(qwen3_vl(size)), with_vision=True)
+    count = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
+    assert count.pop("visual") == tower and sum(count.values()) == text
+
+
+def test_example_of_interleaved_sections():
+    published = ModelConfig.from_dict(qwen3_vl("8B"))
+    axis = axis_of_frequency(published)
+    assert axis.bincount().tolist() == [24, 20, 20] and (axis[60:] == 0).all()
+    small = dataclasses.replace(published, head_dim=8, mrope_section=(2, 1, 1))
+    assert axis_of_frequency(small).tolist() == [0, 1, 2, 0]
+    contiguous = dataclasses.replace(small, mrope_interleaved=False)
+    assert axis_of_frequency(contiguous).tolist() == [0, 0, 1, 2]
+
+
 def test_nested_config_of_transformers_5_means_the_same():
     from transformers import Qwen2_5_VLConfig
 
@@ -339,6 +416,36 @@ def test_nested_config_of_transformers_5_means_the_same():
 def test_unsupported_architectures_are_named(change, word):
     with pytest.raises(ValueError, match=word):
         ModelConfig.from_dict({**FLAT_7B, **change})
+
+
+ROPE = qwen3_vl("8B")["text_config"]["rope_scaling"]
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"attention_bias": True}, "attention_bias True is not supported, only False"),
+        ({"rope_scaling": {**ROPE, "mrope_interleaved": False}}, "mrope_interleaved False"),
+        ({"rope_scaling": {**ROPE, "mrope_section": [24, 20, 21]}}, "must sum to half"),
+        ({"rope_scaling": {**ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ],
+)
+def test_unsupported_qwen3_variants_are_named(change, word):
+    """They would load, and compute something else."""
+    config = qwen3_vl("8B")
+    with pytest.raises(ValueError, match=word):
+        ModelConfig.from_dict({**config, "text_config": {**config["text_config"], **change}})
+
+
+@pytest.mark.parametrize("field", ["head_dim", "num_key_value_heads", "rope_scaling", "rope_theta"])
+def test_no_field_of_qwen3_is_guessed(field):
+    """transformers' class defaults are those of no published model."""
+    config = qwen3_vl("8B")
+    del config["text_config"][field]
+    with pytest.raises(ValueError, match="are missing, which qwen3_vl needs"):
+        ModelConfig.from_dict(config)
 
 
 def test_flop_count_equals_torchs_counter(tiny_vl):

@@ -1,5 +1,6 @@
 """vision.py against what we did not write: transformers' PIL processor, its vision tower, its M-RoPE positions."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -22,24 +23,28 @@ from core.vision import (
     load_image,
     mrope_positions,
     num_image_tokens,
+    patch_positions,
     preprocess_image,
     rope_2d,
     smart_resize,
     window_layout,
 )
+from core.vision3 import Vision3Config, grid_taps
 
 PUBLISHED = ImageConfig()  # 3136 .. 12,845,056 pixels
 CARD = ImageConfig(
     262_144, 262_144
 )  # X-Reasoner's model card: every image is brought to the same area
 SMALL = ImageConfig(3136, 50_000)  # most images must shrink
+# Qwen3-VL's published preprocessor_config.json; its limits with the smaller patch: 64 to 16,384 tokens
+QWEN3 = ImageConfig(65536, 16777216, 16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 IMAGE_ID = 302
 
 
 def pil_processor(config: ImageConfig):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    return Qwen2VLImageProcessorPil(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    return Qwen2VLImageProcessorPil(**dataclasses.asdict(config))
 
 
 def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -87,7 +92,9 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("config", [PUBLISHED, CARD, SMALL], ids=["published", "card", "small"])
+@pytest.mark.parametrize(
+    "config", [PUBLISHED, CARD, SMALL, QWEN3], ids=["published", "card", "small", "qwen3"]
+)
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_pixels_equal_transformers_bit_for_bit(size, config):
     """Prevents: wrong resampling filter, rounding, normalisation order, patch order or frame repetition."""
@@ -120,7 +127,7 @@ def test_other_patch_sizes_and_colours_equal_transformers():
 @given(
     st.integers(1, 9000),
     st.integers(1, 9000),
-    st.sampled_from([PUBLISHED, CARD, SMALL, ImageConfig(1, 1_003_520)]),
+    st.sampled_from([PUBLISHED, CARD, SMALL, QWEN3, ImageConfig(1, 1_003_520)]),
 )
 def test_sizes_equal_transformers(height, width, config):
     """Prevents: a resize rule that differs at rare sizes (ties, clamps), where a bit-equal sample would not look."""
@@ -131,7 +138,7 @@ def test_sizes_equal_transformers(height, width, config):
             smart_resize(height, width, config)
     else:
         assert smart_resize(height, width, config) == theirs(
-            height, width, 28, config.min_pixels, config.max_pixels
+            height, width, 2 * config.patch_size, config.min_pixels, config.max_pixels
         )
 
 
@@ -547,6 +554,17 @@ def test_image_config_reads_published_and_transformers_forms(tmp_path):
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": published}))
     assert ImageConfig.from_dir(tmp_path) == PUBLISHED
+    qwen3 = dict(
+        size={"shortest_edge": 65536, "longest_edge": 16777216},
+        patch_size=16,
+        temporal_patch_size=2,
+        merge_size=2,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        image_processor_type="Qwen2VLImageProcessorFast",
+    )
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(qwen3))
+    assert ImageConfig.from_dir(tmp_path) == QWEN3
 
 
 @pytest.mark.parametrize(
@@ -619,6 +637,26 @@ def test_unsupported_towers_are_refused(change, message):
         VisionConfig.from_dict({})
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'gelu_pytorch_tanh'"),
+        ({"num_heads": 3}, "num_heads"),
+        ({"num_position_embeddings": 145}, "145 is no square"),
+        ({"deepstack_visual_indexes": [2, 0]}, "increasing"),
+        ({"deepstack_visual_indexes": [2, 4]}, "of the 4 blocks"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters"),
+    ],
+)
+def test_unsupported_qwen3_towers_are_refused(change, message):
+    """Prevents: weights of a variant that loads and computes something else; defaults of another size."""
+    with pytest.raises(ValueError, match=message):
+        Vision3Config.from_dict(TINY3 | change)
+    for field in Vision3Config.__dataclass_fields__:
+        with pytest.raises(ValueError, match=field):
+            Vision3Config.from_dict({k: v for k, v in TINY3.items() if k != field})
+
+
 # ----------------------------------------------------------------------------------------------------------- tower
 TINY = dict(
     depth=4,
@@ -647,23 +685,47 @@ GRIDS = {  # windows are 8 x 8 patches
 }
 
 
-@pytest.fixture(scope="module")
-def towers():
+TINY3 = dict(
+    depth=4,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=2,
+    out_hidden_size=24,
+    in_channels=3,
+    patch_size=14,  # as TINY's, for the same patches
+    temporal_patch_size=2,
+    spatial_merge_size=2,
+    num_position_embeddings=144,
+    deepstack_visual_indexes=[0, 2],
+    hidden_act="gelu_pytorch_tanh",
+)
+
+
+def make_towers(kind):
     """transformers' tower with random weights, and ours with the same, loaded by name."""
     from tiny_model import randomise
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-        Qwen2_5_VisionTransformerPretrainedModel,
-    )
+    from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl as config2
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as model2
+    from transformers.models.qwen3_vl import configuration_qwen3_vl as config3
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as model3
 
     torch.manual_seed(0)
-    theirs = Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLVisionConfig(**TINY))
+    if kind == "qwen2_5_vl":
+        config = config2.Qwen2_5_VLVisionConfig(**TINY)
+        theirs = model2.Qwen2_5_VisionTransformerPretrainedModel(config)
+        ours = VisionConfig.from_dict(TINY).tower()
+    else:
+        theirs = model3.Qwen3VLVisionModel(config3.Qwen3VLVisionConfig(**TINY3))
+        ours = Vision3Config.from_dict(TINY3).tower()
     randomise(theirs)
-    ours = VisionTower(VisionConfig.from_dict(TINY))
-    ours.load_state_dict(
-        theirs.state_dict(), strict=True
-    )  # the published names and shapes, none more, none less
+    # the published names and shapes, none more, none less
+    ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def towers(request):
+    return make_towers(request.param)
 
 
 def patches_of(grids, seed=0):
@@ -676,8 +738,9 @@ def test_tower_and_gradients_equal_transformers(name, towers):
     """Prevents: wrong window order, rotary angles, attention across windows or images, or a merger out of order."""
     ours, theirs = towers
     patches, grid = patches_of(GRIDS[name])
-    a, b = ours(patches, grid), theirs(patches, grid_thw=grid).pooler_output
-    assert a.shape == (len(patches) // 4, 24) and (a - b).abs().max() <= 1e-5
+    a, b = ours(patches, grid), theirs(patches, grid_thw=grid)
+    b = torch.cat([b.pooler_output, *getattr(b, "deepstack_features", [])], dim=1)
+    assert a.shape == b.shape and (a - b).abs().max() <= 1e-5
     weight = torch.randn(a.shape, generator=torch.Generator().manual_seed(1)) / a.numel() ** 0.5
     names = [n for n, _ in ours.named_parameters()]
     expected = dict(
@@ -711,9 +774,9 @@ def test_a_changed_image_leaves_the_others_bit_identical(towers):
 
 
 @torch.no_grad()
-def test_windows_and_full_blocks_both_count(towers):
+def test_windows_and_full_blocks_both_count():
     """Prevents: parity that holds only because windows make no difference at these sizes."""
-    ours, _ = towers
+    ours, _ = make_towers("qwen2_5_vl")
     patches, grid = patches_of([(1, 16, 24)])
     everywhere = VisionTower(VisionConfig.from_dict(TINY | {"fullatt_block_indexes": [0, 1, 2, 3]}))
     nowhere = VisionTower(VisionConfig.from_dict(TINY | {"fullatt_block_indexes": []}))
@@ -746,6 +809,37 @@ def test_windows_equal_transformers(cells, sizes):
     assert layout.cu_windows.dtype == layout.cu_images.dtype == torch.int32
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=3
+    ),
+    st.sampled_from([(2, 48), (2, 12), (4, 5)]),
+)
+def test_learned_positions_equal_transformers(cells, sizes):
+    """Prevents: wrong cells or weights at sides of one token, of the learned grid's own size, or beyond it."""
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    merge, side = sizes
+    grids = [(t, h * merge, w * merge) for t, h, w in cells]
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        torch.tensor(grids), side, align_corners=True, spatial_merge_size=merge
+    )
+    ours = [
+        taps
+        for t, h, w in grids
+        for taps in t * [grid_taps(patch_positions(h, w, merge), h, w, side)]
+    ]
+    assert torch.equal(torch.cat([cells for cells, _ in ours]), indices)
+    assert (torch.cat([w for _, w in ours]) - weights).abs().max() <= 1e-6
+
+
+def test_tap_example_of_the_docstring():
+    """Prevents: a worked example that is wrong."""
+    cells, weights = grid_taps(torch.tensor([(3, 0)]), 7, 7, 4)
+    assert cells.tolist() == [[4, 5, 8, 9]] and weights.tolist() == [[0.5, 0, 0.5, 0]]
+
+
 def test_window_example_of_the_docstring():
     """Prevents: a worked example that is wrong."""
     layout = window_layout(torch.tensor([(1, 4, 12)]), VisionConfig.from_dict(TINY))
@@ -770,7 +864,7 @@ def test_bf16_tower_takes_fp32_pixels(towers):
     """Prevents: a dtype error (or fp32 arithmetic) when the weights are bf16, as in training and sampling."""
     ours, theirs = towers
     patches, grid = patches_of(GRIDS["several"])
-    half = VisionTower(ours.config).bfloat16()
+    half = ours.config.tower().bfloat16()
     half.load_state_dict(ours.state_dict())
     exact, rounded = ours(patches, grid), half(patches, grid)
     assert rounded.dtype == torch.bfloat16
