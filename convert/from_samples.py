@@ -3,7 +3,7 @@
     python eval.py --model TEACHER --data FILE --out OUT --prompt_style train --samples 4 --temperature 0.6
     python -m convert from_samples OUT --out traces.jsonl [--most 1]
 
-Kept is what is right and whole: score 1 by the rule of training, ended by itself (neither cut nor forced to exit), one
+Kept is what is right and whole: reward 1 by the rule of training, ended by itself (neither cut nor forced to exit), one
 closed thought with something in it, and an answer after it. The user turn is the prompt that the teacher had, so the
 student learns to think when it is asked in these words; the assistant turn has the form of the converted OpenThoughts.
 The paper says that it kept the correct samples of QwQ-32B, not how many a question, nor in which form.
@@ -28,9 +28,9 @@ def as_conversation(row: dict, open_thought: bool, folder: Path = Path()) -> dic
 
     open_thought: the teacher's template ended the prompt inside <think>, so the text begins in the thought.
     """
-    if row["score"] < 1:
+    if row["reward"] < 1:
         return "wrong, or no answer"
-    if row["finish"] != "stop":
+    if row["finish_reason"] != "stop":
         return "cut, or forced to exit"
     text = ("<think>" if open_thought and "<think>" not in row["text"] else "") + row["text"]
     whole = re.fullmatch(r"\s*<think>(.*)</think>(.*)", text, re.S)
@@ -72,7 +72,7 @@ def from_samples(folder: str, out: str, most: int = 0) -> Counter:
         if not line:
             continue
         row = json.loads(line)
-        if "score" not in row:
+        if "lenient" not in row:
             raise ValueError(f"{file}:{number}: not graded yet; run the same eval.py to its end")
         made = as_conversation(row, open_thought, target.parent)
         if not isinstance(made, str):

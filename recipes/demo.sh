@@ -50,8 +50,8 @@ evaluate() {  # evaluate NAME MODEL SETS FLAGS…: greedy, unless the flags say 
     for task in $3; do files+=("$out/data/test_$task.jsonl"); done
     shift 3
     if [ ! -f "$out/eval-$name/result.json" ]; then
-        launch eval.py --model "$model" --data "${files[@]}" --out "$out/eval-$name" --max_new_tokens 88 --min_pixels 0 \
-            --max_pixels 0 --slots 128 --device cpu --graders 1 "$@" > "$out/eval-$name.log" 2>&1 ||
+        launch eval.py --model "$model" --data "${files[@]}" --out "$out/eval-$name" --max_new_tokens 88 --think_budget 0 \
+            --min_pixels 0 --max_pixels 0 --slots 128 --device cpu --graders 1 "$@" > "$out/eval-$name.log" 2>&1 ||
             { cat "$out/eval-$name.log"; exit 1; }
     fi
     sed -n '/^set /,$p' "$out/eval-$name.log" | sed '$d'  # the tables, without the line of JSON

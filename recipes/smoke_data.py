@@ -366,12 +366,12 @@ def teach(out: Path, problems: Path) -> None:
         row["text"] = (
             f"<think>{problem['question']} (sample {row['sample']})</think>{toy.final_answer(problem)}"
         )
-        row["finish"] = "stop"
-        reward = rewards.reward(problem, row["text"], row["finish"])
-        row.update(score=reward.score, answer=reward.answer, status=reward.status)
+        row["finish_reason"] = "stop"
+        reward = rewards.reward(problem, row["text"], "stop")
+        row.update(reward=reward.score, answer=reward.answer, status=reward.status)
     write_text(out / "samples.jsonl", rows)
     print(
-        f"{out}: {len(rows)} samples rewritten, {sum(row['score'] for row in rows):.0f} of them right"
+        f"{out}: {len(rows)} samples rewritten, {sum(row['reward'] for row in rows):.0f} of them right"
     )
 
 

@@ -20,7 +20,7 @@ files=$(benchmarks $BENCHMARKS)
 
 # the teacher gets the prompt that the student will learn, and 4,096 tokens: what is longer would be cut in SFT
 evaluate teacher --model "$TEACHER" --data "$DATA/medqa_train.jsonl" --prompt_style train --samples "$SAMPLES" \
-    --temperature 0.6 --top_p 0.95
+    --temperature 0.6 --top_p 0.95 --think_budget 0
 [ "$SMOKE" != 1 ] || show python recipes/smoke_data.py teach "$RUNS/eval/teacher" "$DATA/medqa_train.jsonl"
 [ "$NODE_RANK" != 0 ] || [ -f "$DATA/medqa_traces.jsonl" ] ||
     show python -m convert from_samples "$RUNS/eval/teacher" --out "$DATA/medqa_traces.jsonl"

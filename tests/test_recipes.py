@@ -268,8 +268,9 @@ def sample(**changes) -> dict:
         "sample": 0,
         "prompt": "6·7?",
         "text": "<think>six sevens</think>\n<answer>42</answer>",
-        "finish": "stop",
-        "score": 1.0,
+        "finish_reason": "stop",
+        "reward": 1.0,
+        "lenient": 1.0,
         "answer": "42",
         **changes,
     }
@@ -278,9 +279,9 @@ def sample(**changes) -> dict:
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"score": 0.0}, "wrong"),
-        ({"finish": "length"}, "cut"),
-        ({"finish": "forced+stop"}, "forced"),
+        ({"reward": 0.0}, "wrong"),
+        ({"finish_reason": "length"}, "cut"),
+        ({"finish_reason": "forced+stop"}, "forced"),
         ({"text": "<answer>42</answer>"}, "no closed thought"),
         ({"text": "<think> </think><answer>42</answer>"}, "empty"),
         ({"text": "<think>a</think> b</think><answer>42</answer>"}, "tag"),
@@ -316,7 +317,7 @@ def test_from_samples_reads_an_evaluation_and_counts(tmp_path, capsys):
         sample(sample=1),
         sample(sample=2, text="<think>b</think><answer>42</answer>"),
         sample(sample=3, text="<think>c</think><answer>42</answer>"),
-        sample(id="r", score=0.0),
+        sample(id="r", reward=0.0),
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "config.json").write_text('{"open_thought": false}')

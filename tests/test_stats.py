@@ -21,16 +21,6 @@ def test_docstring_examples_are_true():
     assert doctest.testmod(stats).failed == 0
 
 
-def test_samples_are_averaged_within_the_question_first():
-    """Prevents k repeats counted as k questions, which shrinks the error by up to sqrt(k); ids may come interleaved."""
-    means, ids = stats.question_means([1, 0, 0, 1, 1, 0], ["q2", "q1", "q2", "q1", "q2", "q3"])
-    assert ids == ["q2", "q1", "q3"]
-    assert means == pytest.approx([2 / 3, 0.5, 0])
-    copied = np.repeat([1.0, 0, 1, 1], 5)
-    means, _ = stats.question_means(copied, np.repeat(list("abcd"), 5).tolist())
-    assert stats.clustered_se(means)[0] == pytest.approx(scipy.stats.sem([1, 0, 1, 1]))
-
-
 @pytest.mark.parametrize("n,k", [(1, 1), (5, 1), (5, 3), (5, 5), (8, 4)])
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n, k):
     """Prevents 'any of the first k' and the bootstrap with replacement (0.656 for 1 right of 8 at k = 8; truth 1)."""
@@ -50,19 +40,6 @@ def test_majority_is_plurality_with_fair_ties_and_no_vote_for_the_unparsed():
         assert stats.majority(labels, scores) == 0.5
     assert stats.majority([None, None, None, "A", None], [0, 0, 0, 1, 0]) == 1
     assert stats.majority([None, None], [0, 0]) == 0
-
-
-def test_maj_at_k_averages_over_subsets_and_repeats_itself():
-    """Prevents maj@3 from five samples that depends on which three come first, or on an unseeded draw."""
-    labels, scores = ["A", "B", "B", "A", "A"], [1, 0, 0, 1, 1]
-    subsets = itertools.combinations(range(5), 3)
-    wins = [sum(scores[i] for i in s) >= 2 for s in subsets]
-    assert stats.maj_at_k(labels, scores, 3) == pytest.approx(np.mean(wins))
-    assert stats.maj_at_k(labels[::-1], scores[::-1], 3) == stats.maj_at_k(labels, scores, 3)
-    many, right = ["A"] * 12 + ["B"] * 12, [1] * 12 + [0] * 12
-    drawn = stats.maj_at_k(many, right, 9, draws=500)
-    assert drawn == stats.maj_at_k(many, right, 9, draws=500)
-    assert drawn == pytest.approx(0.5, abs=0.1)
 
 
 def test_equal_answers_in_different_writing_vote_together():
@@ -183,13 +160,9 @@ def test_paired_difference_equals_scipys_paired_t_test():
 @pytest.mark.parametrize("b,c", [(0, 0), (1, 0), (10, 3), (3, 10), (7, 7), (25, 15), (1500, 1400)])
 def test_mcnemar_equals_scipys_binomial_test(b, c):
     """Prevents a one-sided or chi-square p passed off as exact, and underflow to 0 beyond a thousand pairs."""
-    exact, mid = stats.mcnemar(b, c)
-    n, x = b + c, min(b, c)
-    binomial = scipy.stats.binom(n, 0.5)
+    exact = stats.mcnemar(b, c)
+    n = b + c
     assert exact == pytest.approx(scipy.stats.binomtest(b, n).pvalue if n else 1.0, rel=1e-9)
-    known = 2 * binomial.cdf(x) - binomial.pmf(x) if b != c else 1 - binomial.pmf(x) / 2
-    assert mid == pytest.approx(known if n else 1.0, rel=1e-9)
-    assert mid <= exact
 
 
 def test_minimum_detectable_effect_has_the_power_that_it_names():
@@ -210,12 +183,6 @@ def test_holm_equals_statsmodels():
     assert stats.holm(p) == pytest.approx(
         [0.04, 0.09, 0.09, 0.025, 0.2]
     )  # multipletests(p, method="holm")
-
-
-def test_micro_and_macro_differ_where_subsets_differ_in_size():
-    """Prevents the mean of subjects shown as accuracy."""
-    micro, macro, table = stats.micro_macro([1, 1, 1, 0], ["big", "big", "big", "small"])
-    assert (micro, macro, table) == (0.75, 0.5, {"big": 1.0, "small": 0.0})
 
 
 def test_scores_outside_0_1_and_empty_sets_are_refused():
