@@ -42,18 +42,8 @@ import torch
 
 import grading
 import rewards
-from core.parallel import (
-    World,
-    all_any,
-    all_gather_objects,
-    barrier,
-    gathered,
-    init,
-    process_group_cleanup,
-    rank0_first,
-    run_and_exit,
-)
-from core.run import exit_on_value_error, hash_files, header, option, parse_config
+from core.parallel import World, all_any, all_gather_objects, barrier, gathered, init, rank0_first
+from core.run import hash_files, header, option, parse_config, run_and_exit, script
 from core.samples import Sample, make_sample, problem_seed, read_samples, set_grade, write_samples
 from core.vision import ImageConfig
 from data import (
@@ -718,7 +708,7 @@ def write_result(
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        with process_group_cleanup(), exit_on_value_error():
+        with script():
             evaluate(parse_config(Config, __doc__, argv))
     except KeyboardInterrupt:
         print(

@@ -15,7 +15,6 @@ itself the field's own --help says what we took. Read in this order: `group_adva
 from __future__ import annotations
 
 import gc
-import json
 import time
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
@@ -26,27 +25,19 @@ import numpy as np
 import torch
 
 from core import attention, optim
-from core.checkpoint import load_state, newest_state, save_state
-from core.parallel import (
-    World,
-    all_any,
-    all_gather_objects,
-    all_max,
-    all_sum,
-    init,
-    process_group_cleanup,
-    rank0_first,
-    run_and_exit,
-)
+from core.checkpoint import require_space, save_state
+from core.checkpoint import resume as resume_state
+from core.parallel import World, all_any, all_gather_objects, all_max, all_sum, init
 from core.run import (
     Run,
     StopRequest,
-    exit_on_value_error,
     hash_files,
     header,
     option,
     parse_config,
     quiet_garbage_collection,
+    run_and_exit,
+    script,
 )
 from core.vision import ImageConfig
 from core.weights import export_hf
@@ -74,7 +65,7 @@ from rollouts import (
 
 @dataclass
 class Config:
-    MAY_CHANGE: ClassVar[set[str]] = {
+    CHANGEABLE: ClassVar[set[str]] = {
         "epochs",
         "steps",
         "graders",
@@ -713,7 +704,7 @@ def set_up(config: Config, world: World, run: Run) -> Parts:
     )
 
 
-def resume(parts: Parts, config: Config, run: Run, world: World) -> dict:
+def resume(parts: Parts, config: Config, run: Run, world: World, hashes: dict[str, str]) -> dict:
     """Fill model and optimizer from the newest whole checkpoint and return where it stood, else the beginning. Rollout
     files of steps that will be done again are removed."""
     at = {"step": 0, "cursor": 0, "bad_steps": 0, "bad_in_a_row": 0}
@@ -721,9 +712,17 @@ def resume(parts: Parts, config: Config, run: Run, world: World) -> dict:
     if config.rollout_only:  # nothing is trained: whole files are all there is to go on from
         while (folder / f"step_{at['step'] + 1}.jsonl").is_file():
             at = {**at, "step": at["step"] + 1, "cursor": at["cursor"] + config.prompts}
-    elif (newest := newest_state(run.out / "checkpoints", world)) is not None:
-        run.say(f"resuming from {newest}")
-        at = load_state(newest, parts.model, parts.optimizer)
+    else:
+        root = run.out / "checkpoints"
+        at = resume_state(root, "auto", parts.model, parts.optimizer, world, hashes) or at
+        require_space(
+            root,
+            parts.model,
+            parts.optimizer,
+            world,
+            copies=config.keep_last + 1 if config.save_every else 1,
+            export_bytes=sum(f.stat().st_size for f in parts.model_dir.glob("*.safetensors")),
+        )
     if world.is_main:
         for file in folder.glob("step_*.jsonl"):
             if int(file.stem[5:]) > at["step"]:
@@ -743,18 +742,15 @@ def optimizer_in_host_memory(parts: Parts, config: Config, world: World) -> Iter
 
 def evaluate_once(roller: Roller, parts: Parts, run: Run, step: int) -> None:
     """Evaluate the weights after `step` steps into eval.jsonl, unless a run that was killed later has done so."""
-    file = run.out / "eval.jsonl"
-    rows = file.read_text().splitlines() if run.is_main and file.is_file() else []
-    if not all_any(any(json.loads(row)["step"] == step for row in rows)):
+    if not run.has("eval", step):
         run.log_evaluation(roller.evaluate(parts.evaluation, step))
 
 
 def train(config: Config) -> int:
     """Run to the end, or to a signal. Returns the exit code."""
     world = init(config.device)
-    with rank0_first(world):
-        run = Run(config.out, config, is_main=world.is_main)
-    if all_any(run.complete):
+    run = Run(config.out, config, world)
+    if run.complete:
         return run.finished()
     parts = set_up(config, world, run)
     total = (
@@ -762,12 +758,13 @@ def train(config: Config) -> int:
         if config.steps >= 0
         else -(-config.epochs * len(parts.problems) // config.prompts)
     )
-    at = resume(parts, config, run, world)
+    hashes = hash_files(config.data) if world.is_main else {}
+    at = resume(parts, config, run, world, hashes)
     saved = at["step"]  # the newest checkpoint; at 0 there is nothing to save
     run.start(
         header(
             world_size=world.size,
-            data=hash_files(config.data + config.eval_data),
+            data=hashes | hash_files(config.eval_data),
             model=str(parts.model_dir),
             attention=attention.backend(world.device, torch.bfloat16),
         ),
@@ -804,6 +801,7 @@ def train(config: Config) -> int:
                     at,
                     world,
                     config.keep_last,
+                    hashes,
                 )
                 saved = at["step"]
             if error:
@@ -915,7 +913,7 @@ def describe(m: dict, total: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with process_group_cleanup(), exit_on_value_error():
+    with script():
         code = train(parse_config(Config, __doc__, argv))
     raise SystemExit(code)
 

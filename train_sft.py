@@ -21,6 +21,7 @@ loss, backward (`accumulate_gradients`) → clip and AdamW (`optim.guarded_step`
 
 from __future__ import annotations
 
+import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
@@ -32,23 +33,12 @@ import numpy as np
 import torch
 
 from core import attention
-from core.checkpoint import MARKER, is_whole, load_state, newest_state, save_state
+from core.checkpoint import MARKER, require_space, resume, save_state
 from core.optim import adamw, guarded_step, lr_at
-from core.parallel import (
-    World,
-    all_any,
-    all_max,
-    all_sum,
-    init,
-    process_group_cleanup,
-    rank0_first,
-    run_and_exit,
-)
+from core.parallel import World, all_max, all_sum, init, rank0_first
 from core.run import (
     Run,
     StopRequest,
-    collect_garbage,
-    exit_on_value_error,
     hash_files,
     header,
     memory_gib,
@@ -56,6 +46,8 @@ from core.run import (
     parse_config,
     peak_flops,
     quiet_garbage_collection,
+    run_and_exit,
+    script,
 )
 from core.vision import ImageConfig
 from core.weights import export_hf
@@ -74,7 +66,7 @@ from tools.memory import Setting, plan_step, table
 
 @dataclass
 class Config:
-    MAY_CHANGE: ClassVar[set[str]] = {
+    CHANGEABLE: ClassVar[set[str]] = {
         "epochs",
         "steps",
         "val_every",
@@ -418,9 +410,8 @@ def train(config: Config) -> int:
     world = init(config.device)
     if config.plan:
         return show_plan(config, world)
-    with rank0_first(world):
-        run = Run(config.out, config, is_main=world.is_main)
-    if all_any(run.complete):
+    run = Run(config.out, config, world)
+    if run.complete:
         return run.finished()
     model_dir = resolve_model_dir(config.model, world)
     with rank0_first(world):
@@ -436,11 +427,22 @@ def train(config: Config) -> int:
     run.say(batch_arithmetic(config, dataset, steps, steps_per_epoch, world.size))
     model, optimizer = build(config, model_dir, world, with_images)
     state_root = Path(config.out) / "checkpoints"
-    at = resume(state_root, config.resume, model, optimizer, run, world)
+    hashes = hash_files(config.data) if world.is_main else {}
+    at = resume(state_root, config.resume, model, optimizer, world, hashes)
+    at = at or {"step": 0, "bad_steps": 0, "bad_in_a_row": 0}
+    saves = 1 + len(steps) // (config.save_every or len(steps) + 1)
+    require_space(
+        state_root,
+        model,
+        optimizer,
+        world,
+        copies=min(config.keep_last + 1, saves),
+        export_bytes=sum(f.stat().st_size for f in model_dir.glob("*.safetensors")),
+    )
     run.start(
         header(
             world_size=world.size,
-            data=hash_files(config.data + config.val_data),
+            data=hashes | hash_files(config.val_data),
             model=str(model_dir),
             attention=attention.backend(world.device, torch.bfloat16),
         )
@@ -460,7 +462,7 @@ def train(config: Config) -> int:
         step: int,
     ) -> None:  # also at the start, and where a kill came between saving and validating
         due = val is not None and (step == len(steps) or step % config.val_every == 0)
-        if due and not all_any(run.has_validation(step)):
+        if due and not run.has("validation", step):
             run.log_validation(step, validation_loss(model, val, config, world, images))
 
     stop = StopRequest()
@@ -515,8 +517,8 @@ def train(config: Config) -> int:
             or too_bad
             or (config.save_every and (step + 1) % config.save_every == 0)
         ):
-            save_state(state_root, step + 1, model, optimizer, at, world, config.keep_last)
-            collect_garbage()
+            save_state(state_root, step + 1, model, optimizer, at, world, config.keep_last, hashes)
+            gc.collect()
         if too_bad:
             raise ValueError(
                 f"loss or gradient was not finite in {at['bad_in_a_row']} steps in a row (now step "
@@ -528,27 +530,6 @@ def train(config: Config) -> int:
         clock.restart()  # saving and validating are no part of the next step's time
     export_hf(model, model_dir, run.out / "final", world)
     return run.finished()
-
-
-def resume(
-    state_root: Path,
-    source: str,
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    run: Run,
-    world: World,
-) -> dict:
-    """Fill model and optimizer from this run's newest whole checkpoint, else from the one that --resume names, and
-    return where it stood; without either, the beginning."""
-    newest = newest_state(state_root, world)
-    if newest is None and source != "auto":
-        newest = Path(source)
-        if not is_whole(newest, world):
-            raise ValueError(f"--resume {source}: this checkpoint is damaged; name another")
-    if newest is None:
-        return {"step": 0, "bad_steps": 0, "bad_in_a_row": 0}
-    run.say(f"resuming from {newest}")
-    return load_state(newest, model, optimizer)
 
 
 class Clock:
@@ -602,7 +583,7 @@ def describe(m: dict, total: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with process_group_cleanup(), exit_on_value_error():
+    with script():
         code = train(parse_config(Config, __doc__, argv))
     raise SystemExit(code)
 

@@ -1,8 +1,22 @@
 """Training state that survives a kill: fp32 master weights and optimizer, sharded, for exact resume.
 
-    save_state(...), newest_state(...), load_state(...)
+OUT/checkpoints/ of two ranks with keep_last 2, killed while it saved step 600:
 
-The format is torch's distributed checkpoint, which can hold pickles: load only what your own runs wrote.
+    step_200.tmp/             gone: the save of step 400 removed what a kill had left
+    step_400/                 written under the name step_400.tmp, renamed when it was whole
+        __0_0.distcp          rank 0's shards: model.NAME, exp_avg.NAME, exp_avg_sq.NAME, step.NAME
+        __1_0.distcp          rank 1's
+        .metadata             which file holds which rows; any number of ranks can read them
+        complete.json         {"step": 400, "files": {"__0_0.distcp": 1048576, ...}, "extra": {...},
+                               "data": {"train.jsonl": "sha256 ..."}}       sizes in bytes
+    step_600.tmp/             the kill: no checkpoint; the run resumes from step_400
+
+    save_state(root, step, ...)      one checkpoint more, the oldest one less
+    resume(root, "auto", ...)        newest whole one → model and optimizer, bit for bit
+    require_space(...)               is there room for what a run will save?
+
+The format is torch's distributed checkpoint, which can hold pickles: load only what your own runs
+wrote. A model directory for others is made by `python -m tools.export`.
 """
 
 from __future__ import annotations
@@ -10,20 +24,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import zlib
 from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
 
-from core.parallel import World, all_any, all_gather_objects, barrier
+from core.parallel import World, barrier, from_rank0
 
-MARKER = "complete.json"  # written last: a state directory without it was cut short
+MARKER = "complete.json"  # written last: a directory without it was cut short
 
 
-def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Everything that training changes, flat, by name: {"model.NAME", "exp_avg.NAME", …} → (sharded) tensor."""
+def _state_tensors(model: nn.Module, optimizer: Optimizer) -> dict:
+    """All that training changes, by name: {"model.NAME", "exp_avg.NAME", …} → (sharded) tensor."""
     names = {p: n for n, p in model.named_parameters()}
     state = {f"model.{n}": p.detach() for p, n in names.items()}
     for p, slots in optimizer.state.items():
@@ -31,40 +45,57 @@ def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     return state
 
 
+def state_bytes(model: nn.Module, optimizer: Optimizer) -> int:
+    """The size of one checkpoint over all ranks, in bytes (7B: 91 GB with fp32 moments)."""
+    return sum(t.numel() * t.element_size() for t in _state_tensors(model, optimizer).values())
+
+
+# ------------------------------------------------------------------------------------------- writing
 def save_state(
     root: str | Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     extra: dict,
     world: World,
     keep_last: int = 2,
+    data: dict[str, str] | None = None,
 ) -> Path:
-    """Write `root`/step_N: sharded masters and optimizer, and `extra` (a json dict: step, position in the data, …).
+    """Write `root`/step_N: sharded weights and optimizer, `extra` (a json dict: step, position in
+    the data, …) and `data` ({training file: sha256}, which `resume` compares). Collective.
 
-    Written beside its final name with the marker last, then renamed: a kill at any moment leaves either the whole
-    checkpoint or none. The marker holds each file's size and CRC-32, so that a file torn later is noticed too.
+    A kill at any moment leaves either the whole checkpoint or none. Raises ValueError, with older
+    checkpoints as they were, when the disk has no room or a file could not be written.
     """
     root, final, tmp = Path(root), Path(root) / f"step_{step}", Path(root) / f"step_{step}.tmp"
-    if world.is_main:
+    size = state_bytes(model, optimizer)
+
+    def prepare() -> None:
         for left_behind in root.glob("step_*.tmp"):  # by a kill during an earlier save
             shutil.rmtree(left_behind, ignore_errors=True)
+        _require_free(root, size, f"the checkpoint of step {step}")
         tmp.mkdir(parents=True)
-    barrier()
-    dcp.save(_state_tensors(model, optimizer), checkpoint_id=tmp)
-    mine = sorted(tmp.glob(f"__{world.rank}_*.distcp")) + (
-        [tmp / ".metadata"] if world.is_main else []
-    )
-    sums = {
-        k: v
-        for part in all_gather_objects({f.name: _fingerprint(f) for f in mine})
-        for k, v in part.items()
-    }
+
+    try:
+        from_rank0(world, prepare)
+        dcp.save(_state_tensors(model, optimizer), checkpoint_id=tmp)
+        if world.is_main:
+            marker = {"step": step, "files": _sizes(tmp), "extra": extra, "data": data or {}}
+            (tmp / MARKER).write_text(json.dumps(marker, indent=1))
+    except (OSError, RuntimeError, CheckpointException) as e:
+        if world.is_main:
+            shutil.rmtree(tmp, ignore_errors=True)
+        kept = _state_dirs(root)
+        raise ValueError(
+            f"{final} could not be saved: {_cause(e)} ({_gb(_free(root))} free, {_gb(size)} "
+            f"needed). "
+            + (f"{kept[0]} is whole" if kept else "There is no earlier checkpoint")
+            + "; make room, then rerun the command"
+        ) from e
     if world.is_main:
-        (tmp / MARKER).write_text(json.dumps({"step": step, "files": sums, "extra": extra}))
         shutil.rmtree(final, ignore_errors=True)
         tmp.rename(final)
-        # what is newer than this step was torn, or this run would have gone on from there
+        # what is newer than this step was not whole, or this run would have resumed from it
         newer = [p for p in _state_dirs(root) if _step_of(p) > step]
         for old in newer + _state_dirs(root)[len(newer) + keep_last :]:
             shutil.rmtree(old, ignore_errors=True)
@@ -72,13 +103,90 @@ def save_state(
     return final
 
 
-def _fingerprint(file: Path) -> list[int]:
-    """[size in bytes, CRC-32]"""
-    crc = 0
-    with open(file, "rb") as f:
-        while block := f.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return [file.stat().st_size, crc]
+def _cause(e: BaseException) -> str:
+    """The first line of what went wrong on the first rank that failed."""
+    failures = getattr(e, "failures", None)  # of a CheckpointException: {rank: (exception, trace)}
+    e = next(iter(failures.values()))[0] if failures else e
+    return str(e).strip().split("\n")[0] or type(e).__name__
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != MARKER}
+
+
+# -------------------------------------------------------------------------------------------- reading
+def resume(
+    root: str | Path,
+    source: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    world: World,
+    data: dict[str, str],
+) -> dict | None:
+    """Fill model and optimizer from the newest whole checkpoint under `root`, else from the one that
+    `source` (--resume) names; returns its `extra`, None without either. Collective.
+
+    data: the training files' hashes as they are now, needed on rank 0 only. Raises ValueError when
+    they differ from those under `root`: a changed file gives another plan of rows, silently.
+    """
+    folder = newest_state(root, world)
+    if folder is not None:
+        from_rank0(world, lambda: _check_data(folder, data))
+    elif source != "auto":
+        folder = Path(source)
+        if not from_rank0(world, lambda: _is_whole(folder)):
+            raise ValueError(f"--resume {source}: not a whole checkpoint (OUT/checkpoints/step_N)")
+    if folder is None:
+        return None
+    if world.is_main:
+        print(f"resuming from {folder}", flush=True)
+    return load_state(folder, model, optimizer)
+
+
+def _check_data(folder: Path, data: dict[str, str]) -> None:
+    saved = _marker(folder)["data"]
+    for (file, now), was in zip(data.items(), saved.values()):
+        if now != was:
+            raise ValueError(
+                f"--data {file} has changed since {folder} was saved: the steps to come would not "
+                f"be the planned ones. Restore the file, or name a new --out"
+            )
+
+
+def load_state(folder: str | Path, model: nn.Module, optimizer: Optimizer) -> dict:
+    """Fill model and optimizer in place from a checkpoint of any number of ranks; its `extra`."""
+    # in place: the tensors are views of the model's and the optimizer's own
+    dcp.load(_state_tensors(model, optimizer), checkpoint_id=folder)
+    return _marker(Path(folder))["extra"]
+
+
+def newest_state(root: str | Path, world: World) -> Path | None:
+    """The newest whole checkpoint under `root`, or None; truncated ones are named and passed over.
+    Rank 0 looks and tells the others, so that all ranks mean the same one. Collective."""
+    return from_rank0(world, lambda: next(filter(_is_whole, _state_dirs(Path(root))), None))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file that the marker lists is there in its size. Prints the first that is not."""
+    try:
+        files = _marker(folder)["files"]
+    except (OSError, ValueError, KeyError):
+        print(f"{folder}: {MARKER} is missing or truncated; passing over this one", flush=True)
+        return False
+    now = _sizes(folder)
+    for name, size in files.items():
+        if now.get(name) != size:
+            print(
+                f"{folder}: {name} should have {size} bytes, has {now.get(name, 'none')}; passing "
+                f"over this checkpoint",
+                flush=True,
+            )
+            return False
+    return True
+
+
+def _marker(folder: Path) -> dict:
+    return json.loads((folder / MARKER).read_text())
 
 
 def _state_dirs(root: Path) -> list[Path]:
@@ -87,36 +195,49 @@ def _state_dirs(root: Path) -> list[Path]:
     return sorted(found, key=lambda p: -_step_of(p))
 
 
-def _step_of(state_dir: Path) -> int:
-    return int(state_dir.name.removeprefix("step_"))
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
-def newest_state(root: str | Path, world: World) -> Path | None:
-    """The newest checkpoint under `root` that is whole, or None; torn ones are named and passed over. Collective."""
-    return next((folder for folder in _state_dirs(Path(root)) if is_whole(folder, world)), None)
+# ---------------------------------------------------------------------------------------------- space
+def require_space(
+    root: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    world: World,
+    *,
+    copies: int,
+    export_bytes: int,
+) -> None:
+    """Raise ValueError unless the disk has room for `copies` checkpoints (keep_last + 1: a new one is
+    written before the oldest goes), less those already there, and the exported models. Collective.
+
+    7B, keep_last 2: 3 × 91.4 GB + 16.6 GB in bf16 = 291 GB.
+    """
+    size = state_bytes(model, optimizer)
+
+    def check() -> None:
+        missing = max(0, copies - len(_state_dirs(Path(root))))
+        what = f"this run ({missing} × {_gb(size)} of checkpoints, {_gb(export_bytes)} of exports)"
+        _require_free(Path(root), missing * size + export_bytes, what)
+
+    from_rank0(world, check)
 
 
-def is_whole(folder: str | Path, world: World) -> bool:
-    """Whether every file that the marker lists is there with its size and checksum. All ranks read (each a share of the
-    files) and all agree; the rank that finds a fault names it."""
-    folder = Path(folder)
-    try:
-        files = sorted(json.loads((folder / MARKER).read_text())["files"].items())
-        mine = files[world.rank :: world.size]
-        torn = [
-            n for n, sums in mine if not (folder / n).is_file() or _fingerprint(folder / n) != sums
-        ]
-    except (OSError, ValueError, KeyError):
-        torn = [MARKER]
-    if torn:
-        print(f"{folder}: {torn[0]} is torn or missing; this checkpoint is passed over", flush=True)
-    return not all_any(bool(torn))
+def _require_free(root: Path, need: int, what: str) -> None:
+    if need > (free := _free(root)):
+        raise ValueError(
+            f"{root}: {what} needs {_gb(need)}, {_gb(free)} are free. Make room, lower --keep_last, "
+            f"or put --out on a larger disk"
+        )
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Fill model and optimizer in place from a checkpoint written at any number of ranks; returns its `extra`."""
-    state = _state_tensors(model, optimizer)
-    dcp.load(
-        state, checkpoint_id=folder
-    )  # in place: tensors are views of the model's and the optimizer's own
-    return json.loads((Path(folder) / MARKER).read_text())["extra"]
+def _free(folder: Path) -> int:
+    """Free bytes where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return shutil.disk_usage(folder).free
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

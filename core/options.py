@@ -25,7 +25,17 @@ import traceback
 import types
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Callable,
+    Iterator,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 T = TypeVar("T")
 GROUPS = ("data", "objective", "sampling", "optimizer", "memory and speed", "run")
@@ -199,12 +209,14 @@ def _out_of_range(field: dataclasses.Field, value: Any) -> str | None:
 
 
 @contextmanager
-def exit_on_value_error() -> Iterator[None]:
+def exit_on_value_error(told: Callable[[ValueError], None] = lambda e: None) -> Iterator[None]:
     """Turn a ValueError (a user's mistake: it says what is wrong, where, how to fix it) into one
-    line and exit code 2; TRACEBACK=1 in the environment prints a traceback before that line."""
+    line and exit code 2; TRACEBACK=1 in the environment prints a traceback before that line.
+    told(e) is called first."""
     try:
         yield
     except ValueError as e:
+        told(e)
         sys.stdout.flush()
         if os.environ.get("TRACEBACK"):  # Python prints none for a SystemExit, whatever its cause
             traceback.print_exc()

@@ -1,25 +1,33 @@
-"""Many processes as one: process group, hand-written FSDP2, gathered weights for sampling, sums that all ranks agree on.
+"""Process group, FSDP2 sharding, and sums on which all ranks agree.
 
-    world = init()                       # under torchrun, or alone: one process is a world of size 1, same code path
+    world = init()                       # under torchrun, or alone: a world of size 1, same code path
     model = shard(model, world, compute_dtype=torch.bfloat16)
     (local_loss_sum * world.size / global_count).backward()
-    with gathered(model): ...            # every weight whole on every rank, forwards are no collectives
+    with gathered(model): ...            # every weight whole on every rank: a forward is no collective
 
 Rules that keep ranks together:
-1. FSDP averages gradients over ranks. Training wants the sum over ranks of (local loss sum / global token count), so
-   each rank multiplies its local sum by world.size. Never a mean of per-rank means.
-2. Every loop exit, skip and save is decided by a value that all ranks computed from the same reduction.
+1. FSDP averages gradients over ranks, training wants (sum of all token losses) / (all tokens), so
+   each rank multiplies its local sum by world.size. Never a mean of per-rank means:
+
+       rank 0: three tokens, losses 1, 2, 3: sum  6, mean  2
+       rank 1: one token,    loss  10:       sum 10, mean 10
+       mean over tokens   (6 + 10) / 4               = 4     what one process would compute
+       mean of means      (2 + 10) / 2               = 6     the lone token weighs as much as three
+       ours               (6·2/4 + 10·2/4) / 2 ranks = 4
+
+2. Every loop exit, skip and save is decided by a value that all ranks got from one reduction.
 3. No collective under `if rank == 0`.
+4. Long work of rank 0 alone (download, tokenising) runs in `rank0_first`, which is no collective.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Callable, Iterator
+from typing import Callable, Iterator, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +35,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,15 +54,21 @@ class World:
 
 
 def init(device: str = "auto", timeout_minutes: float = 30) -> World:
-    """Join the process group that torchrun describes in the environment, or make one of size 1 without torchrun.
+    """Join the process group that torchrun describes in the environment; without it, one of size 1.
 
-    device: "auto" (CUDA when there is one), "cpu" or "cuda". CPU tensors are reduced by gloo and CUDA tensors by NCCL,
-    so that small host-side decisions never wait for the GPU. On CPU each rank uses one thread unless OMP_NUM_THREADS
-    says otherwise: ranks that share cores slow each other down many times over.
+    device: "auto" (CUDA when there is one), "cpu" or "cuda". gloo reduces CPU tensors and NCCL CUDA
+    tensors, so that decisions on the host never wait for the GPU. On CPU each rank uses one thread
+    unless OMP_NUM_THREADS says otherwise: ranks that share cores slow each other down many times.
+    Raises ValueError when this machine has no GPU for this process.
     """
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if use_cuda:
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"--device {device}: process {local_rank} of this machine has no GPU, "
+                f"torch sees {count}; start fewer processes, or use --device cpu"
+            )
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -67,39 +83,12 @@ def init(device: str = "auto", timeout_minutes: float = 30) -> World:
 
 
 def shutdown(together: bool = False) -> None:
-    """Leave the process group. Call it on every path out, or other ranks wait for their timeout. together: on the
-    normal way out, wait for all ranks first (one that leaves while another's collective still runs can abort)."""
+    """Leave the process group; together: after all ranks have come here (one that leaves during
+    another's collective can abort). Not after an error: NCCL may block on its way out."""
     if dist.is_initialized():
         if together:
-            dist.barrier()
+            barrier()
         dist.destroy_process_group()
-
-
-def run_and_exit(main: Callable[[], None]) -> None:
-    """Run a script's `main` and end the process with its exit code, without taking the interpreter apart: gloo's threads may
-    hold tensors a moment longer, and when these are freed during that, the process aborts with all its work done. What is
-    not a SystemExit leaves as always."""
-    code = 0
-    try:
-        main()
-    except SystemExit as e:
-        code = e.code or 0
-        if not isinstance(code, int):  # a message, which Python prints
-            raise
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-@contextmanager
-def process_group_cleanup() -> Iterator[None]:
-    """Leave the process group when the body ends: together with the others, or at once when it raised."""
-    together = False
-    try:
-        yield
-        together = True
-    finally:
-        shutdown(together)
 
 
 def shard(
@@ -110,13 +99,14 @@ def shard(
     reshard_after_forward: bool = True,
     replicas: int = 1,
 ) -> nn.Module:
-    """Shard every parameter over the ranks (FSDP2), one unit per decoder block, everything else in the root unit.
+    """Shard every parameter over the ranks (FSDP2), one unit per decoder block, the rest in the root.
 
-    Parameters keep the dtype that they were built in (fp32 masters); blocks gather them in `compute_dtype`, and
-    gradients are reduced in fp32. Embedding, final norm and output head stay in the root: the chunked loss runs inside
-    the root's forward, so one all-gather serves all its chunks. reshard_after_forward=False keeps gathered blocks for
-    the backward pass (13 GiB for 7B in bf16, saves an all-gather). replicas > 1 is HSDP: the ranks form `replicas`
-    groups, each with a full set of shards (one group per node keeps the all-gathers inside it).
+    Parameters keep the dtype that they were built in (fp32 master weights); blocks gather them in
+    `compute_dtype`, gradients are reduced in fp32. Embedding, final norm and output head stay in the
+    root: the chunked loss runs in the root's forward, so one all-gather serves all its chunks.
+    reshard_after_forward=False keeps gathered blocks for the backward pass (13 GiB for 7B in bf16,
+    saves an all-gather). replicas > 1 is HSDP: `replicas` groups of ranks, each with a full set of
+    shards (one group per node keeps the all-gathers inside it).
     """
     if world.size % replicas:
         raise ValueError(f"{world.size} ranks cannot form {replicas} equal replicas")
@@ -148,10 +138,10 @@ def fsdp_units(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Hold every weight unsharded, as plain tensors in the compute dtype, for as long as the context lasts.
+    """Hold every weight unsharded, as plain tensors in the compute dtype, inside the context.
 
-    Inside it a forward is no collective, so ranks may decode different lengths. The copies are taken at entry: step
-    the optimizer outside, or what you read is stale. Gradients must not be computed inside.
+    A forward there is no collective, so ranks may decode different lengths. The copies are taken at
+    entry: step the optimizer outside, or what you read is stale. Compute no gradients inside.
     """
     units = fsdp_units(model)
     for unit in units:
@@ -199,23 +189,53 @@ def barrier() -> None:
     all_sum(0.0)
 
 
+def broadcast(value: T, world: World) -> T:
+    """Rank 0's value, on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+_turn = itertools.count()
+
+
 @contextmanager
-def rank0_first(world: World) -> Iterator[None]:
-    """Rank 0 runs the body first, the others after it (they find what rank 0 prepared). When rank 0 fails, the others
-    exit with it instead of waiting."""
-    if not world.is_main and all_any(False):
-        raise SystemExit(1)  # rank 0 has printed why
-    failed = True
+def rank0_first(world: World, hours: float = 48.0) -> Iterator[None]:
+    """Rank 0 runs the body first, the others after it (they find what rank 0 prepared).
+
+    The others wait on the store, not in a collective whose timeout is minutes: rank 0 may download
+    or tokenise for hours. When rank 0 fails, the others exit with code 1; rank 0 says why.
+    """
+    key = f"rank0_first/{next(_turn)}"
+    store = dist.distributed_c10d._get_default_store()
+    if not world.is_main:
+        try:
+            store.wait([key], timedelta(hours=hours))
+            failed = store.get(key) == b"failed"
+        except RuntimeError:  # the store went with rank 0
+            failed = True
+        if failed:
+            raise SystemExit(1)
+    outcome = "failed"
     try:
         yield
-        failed = False
+        outcome = "done"
     finally:
         if world.is_main:
-            all_any(failed)
+            store.set(key, outcome)
+
+
+def from_rank0(world: World, make: Callable[[], T]) -> T:
+    """make() on rank 0, its value on every rank; the other ranks exit when it raises."""
+    with rank0_first(world):
+        value = make() if world.is_main else None
+    return broadcast(value, world)
 
 
 def grad_norm(model: nn.Module) -> torch.Tensor:
-    """The 2-norm of all gradients over all shards: the value a single process would compute, on every rank."""
+    """The 2-norm of all gradients over all shards, on every rank: what one process would compute."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

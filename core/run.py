@@ -1,9 +1,10 @@
-"""One run of one script: command line from a dataclass, run directory, metrics.jsonl, signals, clock.
+"""One run of one script: run directory, metrics.jsonl, signals, how it ends.
 
-OUT/config.json     the resolved configuration          OUT/metrics.jsonl   one JSON object a step, every printed figure
-OUT/header.json     command, versions, commit, device   OUT/validation.jsonl  validation losses
-OUT/status          running | stopped | finished        OUT/checkpoints/    resumable training state
-                                                        OUT/final/          the trained model, a Hugging Face directory
+OUT/config.json      script and settings             OUT/metrics.jsonl     one JSON object a step
+OUT/header.json      command, versions, commit       OUT/validation.jsonl  validation losses
+OUT/status           running | stopped | finished    OUT/eval.jsonl        evaluations while training
+                     | failed: why                   OUT/checkpoints/      resumable training state
+OUT/best, OUT/final  models as Hugging Face directories
 """
 
 from __future__ import annotations
@@ -13,85 +14,120 @@ import gc
 import hashlib
 import json
 import math
+import os
 import platform
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Iterator
 
 import torch
 
 from core.options import exit_on_value_error as exit_on_value_error
 from core.options import option as option
 from core.options import parse_config as parse_config
+from core.out_dir import assert_shared, claim, write_json
+from core.parallel import World, from_rank0, shutdown
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
 
 
-# -------------------------------------------------------------------------------------------------- run directory
+# --------------------------------------------------------------------------------- how a script ends
+_current: Run | None = (
+    None  # the run that this process has begun: a failure is written to its status
+)
+
+
+@contextmanager
+def script() -> Iterator[None]:
+    """The frame of a script's `main`: all ranks leave together, or a failure is told.
+
+    A ValueError is a user's mistake: one line, exit code 2. Anything else passes through, with no
+    collective on its way (see `run_and_exit`). Either way OUT/status says `failed: why`.
+    """
+    try:
+        with exit_on_value_error(_failed):
+            yield
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as e:
+        _failed(e)
+        raise
+    shutdown(together=True)
+
+
+def _failed(e: BaseException) -> None:
+    if _current is not None:
+        why = str(e).strip().split("\n")[0]
+        kind = "" if isinstance(e, ValueError) else f"{type(e).__name__} "
+        _current.set_status(f"failed: {kind}{why}".strip())
+
+
+def run_and_exit(main: Callable[[], None]) -> None:
+    """Run a script's `main` and end the process with its exit code, at once.
+
+    After an error the traceback comes first, then the process ends without another collective: a
+    rank that tried to leave the group properly could block, and torchrun would wait with it. And
+    the interpreter is not torn down: gloo's threads may still hold tensors, and would abort it.
+    """
+    code = 0
+    try:
+        main()
+    except SystemExit as e:
+        code = e.code or 0
+        if not isinstance(code, int):  # a message
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException as e:
+        traceback.print_exc()
+        code = 130 if isinstance(e, KeyboardInterrupt) else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# ------------------------------------------------------------------------------------- run directory
 class Run:
     """The run directory, written by rank 0; a no-op on the other ranks."""
 
-    def __init__(self, out: str | Path, config: Any, *, is_main: bool):
-        """Claim `out` for this configuration. Raises ValueError when it holds a different run (nothing is
-        overwritten); continues it when the configuration is the same but for its MAY_CHANGE fields. Only rank 0
-        looks: call it inside `parallel.rank0_first`, so that the others end with it."""
-        self.out, self.is_main = Path(out), is_main
-        self.config = dataclasses.asdict(config)
-        self.may_change = config.MAY_CHANGE
-        self.bar = None
-        self.complete = False  # on rank 0: this very run has ended before
-        if is_main:
-            self._claim()
+    def __init__(self, out: str | Path, config: Any, world: World):
+        """Claim `out` for this configuration (a dataclass with CHANGEABLE, the names of settings
+        that may differ when a run is resumed). Collective.
 
-    def _claim(self) -> None:
-        file = self.out / "config.json"
-        begun = self.out.is_dir() and any(
-            p.name != file.name and not p.name.endswith((".tmp", "cache"))
-            for p in self.out.iterdir()
-        )
-        if not file.is_file():
-            if self.out.exists() and not self.out.is_dir():
-                raise ValueError(f"--out {self.out}: a file; name a directory")
-            if begun:
-                raise ValueError(
-                    f"--out {self.out}: not empty and not a run of this script; name another directory"
-                )
-            self.out.mkdir(parents=True, exist_ok=True)
-            return _write_json(file, self.config)
-        old = json.loads(file.read_text())
-        differ = [
-            k for k in {**old, **self.config} if old.get(k) != self.config.get(k) and k != "out"
-        ]  # may be moved
-        changed = [
-            k for k in differ if k not in self.may_change and begun
-        ]  # a start that failed its checks claims nothing
-        status = self.out / "status"
-        self.complete = (
-            not differ
-            and status.is_file()
-            and status.read_text() == "finished\n"
-            and (self.out / "final" / "config.json").is_file()
-        )
-        if changed:
-            k = changed[0]
-            raise ValueError(
-                f"--out {self.out} holds another run: its {k} is {old.get(k)!r}, now "
-                f"{self.config.get(k)!r} ({len(changed)} settings differ). Name another --out, or remove "
-                f"that directory"
+        Raises ValueError, with nothing in `out` changed, when it holds anything else, is in use, or
+        is not the same directory on all nodes.
+        """
+        self.out, self.world, self.bar = Path(out), world, None
+        settings = dataclasses.asdict(config)
+        name = Path(sys.modules[type(config).__module__].__file__).stem
+
+        def take() -> tuple[bool, str]:
+            old, token = claim(
+                out, name, settings, changeable=config.CHANGEABLE, held=_has_done_a_step
             )
-        _write_json(file, self.config)
+            same = old is not None and all(old.get(k) == v for k, v in settings.items())
+            status = self.out / "status"
+            finished = status.is_file() and status.read_text() == "finished\n"
+            whole = (self.out / "final" / "config.json").is_file()
+            return same and finished and whole, token
+
+        self.complete, token = from_rank0(world, take)  # complete: this very run has ended before
+        assert_shared(self.out, token, world)
 
     def start(self, header: dict, resume_step: int) -> None:
         """Write the header; drop metrics of steps that a resumed run will do again."""
-        if not self.is_main:
+        global _current
+        if not self.world.is_main:
             return
-        self._set_status("running")
-        _write_json(self.out / "header.json", {**header, "resumed_at_step": resume_step})
+        _current = self
+        self.set_status("running")
+        write_json(self.out / "header.json", {**header, "resumed_at_step": resume_step})
         for file in (self.out / n for n in ("metrics.jsonl", "validation.jsonl", "eval.jsonl")):
             if not file.is_file():
                 continue
@@ -100,76 +136,87 @@ class Run:
             tmp.write_text("".join(kept))
             tmp.rename(file)
 
-    def log(self, metrics: dict) -> None:
-        """Append one JSON object to metrics.jsonl. NaN and infinity become null (they are not JSON)."""
-        if self.is_main:
+    def log(self, metrics: dict, kind: str = "metrics") -> None:
+        """Append one JSON object to KIND.jsonl. NaN and infinity become null (they are not JSON)."""
+        if self.world.is_main:
             clean = {
                 k: None if isinstance(v, float) and not math.isfinite(v) else v
                 for k, v in metrics.items()
             }
-            with open(self.out / "metrics.jsonl", "a") as f:
+            with open(self.out / f"{kind}.jsonl", "a") as f:
                 f.write(json.dumps(clean) + "\n")
 
     def say(self, text: str) -> None:
         """Print on rank 0, above the progress bar when there is one."""
-        if self.is_main:
+        if self.world.is_main:
             self.bar.write(text) if self.bar is not None else print(text, flush=True)
 
-    def has_validation(self, step: int) -> bool:
-        """Whether this step's validation loss is written; False on other ranks than 0."""
-        return self.is_main and any(
-            json.loads(line)["step"] == step for line in _whole_lines(self.out / "validation.jsonl")
-        )
-
-    def log_skipped(self, kind: str, faults: list[str]) -> None:
-        """Write every bad row that is trained without to bad_rows_KIND.txt, and print the first of them."""
-        if self.is_main and faults:
-            file = self.out / f"bad_rows_{kind}.txt"
-            file.write_text("\n".join(faults) + "\n")
-            self.say(
-                "\n".join(f"skipped {f}" for f in faults[:20])
-                + (f"\nall of them: {file}" * (len(faults) > 20))
-            )
+    def has(self, kind: str, step: int) -> bool:
+        """Whether KIND.jsonl has this step, on every rank. Collective."""
+        lines = (json.loads(x) for x in _whole_lines(self.out / f"{kind}.jsonl"))
+        return from_rank0(self.world, lambda: any(m["step"] == step for m in lines))
 
     def log_validation(self, step: int, loss: float) -> None:
         """Append a validation loss to validation.jsonl and print it."""
-        if self.is_main:
-            with open(self.out / "validation.jsonl", "a") as f:
-                f.write(json.dumps({"step": step, "val_loss": loss}) + "\n")
+        self.log({"step": step, "val_loss": loss}, "validation")
         self.say(f"step {step} | val_loss {loss:.4f}")
 
-    def log_evaluation(self, figures: dict) -> None:
+    def log_evaluation(self, results: dict) -> None:
         """Append an evaluation during training to eval.jsonl and print it."""
-        if self.is_main:
-            with open(self.out / "eval.jsonl", "a") as f:
-                f.write(json.dumps(figures) + "\n")
-        self.say(
-            " | ".join(
-                f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()
-            )
-        )
+        self.log(results, "eval")
+        parts = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in results.items())
+        self.say(" | ".join(parts))
+
+    def log_skipped(self, kind: str, faults: list[str]) -> None:
+        """Write every bad row that is left out to bad_rows_KIND.txt, and print the first of them."""
+        if self.world.is_main and faults:
+            file = self.out / f"bad_rows_{kind}.txt"
+            file.write_text("\n".join(faults) + "\n")
+            more = f"\nall {len(faults)} of them: {file}" if len(faults) > 20 else ""
+            self.say("\n".join(f"skipped {f}" for f in faults[:20]) + more)
+
+    def keep_best(self, step: int, score: float, export: Callable[[Path], None]) -> bool:
+        """Export to OUT/best when `score` (the same on every rank) beats every earlier one, and say
+        so in OUT/best.json. Before `log_evaluation`: a kill between the two repeats both. Collective.
+        """
+        file = self.out / "best.json"
+        old = from_rank0(self.world, lambda: file.is_file() and json.loads(file.read_text()))
+        if old and old["score"] >= score:
+            return False
+        export(self.out / "best")
+        if self.world.is_main:
+            write_json(file, {"step": step, "score": score})
+        self.say(f"step {step} | best so far ({score:.3f}), exported to {self.out / 'best'}")
+        return True
 
     def stopped(self, step: int) -> int:
         """Say that a signal ended the run early; returns the exit code for it."""
-        self._set_status("stopped")
+        self.set_status("stopped")
         self.say(
-            f"stopped by a signal after step {step}; state is saved, run the same command to go on"
+            f"stopped by a signal after step {step}; state is saved, rerun the same command to resume"
         )
         return EXIT_PREEMPTED
 
     def finished(self, text: str = "") -> int:
-        """Say that the run is complete, with `text` where OUT/final is not what it was for; returns exit code 0."""
-        self._set_status("finished")
-        self.say(f"finished: {text or str(self.out / 'final') + ' is a complete model directory'}")
+        """Say that the run is complete, with `text` if OUT/final is not it; returns exit code 0."""
+        self.set_status("finished")
+        text = text or f"{self.out / 'final'} is a complete model directory"
+        self.say(f"finished: {text}")
         return 0
 
-    def _set_status(self, status: str) -> None:
-        if self.is_main:
-            (self.out / "status").write_text(status + "\n")
+    def set_status(self, status: str) -> None:
+        """Write OUT/status; on a full disk the old one stays."""
+        if self.world.is_main:
+            try:
+                tmp = self.out / "status.tmp"
+                tmp.write_text(status + "\n")
+                tmp.rename(self.out / "status")
+            except OSError as e:
+                print(f"{self.out / 'status'} could not be written: {e}", file=sys.stderr)
 
     def progress(self, total: int, done: int) -> None:
         """Show a progress bar when a person is watching."""
-        if self.is_main and sys.stderr.isatty():
+        if self.world.is_main and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, initial=done, dynamic_ncols=True, unit="step")
@@ -180,21 +227,20 @@ class Run:
             self.bar.update()
 
 
+def _has_done_a_step(out: Path) -> bool:
+    """Does this directory hold a training run, not only a start that failed?"""
+    return bool(_whole_lines(out / "metrics.jsonl")) or any(out.glob("checkpoints/step_*"))
+
+
 def _whole_lines(file: Path) -> list[str]:
-    """The lines of a jsonl that were written to their end (a kill can tear the last one)."""
+    """The lines of a jsonl that were written to their end (a kill can cut the last one)."""
     if not file.is_file():
         return []
     return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _write_json(file: Path, value: dict) -> None:
-    tmp = file.with_suffix(".tmp")
-    tmp.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    tmp.rename(file)
-
-
 def header(**more) -> dict:
-    """What is needed to repeat a run: command, commit, versions, machine, and whatever the script adds."""
+    """What it takes to repeat a run: command, commit, versions, machine, and the script's own."""
 
     def installed(package: str) -> str | None:
         try:
@@ -202,40 +248,33 @@ def header(**more) -> dict:
         except PackageNotFoundError:
             return None
 
-    cuda = torch.cuda.is_available()
+    packages = ("torch", "transformers", "safetensors", "numpy", "flash-attn", "math-verify")
+    device = f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    if cuda := torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     return {
         "command": shlex.join([sys.executable, *sys.argv]),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "commit": git_commit(),
         "python": platform.python_version(),
-        "versions": {
-            p: installed(p)
-            for p in ("torch", "transformers", "safetensors", "numpy", "flash-attn", "math-verify")
-        },
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"CPU, {torch.get_num_threads()} thread(s) a rank",
+        "versions": {p: installed(p) for p in packages},
+        "device": device,
         "cuda": torch.version.cuda if cuda else None,
         **more,
     }
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with '+changes' when the tree differs from it; None outside a git checkout."""
+    """The commit of this code, '+changes' when the tree differs; None outside a git checkout."""
 
-    def git(*args):
-        return subprocess.run(
-            ["git", *args],
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent.parent
+        done = subprocess.run(["git", *args], cwd=folder, capture_output=True, check=True)
+        return done.stdout.decode().strip()
 
     try:
-        return git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -244,17 +283,15 @@ def hash_files(paths: list[str | Path]) -> dict[str, str]:
     """{path: sha256 of its bytes}"""
     out = {}
     for path in paths:
-        digest = hashlib.sha256()
         with open(path, "rb") as f:
-            while block := f.read(1 << 22):
-                digest.update(block)
-        out[str(path)] = digest.hexdigest()
+            out[str(path)] = hashlib.file_digest(f, "sha256").hexdigest()
     return out
 
 
-# ------------------------------------------------------------------------------------------------ signals, timing
+# ----------------------------------------------------------------------------------- signals, timing
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1 or SIGINT: finish the step, save, exit with EXIT_PREEMPTED. A second SIGINT kills."""
+    """Set by SIGTERM, SIGUSR1 or SIGINT: finish the step, save, exit with EXIT_PREEMPTED. A second
+    SIGINT kills."""
 
     def __init__(self):
         self.requested = False
@@ -268,29 +305,24 @@ class StopRequest:
 
 
 def quiet_garbage_collection() -> None:
-    """Hold the garbage collector out of training steps: on many ranks its pauses add up, each waits for the slowest.
-    Call once after set-up, and `collect_garbage` on all ranks now and then, between steps."""
+    """Hold the garbage collector out of training steps: on many ranks its pauses add up, since each
+    waits for the slowest. Call once after set-up, `gc.collect()` on all ranks between steps."""
     gc.collect()
     gc.freeze()
     gc.disable()
 
 
-def collect_garbage() -> None:
-    """Free reference cycles now, on all ranks at the same place."""
-    gc.collect()
-
-
-PEAK_FLOPS = {
+PEAK_FLOPS = {  # dense bf16
     "H100": 989e12,
     "H200": 989e12,
     "H800": 989e12,
     "A100": 312e12,
     "B200": 2250e12,
-}  # dense bf16
+}
 
 
 def peak_flops() -> float | None:
-    """The GPU's dense bf16 peak in FLOP/s, or None where it is not known (then no MFU is printed)."""
+    """The GPU's dense bf16 peak in FLOP/s; None where it is not known (then no MFU is printed)."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -298,7 +330,7 @@ def peak_flops() -> float | None:
 
 
 def memory_gib() -> float:
-    """Peak memory since the last call, GiB: allocated on the GPU, or resident in host memory without one."""
+    """Peak GiB since the last call: allocated on the GPU, or resident on the host without one."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()

@@ -708,7 +708,7 @@ def test_real_images_and_questions(model_dir, tmp_path, world, inline):
 
 def test_ctrl_c_says_that_nothing_is_lost(monkeypatch, capsys):
     """Prevents a traceback as the answer to somebody who wants to go on tomorrow."""
-    monkeypatch.setattr("core.parallel.shutdown", lambda together: None)
+    monkeypatch.setattr("core.run.shutdown", lambda together: None)
     monkeypatch.setattr(ev, "evaluate", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(ev, "parse_config", lambda *a: None)
     with pytest.raises(SystemExit) as end:

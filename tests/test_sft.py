@@ -47,7 +47,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def sft(inputs, monkeypatch, world, capsys):
     """sft(*flags) runs the script in this process → (exit code, stdout, stderr). Its group and handlers stay ours."""
-    monkeypatch.setattr("parallel.shutdown", lambda together: None)
+    monkeypatch.setattr("core.run.shutdown", lambda together: None)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     def run(*flags, model=inputs / "model", data=inputs / "train.jsonl"):
@@ -81,7 +81,7 @@ def whole(inputs, world):
     """An uninterrupted run of 8 steps on one rank: its folder."""
     out = inputs / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parallel.shutdown", lambda together: None)
+        patch.setattr("core.run.shutdown", lambda together: None)
         with pytest.raises(SystemExit) as end:
             train_sft.main(
                 [
@@ -476,19 +476,19 @@ def test_a_directory_of_another_run_is_left_alone(whole, inputs, sft, tmp_path):
     code, _, error = sft(*RUN, "--val_data", inputs / "val.jsonl", "--lr", 5e-4, "--out", whole)
     assert (
         code == 2
-        and "its lr is 0.001, now 0.0005" in error
+        and "a run whose lr is 0.001, now 0.0005" in error
         and sorted(p.name for p in whole.iterdir()) == before
     )
     (tmp_path / "notes.txt").write_text("mine")
     code, _, error = sft("--out", tmp_path)
-    assert code == 2 and "not empty" in error
+    assert code == 2 and "no run of train_sft (notes.txt)" in error
 
 
 def test_mistakes_reach_the_shell(inputs, tmp_path):
     """The same as a user sees it: one line on stderr, no traceback, exit code 2; an unknown flag too."""
     for flags, words in (
         (["--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
-        (["--data", "d", "--learning_rate", "1"], "unknown argument '--learning_rate'"),
+        (["--data", "d", "--learning_rate", "1"], "unknown option --learning_rate"),
     ):
         done = subprocess.run(
             [

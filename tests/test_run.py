@@ -1,0 +1,234 @@
+"""The run directory: whose it is, who holds it, what a failure leaves; how a script ends."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from conftest import ROOT
+
+from core.out_dir import claim
+from core.run import Run, script
+
+
+@dataclass
+class Settings:
+    CHANGEABLE: ClassVar[set[str]] = {"micro_tokens", "val_data"}
+    lr: float = 1.0
+    micro_tokens: int = 10
+    val_data: tuple = ()
+    model: str = "m"
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def begun(folder: Path, world, **settings) -> Run:
+    """A run of this module that has done one step."""
+    run = Run(folder, Settings(**settings), world)
+    run.start({}, 0)
+    run.log({"step": 1, "loss": 2.0})
+    return run
+
+
+# ------------------------------------------------------------------------------------ whose it is
+FOREIGN = {
+    "a model": {"config.json": '{"model_type": "qwen2"}', "model.safetensors": "x"},
+    "a list for a config": {"config.json": "[1]"},
+    "somebody's notes": {"notes.txt": "mine"},
+    "another script's run": {"config.json": '{"script": "eval", "lr": 1.0}', "samples.jsonl": "{}"},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_not_this_scripts_run_is_refused_and_not_touched(kind, world, tmp_path):
+    """Prevents a mistyped --out from overwriting a model's config.json, and advice to delete it."""
+    for name, text in FOREIGN[kind].items():
+        (tmp_path / name).write_text(text)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match="holds (files that are no run|a run of eval)") as error:
+        Run(tmp_path, Settings(), world)
+    assert snapshot(tmp_path) == before
+    assert "remove" not in str(error.value) and "delete" not in str(error.value)
+
+
+def test_an_out_that_cannot_be_made_is_one_line(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; name a directory"):
+        Run(tmp_path / "file", Settings(), world)
+    with pytest.raises(ValueError, match="cannot be written"):
+        Run(tmp_path / "file" / "below", Settings(), world)
+
+
+def test_settings_that_do_not_change_the_method_may_change(world, tmp_path):
+    """After running out of memory one goes on with smaller micro-batches; --val_data may come."""
+    begun(tmp_path, world)
+    run = Run(tmp_path, Settings(micro_tokens=5, val_data=("v",)), world)
+    assert json.loads((run.out / "config.json").read_text())["micro_tokens"] == 5
+    before = snapshot(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"a run whose lr is 1.0, now 2.0 \(.*differ: lr\)"
+    ) as error:
+        Run(tmp_path, Settings(lr=2.0), world)
+    assert "remove" not in str(error.value)
+    after = snapshot(tmp_path)
+    assert {k: v for k, v in after.items() if k != "lock"} == {
+        k: v for k, v in before.items() if k != "lock"
+    }
+
+
+def test_two_spellings_of_a_path_are_one_setting(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("m").mkdir()
+    begun(tmp_path / "run", world, model="m")
+    Run(tmp_path / "run", Settings(model="./m"), world)
+    Run(tmp_path / "run", Settings(model=str(tmp_path / "m")), world)
+    with pytest.raises(ValueError, match="whose model is"):
+        Run(tmp_path / "run", Settings(model="other"), world)
+
+
+def test_a_start_that_did_no_step_does_not_hold_the_directory(world, tmp_path):
+    """A bad --reward fails after set-up, with header, status and a step-0 evaluation written: the
+    mended command must run, and must not take that evaluation for its own."""
+    run = Run(tmp_path, Settings(), world)
+    run.start({}, 0)
+    run.log_evaluation({"step": 0, "accuracy": 0.5})
+    (tmp_path / "cache").mkdir()
+    run = Run(tmp_path, Settings(lr=2.0), world)
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 2.0
+    assert not run.has("eval", 0)
+    run.start({}, 0)
+    run.log({"step": 1})
+    with pytest.raises(ValueError, match="whose lr is 2.0, now 3.0"):
+        Run(tmp_path, Settings(lr=3.0), world)
+
+
+def test_a_plan_may_leave_its_token_cache(world, tmp_path):
+    (tmp_path / "cache").mkdir()
+    Run(tmp_path, Settings(), world)
+
+
+# ------------------------------------------------------------------------------------- who holds it
+HOLD = """
+import sys, time
+sys.path.insert(0, {root!r})
+from core.out_dir import claim
+claim({out!r}, "test_run", {{}}, held=lambda out: True)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def hold(out: Path) -> subprocess.Popen:
+    program = HOLD.format(root=str(ROOT), out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_is_told_who_holds_the_directory(tmp_path):
+    """Prevents two runs that mix their files: 50 rows of metrics for 40 steps."""
+    first = hold(tmp_path)
+    try:
+        before = snapshot(tmp_path)
+        with pytest.raises(
+            ValueError, match=rf"in use by process {first.pid} on {os.uname().nodename}"
+        ):
+            claim(tmp_path, "test_run", {}, held=lambda out: True)
+        assert snapshot(tmp_path) == before
+    finally:
+        first.kill()
+        first.wait()
+    claim(tmp_path, "test_run", {}, held=lambda out: True)  # a dead process holds nothing
+
+
+def test_the_lock_works_where_the_file_system_has_none(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    first = hold(tmp_path)
+    try:
+        with pytest.raises(ValueError, match=f"in use by process {first.pid}"):
+            claim(tmp_path, "test_run", {}, held=lambda out: True)
+    finally:
+        first.kill()
+        first.wait()
+    claim(tmp_path, "test_run", {}, held=lambda out: True)
+
+
+# ---------------------------------------------------------------------------------- how a run ends
+def test_a_failure_is_written_to_the_status(world, tmp_path, monkeypatch, capsys):
+    """Prevents a run that died of a full disk and says `running` ever after."""
+    monkeypatch.setattr("core.run.shutdown", lambda together: None)
+    run = begun(tmp_path, world)
+    assert (tmp_path / "status").read_text() == "running\n"
+    with pytest.raises(SystemExit) as end, script():
+        raise ValueError("no room\nfor step 2")
+    assert end.value.code == 2 and "error: no room" in capsys.readouterr().err
+    assert (tmp_path / "status").read_text() == "failed: no room\n"
+    with pytest.raises(ZeroDivisionError), script():
+        raise ZeroDivisionError("division by zero")
+    assert (tmp_path / "status").read_text() == "failed: ZeroDivisionError division by zero\n"
+    with script():
+        run.finished()
+    assert (tmp_path / "status").read_text() == "finished\n"
+
+
+@pytest.mark.parametrize(
+    "body, code, said",
+    [
+        ("pass", 0, ""),
+        ("raise SystemExit", 0, ""),
+        ("raise SystemExit(75)", 75, ""),
+        ("raise SystemExit('why')", 1, "why"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
+    ],
+)
+def test_a_script_ends_with_its_code_and_its_words(body, code, said):
+    """Prevents an early exit that loses the last lines, a traceback, or the code that schedulers read."""
+    program = f"""
+from core.run import run_and_exit
+def main():
+    print('last words')
+    {body}
+run_and_exit(main)"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (code, "last words\n") and said in done.stderr
+
+
+def test_after_an_exception_the_traceback_comes_first_and_nothing_collective(tmp_path):
+    """A rank that failed alone must not wait in destroy_process_group (NCCL flushes, and may block)
+    before it says why: here that call would block for ever."""
+    program = """
+import time
+import torch.distributed as dist
+from core import parallel
+from core.run import run_and_exit, script
+def main():
+    with script():
+        parallel.init("cpu")
+        dist.destroy_process_group = parallel.barrier = lambda *a: time.sleep(1000)
+        raise RuntimeError("rank 3 is out of memory")
+run_and_exit(main)"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=100
+    )
+    assert done.returncode == 1 and "RuntimeError: rank 3 is out of memory" in done.stderr
+
+
+def test_the_best_model_is_kept_whatever_comes_later(world, tmp_path):
+    """A collapse late in a run must leave a model behind; a resumed run compares with the old best."""
+    run, seen = begun(tmp_path, world), []
+    assert run.keep_best(0, 0.25, seen.append) and run.keep_best(10, 0.5, seen.append)
+    assert not run.keep_best(20, 0.5, seen.append)
+    again = Run(tmp_path, Settings(), world)
+    assert not again.keep_best(30, 0.1, seen.append)
+    assert seen == [tmp_path / "best"] * 2
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 10, "score": 0.5}
