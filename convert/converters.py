@@ -421,6 +421,28 @@ def mmstar(row: Row, i: int, ctx: Context) -> dict:
     )
 
 
+PLACES = {1: "one decimal place", 2: "two decimal places", 3: "three decimal places"}
+
+
+def mathvista_form(row: Row) -> str:
+    """What the official query says besides the question: the unit, and the form of a free answer.
+    {"unit": "cm", "answer_type": "float", "precision": 1.0} → " (Unit: cm)\\nAnswer with a number
+    with one decimal place." The gold is rounded so; without this a right value is marked wrong."""
+    unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
+    kind, precision = row["answer_type"], row.get("precision")
+    if row["question_type"] == "multi_choice" or kind not in ("integer", "float", "list"):
+        return unit
+    if kind == "float" and precision is not None:
+        places = PLACES.get(int(precision), f"{int(precision)} decimal places")
+        return f"{unit}\nAnswer with a number with {places}."
+    forms = {
+        "integer": "an integer",
+        "float": "a decimal number",
+        "list": "a list, as in [1, 2, 3]",
+    }
+    return f"{unit}\nAnswer with {forms[kind]}."
+
+
 def mathvista(row: Row, i: int, ctx: Context) -> dict:
     """A choice's gold is its TEXT; `precision` is a float in the parquet; lists are compared as text."""
     (question,) = place_single([text_of(row["question"], "question")])
@@ -436,7 +458,7 @@ def mathvista(row: Row, i: int, ctx: Context) -> dict:
         str(row["pid"]),
         "mathvista",
         kind,
-        question,
+        question + mathvista_form(row),
         answer,
         options=options,
         images=[ctx.image(row.get("decoded_image") or row["image"])],

@@ -1,200 +1,188 @@
-"""Your figures beside the paper's, each with its interval: is a gap more than noise?
+"""Your results beside the paper's, each with its interval: is a difference more than noise?
 
-    python results/compare.py x_reasoner=runs/eval/x_reasoner_greedy [base=runs/eval/base_greedy …]
-    python results/compare.py runs/eval/x_reasoner_greedy          the same; NAME of paper.json, default x_reasoner
+python results/compare.py base=runs/eval/base_greedy x_reasoner=runs/eval/x_reasoner_greedy
+python results/compare.py runs/eval/x_reasoner_greedy       NAME of paper.json, default x_reasoner
 
-A row for each set of questions for which the paper has a number of that model under that protocol: greedy, avg@5 (any
-number of samples is compared with it), or text-solvable questions removed (eval.py --drop). Percent throughout.
-`±` of ours is what eval.py found; the paper reports none, its own is taken from the number of questions, p(1-p)/n. The gap's
-interval treats the two as independent. They share their questions, so it is too wide rather than too narrow: "beyond
-noise" can be believed, "within noise" means that this set does not tell. With base=… named, gains over it come below:
-what training did, free of what prompt, pixels and parser do to the level. Paper's numbers: results/paper.json; a "~" was
-read off a figure.
+One line per set of questions for which the paper has a number of that model under that protocol:
+greedy, avg@5 (any number of samples at 0.3), or text-solvable questions removed (eval.py --drop).
+Everything is in percent. The first line names what departs from the paper's protocol.
+
+± is half a 95% interval: ours as eval.py found it; the paper reports none, so its own follows from
+the number of questions, p(1-p)/n. The interval of a difference treats the two as independent. They
+share their questions, so it is too wide rather than too narrow: believe "beyond noise"; "within
+noise" means that this set cannot tell. With base=… given, gains over it follow: what training
+changed, free of what prompt, pixels and parser do to the level. "~" was read off a figure.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scoring.stats import wilson  # noqa: E402
+from scoring.tables import aligned, read_result  # noqa: E402
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text(encoding="utf-8"))
-HEAD = [
-    "model",
-    "set",
-    "n",
-    "ours",
-    "±",
-    "paper",
-    "±",
-    "gap",
-    "95% of the gap",
-    "verdict",
-    "source",
-]
+MODELS = sorted({r["model"] for r in PAPER["results"]})
+PROTOCOL = {  # eval.py's defaults: the paper's text, appendix C and model card
+    "max_new_tokens": 4096,
+    "think_budget": 3800,
+    "prompt_style": "kind",
+    "top_p": 1.0,
+    "min_pixels": 262_144,
+    "max_pixels": 262_144,
+}
 
 
-def half(accuracy: float, n: int) -> float:
-    """Half the 95% interval of a share, all in percent. half(53, 900) → 3.3."""
+def half_width(accuracy: float, n: int) -> float:
+    """Half the 95% interval of a share, all in percent. half_width(53, 900) → 3.3."""
     low, high = wilson(accuracy / 100, n)
     return 50 * (high - low)
 
 
+# ---------------------------------------------------------------------------------------- protocol
 def protocol_of(result: dict) -> str:
-    """Under which of the paper's protocols an evaluation (result.json) was made."""
+    """Which of the paper's protocols an evaluation (result.json) followed."""
     if result.get("dropped"):
         return "text-solvable removed"
     return "greedy" if result["settings"]["temperature"] == 0 else "avg@5"
 
 
+def departures(result: dict) -> list[str]:
+    """What an evaluation did differently from the paper: ["--think_budget 0 (paper: 3800)", …]."""
+    s = result["settings"]
+    found = [f"--{k} {s[k]} (paper: {v})" for k, v in PROTOCOL.items() if s.get(k, v) != v]
+    if s["temperature"] not in (0, 0.3):
+        found.append(f"--temperature {s['temperature']} (paper: 0 or 0.3)")
+    if result.get("limit"):
+        found.append(f"--limit {result['limit']}")
+    if result.get("bad_rows"):
+        found.append(f"{result['bad_rows']} rows left out by --skip_bad_rows")
+    if (result.get("rules") or {}).get("rule", "answer") != "answer":
+        found.append(f"--rule {result['rules']['rule']}")
+    return found
+
+
+def first_line(results: list[tuple[str, dict]]) -> str:
+    """The protocol, and what departs from the paper's."""
+    line = f"{protocol_of(results[0][1])}, percent"
+    found = [f"{name}: {', '.join(d)}" for name, result in results if (d := departures(result))]
+    return line + (f"; NOT THE PAPER'S PROTOCOL: {'; '.join(found)}" if found else "")
+
+
+# ------------------------------------------------------------------------------------------ tables
 def paper_of(model: str, protocol: str) -> dict[str, dict]:
-    """set → the paper's row with its number of questions."""
-    left = PAPER["questions with text-solvable ones removed"]
-    sizes = PAPER["questions"] if protocol != "text-solvable removed" else left
+    """set → the paper's row, with its number of questions and half its interval."""
+    key = "questions"
+    if protocol == "text-solvable removed":
+        key = "questions with text-solvable ones removed"
     rows = [r for r in PAPER["results"] if (r["model"], r["protocol"]) == (model, protocol)]
-    return {
-        r["set"]: {**r, "n": sizes[r["set"]], "half": half(r["accuracy"], sizes[r["set"]])}
-        for r in rows
-    }
+    sizes = {r["set"]: PAPER[key][r["set"]] for r in rows}
+    widths = {r["set"]: half_width(r["accuracy"], sizes[r["set"]]) for r in rows}
+    return {r["set"]: {**r, "n": sizes[r["set"]], "half": widths[r["set"]]} for r in rows}
 
 
-def verdict(gap: float, width: float, n: int) -> str:
+def verdict(difference: float, width: float, n: int) -> str:
     if n < 30:
         return "too few questions"
-    return "beyond noise" if abs(gap) > width else "within noise"
+    return "beyond noise" if abs(difference) > width else "within noise"
 
 
-def compared(model: str, result: dict) -> list[list[str]]:
-    """A table row for each set that the paper has too."""
+def span(middle: float, width: float) -> str:
+    return f"{middle - width:+.1f} … {middle + width:+.1f}"
+
+
+def levels(model: str, result: dict) -> list[list[str]]:
+    """One line for each set that the paper has too: ours, the paper's, their difference."""
     lines = []
     for name, paper in paper_of(model, protocol_of(result)).items():
-        ours = result["sets"].get(name)
-        if ours is None:
+        if (ours := result["sets"].get(name)) is None:
             continue
         width = 50 * (ours["high"] - ours["low"])
-        gap, both = 100 * ours["accuracy"] - paper["accuracy"], math.hypot(width, paper["half"])
+        difference = 100 * ours["accuracy"] - paper["accuracy"]
+        both = math.hypot(width, paper["half"])
         n = str(ours["n"]) if ours["n"] == paper["n"] else f"{ours['n']} of {paper['n']}"
+        about = "" if paper.get("sure", True) else "~"
         lines.append(
-            [
-                model,
-                name,
-                n,
-                f"{100 * ours['accuracy']:.1f}",
-                f"{width:.1f}",
-                f"{'' if paper.get('sure', True) else '~'}{paper['accuracy']:.1f}",
-                f"{paper['half']:.1f}",
-                f"{gap:+.1f}",
-                f"{gap - both:+.1f} … {gap + both:+.1f}",
-                verdict(gap, both, ours["n"]),
-                paper["source"],
-            ]
+            [model, name, n, f"{100 * ours['accuracy']:.1f}", f"{width:.1f}"]
+            + [f"{about}{paper['accuracy']:.1f}", f"{paper['half']:.1f}", f"{difference:+.1f}"]
+            + [span(difference, both), verdict(difference, both, ours["n"]), paper["source"]]
         )
     return lines
 
 
 def gains(model: str, result: dict, base: dict) -> list[list[str]]:
-    """A table row for each set: what `model` has over base, ours and the paper's. Ours is paired where eval.py --compare
-    made it so, else of two independent runs; the paper's is of two independent runs."""
+    """One line per set: the gain of `model` over base, ours and the paper's. Ours is paired where
+    eval.py --compare computed it, else of two independent runs, as the paper's is."""
     lines, protocol = [], protocol_of(result)
     before, after = paper_of("base", protocol), paper_of(model, protocol)
     paired = (result.get("compare") or {"sets": {}})["sets"]
-    for name in after:
-        if name not in before or name not in result["sets"] or name not in base["sets"]:
-            continue
+    for name in (s for s in after if s in before and s in result["sets"] and s in base["sets"]):
         a, b = result["sets"][name], base["sets"][name]
         gain = 100 * (a["accuracy"] - b["accuracy"])
         width = math.hypot(50 * (a["high"] - a["low"]), 50 * (b["high"] - b["low"]))
-        low, high = gain - width, gain + width
-        if name in paired and paired[name].get("low") is not None:
-            low, high, width = (
-                100 * paired[name]["low"],
-                100 * paired[name]["high"],
-                50 * (paired[name]["high"] - paired[name]["low"]),
-            )
-        theirs, their_width = (
-            after[name]["accuracy"] - before[name]["accuracy"],
-            math.hypot(after[name]["half"], before[name]["half"]),
-        )
-        lines.append(
-            [
-                model,
-                name,
-                f"{gain:+.1f}",
-                f"{low:+.1f} … {high:+.1f}",
-                f"{theirs:+.1f}",
-                f"{theirs - their_width:+.1f} … {theirs + their_width:+.1f}",
-                verdict(gain - theirs, math.hypot(width, their_width), a["n"]),
-            ]
-        )
+        if (pair := paired.get(name, {})).get("low") is not None:
+            width = 50 * (pair["high"] - pair["low"])
+        theirs = after[name]["accuracy"] - before[name]["accuracy"]
+        their_width = math.hypot(after[name]["half"], before[name]["half"])
+        judged = verdict(gain - theirs, math.hypot(width, their_width), a["n"])
+        ours = [f"{gain:+.1f}", span(gain, width)]
+        lines.append([model, name, *ours, f"{theirs:+.1f}", span(theirs, their_width), judged])
     return lines
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            c.rjust(w) if 1 < i < len(line) - 1 else c.ljust(w)
-            for i, (c, w) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in [head, *lines]
-    )
-
-
-def load(argument: str) -> tuple[str, dict]:
-    """ "NAME=DIR" or "DIR" → name and result.json. Raises ValueError for a folder without one or an unknown name."""
-    name, _, folder = argument.rpartition("=")
-    name = name or "x_reasoner"
-    known = sorted({r["model"] for r in PAPER["results"]})
-    if name not in known:
-        raise ValueError(f"{name}: the paper has no such model; one of {', '.join(known)}")
-    file = Path(folder) / "result.json"
-    if not file.is_file():
-        raise ValueError(f"{folder}: no result.json; name the --out of a finished eval.py")
-    return name, json.loads(file.read_text(encoding="utf-8"))
 
 
 def report(results: list[tuple[str, dict]]) -> str:
     """All tables as text."""
-    lines = [line for name, result in results for line in compared(name, result)]
+    lines = [line for name, result in results for line in levels(name, result)]
     if not lines:
-        return "the paper has no number for these sets under this protocol"
-    parts = [f"{protocol_of(results[0][1])}, percent\n{table(HEAD, lines)}"]
-    named = dict(results)
-    more = [
-        line
-        for name, result in results
-        if "base" in named and name != "base"
-        for line in gains(name, result, named["base"])
-    ]
-    if more:
-        parts.append(
-            "gains over base, in points\n"
-            + table(
-                ["model", "set", "our gain", "95%", "paper's gain", "95%", "difference of the two"],
-                more,
-            )
-        )
+        return f"{first_line(results)}\nthe paper has no number for these sets under this protocol"
+    head = ["model", "set", "n", "ours", "±", "paper", "±", "difference", "its 95% interval"]
+    table = aligned([*head, "verdict", "source"], lines, left=(0, 1, 9, 10))
+    parts, base = [f"{first_line(results)}\n{table}"], dict(results).get("base")
+    others = [(name, result) for name, result in results if base and name != "base"]
+    if more := [line for name, result in others for line in gains(name, result, base)]:
+        head = ["model", "set", "our gain", "95%", "paper's gain", "95%", "difference of the two"]
+        parts.append("gains over base, in points\n" + aligned(head, more, left=(0, 1, 6)))
     return "\n\n".join(parts)
 
 
-def main(argv: list[str]) -> None:
-    if not argv or argv[0].startswith("-"):
-        raise SystemExit(__doc__)
+def load(argument: str) -> tuple[str, dict]:
+    """ "NAME=DIR" or "DIR" → name and result.json. Raises ValueError for what can't be compared."""
+    name, _, folder = (
+        argument.rpartition("=") if not Path(argument).is_dir() else ("", "", argument)
+    )
+    name = name or "x_reasoner"
+    if name not in MODELS:
+        raise ValueError(f"{name}: the paper has no such model; one of {', '.join(MODELS)}")
+    result = read_result(folder)
+    if result["settings"].get("blind"):
+        raise ValueError(
+            f"{folder}: evaluated with --blind; the paper has no number without images"
+        )
+    return name, result
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]DIR", help=f"NAME: {', '.join(MODELS)}")
     try:
-        results = [load(a) for a in argv]
+        results = [load(a) for a in parser.parse_args(argv).runs]
+        if [name for name, _ in results].count("base") > 1:
+            raise ValueError("base= is given twice")
         if len({protocol_of(r) for _, r in results}) > 1:
-            raise ValueError(
-                "these were evaluated under different protocols; compare greedy with greedy"
-            )
+            each = ", ".join(f"{name} {protocol_of(r)}" for name, r in results)
+            raise ValueError(f"different protocols ({each}); compare greedy with greedy")
     except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     print(report(results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

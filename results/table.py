@@ -1,49 +1,54 @@
-"""Evaluations as rows of one markdown table: accuracy ± half its 95% interval for each set, and how the outputs ended.
+"""Evaluations as a markdown table: a row per run, accuracy ± half its 95% interval for each set,
+then how its outputs ended.
 
-python results/table.py runs/eval/a runs/eval/b …
+python results/table.py runs/eval/a runs/eval/b
+python results/table.py base=runs/eval/a "after SFT"=runs/eval/b
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scoring.tables import markdown, percent, read_result  # noqa: E402
+
 
 def row(name: str, result: dict, sets: list[str]) -> list[str]:
-    """Name, an accuracy for each set, then shares over all samples and words an answer, each a mean over the sets."""
+    """Name, accuracy on each set, then means over its sets: shares of outputs, words per answer."""
+    having = [result["sets"].get(s) for s in sets]
+    accuracies = [
+        f"{percent(s['accuracy'])} ± {50 * (s['high'] - s['low']):.1f}" if s else "" for s in having
+    ]
 
     def mean(key: str) -> float:
         return sum(s[key] for s in result["sets"].values()) / len(result["sets"])
 
-    cells = [name]
-    for key in sets:
-        s = result["sets"].get(key)
-        cells.append(
-            "" if s is None else f"{100 * s['accuracy']:.1f} ± {50 * (s['high'] - s['low']):.1f}"
-        )
-    return [
-        *cells,
-        *(f"{100 * mean(key):.0f}%" for key in ("forced", "truncated", "unparsed")),
-        f"{mean('words_mean'):.0f}",
-    ]
+    shares = [f"{percent(mean(key), 0)}%" for key in ("forced", "truncated", "unparsed")]
+    return [name, *accuracies, *shares, f"{mean('words_mean'):.0f}"]
 
 
-def markdown(folders: list[str]) -> str:
-    """One row a folder; columns are all sets that any of them has. Folders without a result.json are left out."""
-    files = [Path(f) / "result.json" for f in folders]
-    results = {
-        f.parent.name: json.loads(f.read_text(encoding="utf-8")) for f in files if f.is_file()
-    }
-    if not results:
-        raise SystemExit(f"error: no result.json in {', '.join(folders)}")
-    sets = list(dict.fromkeys(s for r in results.values() for s in r["sets"]))
-    head = ["run", *sets, "forced", "cut", "unparsed", "words"]
-    lines = [head, ["---"] * len(head), *(row(name, r, sets) for name, r in results.items())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(arguments: list[str]) -> str:
+    """arguments: "DIR" or "NAME=DIR". Columns are all sets that any of them has."""
+    results = []
+    for argument in arguments:
+        name, _, folder = argument.rpartition("=")
+        if Path(argument).is_dir():
+            name, folder = "", argument
+        results.append((name or Path(folder).resolve().name, read_result(folder)))
+    sets = list(dict.fromkeys(s for _, r in results for s in r["sets"]))
+    head = ["run", *sets, "forced", "truncated", "unparsed", "words"]
+    return markdown(head, [row(name, r, sets) for name, r in results])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    print(markdown(sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]DIR", help="--out of a finished eval.py")
+    try:
+        print(table(parser.parse_args().runs))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -6,7 +6,6 @@ graded samples. A set of questions is a task, or the health slice of a task ("mm
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import rewards
 from core.samples import Sample
 from scoring import stats
+from scoring.tables import read_result
 
 Samples = list[list[Sample]]
 
@@ -177,8 +177,7 @@ def compare(
     theirs: the other's stored samples. Raises ValueError where it was graded by other rules or
     against other golds, or has none of the problems. p_holm is Holm's p over the tasks.
     """
-    result = json.loads((other / "result.json").read_text(encoding="utf-8"))
-    if result["rules"] != rules:
+    if read_result(other)["rules"] != rules:
         raise ValueError(
             f"--compare {other}: it was graded by other rules; grade it again with --rescore"
         )

@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+
+def read_result(folder: str | Path) -> dict:
+    """result.json of a finished evaluation. Raises ValueError where `folder` is none."""
+    file = Path(folder) / "result.json"
+    if not file.is_file():
+        raise ValueError(f"{folder}: no result.json; name the --out of a finished eval.py")
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if {"settings", "rules", "sets"} <= result.keys() and result["sets"]:
+            return result
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{file}: cannot be read ({e}); run that evaluation again") from e
+    raise ValueError(f"{file}: not written by eval.py")
+
 
 def percent(x: float | None, digits: int = 1) -> str:
     return "-" if x is None else f"{100 * x:.{digits}f}"

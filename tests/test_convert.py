@@ -489,6 +489,24 @@ def test_mathvista_gold_text_becomes_a_letter_and_precision_an_integer(tmp_path)
     assert list(info["dropped"]) == ["the answer's text equals no option"]
 
 
+def test_mathvista_questions_carry_unit_and_form_of_the_answer(tmp_path):
+    """Prevents a right value marked wrong because the prompt kept the gold's rounding or unit to itself."""
+    rows = [
+        mathvista_row(),
+        mathvista_row(pid="2", answer="1.2", answer_type="float", precision=1.0, unit="cm"),
+        mathvista_row(pid="3", answer="[1, 2]", answer_type="list"),
+        mathvista_row(pid="4", unit="$", choices=["9", "3"], question_type="multi_choice"),
+    ]
+    parquet(tmp_path / "raw/data/testmini-00000-of-00001-x.parquet", rows)
+    out, _ = run("mathvista", tmp_path / "raw", tmp_path)
+    assert [r["question"].removeprefix("<image>\n") for r in out] == [
+        "Q?\nAnswer with an integer.",
+        "Q? (Unit: cm)\nAnswer with a number with one decimal place.",
+        "Q?\nAnswer with a list, as in [1, 2, 3].",
+        "Q? (Unit: $)",
+    ]
+
+
 def test_mathvision_has_one_picture_whatever_its_tags_say(tmp_path):
     """Prevents tag counts that no image meets, and options that are bare letters of the picture rejected."""
     base = {

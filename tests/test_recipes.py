@@ -25,7 +25,7 @@ from toy import table as toy_table
 from toy import world as toy
 
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "results")]
-import compare  # noqa: E402
+import compare as compare_runs  # noqa: E402
 import smoke_data  # noqa: E402
 import table  # noqa: E402
 
@@ -357,44 +357,44 @@ def test_from_samples_names_what_is_missing(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------- the paper's numbers
-def result(dropped=0, temperature=0, compare=None, **sets) -> dict:
+def result(temperature=0, compare=None, settings=(), sets=(), **changes) -> dict:
+    """A result.json under the paper's protocol, but for `changes`; sets: name → (n, mean, half)."""
+    outputs = {"forced": 0.1, "truncated": 0, "unparsed": 0, "words_mean": 9}
     return {
-        "settings": {"temperature": temperature, "n": 1},
-        "dropped": dropped,
+        "settings": {**compare_runs.PROTOCOL, "temperature": temperature, **dict(settings)},
+        "rules": {"rule": "answer"},
+        "dropped": 0,
+        "limit": 0,
         "compare": compare,
         "sets": {
-            name: {
-                "n": n,
-                "accuracy": a,
-                "low": a - h,
-                "high": a + h,
-                "forced": 0.1,
-                "truncated": 0,
-                "unparsed": 0,
-                "words_mean": 9,
-            }
-            for name, (n, a, h) in sets.items()
+            name: {"n": n, "accuracy": a, "low": a - h, "high": a + h, **outputs}
+            for name, (n, a, h) in dict(sets).items()
         },
+        **changes,
     }
 
 
+def stored(folder: Path, value: dict) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(value))
+    return str(folder)
+
+
 def test_paper_json_names_known_sets_and_each_number_once():
-    rows = compare.PAPER["results"]
+    rows = compare_runs.PAPER["results"]
     keys = [(r["model"], r["protocol"], r["set"]) for r in rows]
     assert len(set(keys)) == len(keys)
     assert {s.partition(":")[0] for *_, s in keys} <= convert.SPECS.keys()
-    assert {s for *_, s in keys} == compare.PAPER["questions"].keys()
-    for name, n in compare.PAPER["questions"].items():
+    assert {s for *_, s in keys} == compare_runs.PAPER["questions"].keys()
+    for name, n in compare_runs.PAPER["questions"].items():
         if name in convert.SPECS and name != "omnimedvqa":
             assert convert.SPECS[name].rows == n
 
 
-def test_a_gap_is_judged_by_both_intervals():
+def test_a_difference_is_judged_by_both_intervals():
     """Judged by ours alone, half of all honest reproductions of MMMU would be called failures."""
-    lines = compare.compared(
-        "base", result(mmmu=(900, 0.50, 0.033), gsm8k=(1319, 0.75, 0.023), mathvista=(20, 0.1, 0.2))
-    )
-    by_set = {line[1]: line for line in lines}
+    sets = dict(mmmu=(900, 0.50, 0.033), gsm8k=(1319, 0.75, 0.023), mathvista=(20, 0.1, 0.2))
+    by_set = {line[1]: line for line in compare_runs.levels("base", result(sets=sets))}
     ci = binomtest(477, 900).proportion_ci(method="wilson")
     assert float(by_set["mmmu"][6]) == pytest.approx(50 * (ci.high - ci.low), abs=0.05)
     assert by_set["mmmu"][7] == "-3.0" and by_set["mmmu"][9] == "within noise"
@@ -402,36 +402,74 @@ def test_a_gap_is_judged_by_both_intervals():
     assert by_set["mathvista"][2] == "20 of 1000" and by_set["mathvista"][9] == "too few questions"
 
 
-def test_protocols_are_not_mixed():
-    """Five samples against greedy, or filtered questions against all, would be gaps of the protocol."""
-    assert compare.protocol_of(result()) == "greedy"
-    assert compare.protocol_of(result(temperature=0.3)) == "avg@5"
-    filtered = result(dropped=308, temperature=0.3, mmmu=(592, 0.4, 0.04))
-    assert compare.compared("base", filtered)[0][2:6] == ["592", "40.0", "4.0", "39.3"]
+def test_protocols_are_not_mixed(tmp_path, capsys):
+    """Five samples against greedy, or filtered questions against all, differ by the protocol."""
+    assert compare_runs.protocol_of(result()) == "greedy"
+    assert compare_runs.protocol_of(result(temperature=0.3)) == "avg@5"
+    filtered = result(dropped=308, temperature=0.3, sets=dict(mmmu=(592, 0.4, 0.04)))
+    assert compare_runs.levels("base", filtered)[0][2:6] == ["592", "40.0", "4.0", "39.3"]
+    runs = [
+        stored(tmp_path / n, result(t, sets={"mmmu": (9, 0.5, 0.1)}))
+        for n, t in (("a", 0), ("b", 0.3))
+    ]
+    with pytest.raises(SystemExit) as end:
+        compare_runs.main([f"base={runs[0]}", f"x_reasoner={runs[1]}"])
+    assert end.value.code == 2 and "different protocols" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"settings": {"think_budget": 0}}, "--think_budget 0 (paper: 3800)"),
+        ({"settings": {"prompt_style": "train"}}, "--prompt_style train (paper: kind)"),
+        ({"settings": {"max_pixels": 100_000}}, "--max_pixels 100000"),
+        ({"temperature": 0.6}, "--temperature 0.6 (paper: 0 or 0.3)"),
+        ({"limit": 100}, "--limit 100"),
+        ({"bad_rows": 3}, "3 rows left out"),
+        ({"rules": {"rule": "line"}}, "--rule line"),
+    ],
+)
+def test_a_protocol_that_departs_is_named_in_the_first_line(changes, named):
+    """A run without forced exit, on 100 questions or at another temperature read as a reproduction."""
+    sets = dict(mmmu=(900, 0.5, 0.03))
+    assert "NOT THE PAPER" not in compare_runs.report([("base", result(sets=sets))])
+    line = compare_runs.report([("base", result(sets=sets, **changes))]).splitlines()[0]
+    assert "NOT THE PAPER'S PROTOCOL: base: " in line and named in line
 
 
 def test_gains_are_paired_where_eval_paired_them():
-    base, ours = result(mmmu=(900, 0.53, 0.03)), result(mmmu=(900, 0.56, 0.03))
-    (line,) = compare.gains("x_reasoner", ours, base)
+    base, ours = (result(sets=dict(mmmu=(900, a, 0.03))) for a in (0.53, 0.56))
+    (line,) = compare_runs.gains("x_reasoner", ours, base)
     assert line[2:5] == ["+3.0", "-1.2 … +7.2", "+3.4"]
     ours["compare"] = {"sets": {"mmmu": {"low": 0.01, "high": 0.05}}}
-    assert compare.gains("x_reasoner", ours, base)[0][3] == "+1.0 … +5.0"
+    assert compare_runs.gains("x_reasoner", ours, base)[0][3] == "+1.0 … +5.0"
 
 
 def test_comparison_refuses_what_it_does_not_know(tmp_path):
+    """A traceback, or a table without a meaning, for a wrong folder, name or kind of run."""
     with pytest.raises(ValueError, match="no result.json"):
-        compare.load(f"base={tmp_path}")
+        compare_runs.load(f"base={tmp_path}")
     with pytest.raises(ValueError, match="no such model"):
-        compare.load(f"mine={tmp_path}")
+        compare_runs.load(f"mine={tmp_path}")
+    blind = stored(tmp_path / "blind", result(settings={"blind": True}, sets={"mmmu": (9, 0.1, 0)}))
+    with pytest.raises(ValueError, match="--blind; the paper has no number"):
+        compare_runs.load(blind)
+    for text in ("[]", "{", '{"sets": {}}'):
+        (tmp_path / "result.json").write_text(text)
+        with pytest.raises(ValueError, match="result.json: (not written|cannot be read)"):
+            compare_runs.load(f"base={tmp_path}")
 
 
-def test_table_has_a_row_a_run_and_all_their_sets(tmp_path):
-    for name, sets in (("a", dict(gsm8k=(9, 0.5, 0.25))), ("b", dict(mmmu=(9, 0.25, 0.1)))):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps(result(**sets)))
-    assert table.markdown([str(tmp_path / n) for n in "ab"]).splitlines()[0:4:2] == [
-        "| run | gsm8k | mmmu | forced | cut | unparsed | words |",
+def test_table_has_a_row_per_run_and_all_their_sets(tmp_path):
+    a, b = (
+        stored(tmp_path / name, result(sets=sets))
+        for name, sets in (("a", dict(gsm8k=(9, 0.5, 0.25))), ("b", dict(mmmu=(9, 0.25, 0.1))))
+    )
+    assert table.table([a, f"GRPO={b}"]).splitlines() == [
+        "| run | gsm8k | mmmu | forced | truncated | unparsed | words |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
         "| a | 50.0 ± 25.0 |  | 10% | 0% | 0% | 9 |",
+        "| GRPO |  | 25.0 ± 10.0 | 10% | 0% | 0% | 9 |",
     ]
 
 
@@ -442,10 +480,12 @@ def test_the_noise_table_is_true():
         (ROOT / "results/README.md").read_text(),
         re.M,
     )
-    assert {name: int(n.replace(",", "")) for name, n, *_ in listed} == compare.PAPER["questions"]
+    assert {name: int(n.replace(",", "")) for name, n, *_ in listed} == compare_runs.PAPER[
+        "questions"
+    ]
     for _, n, width, visible in listed:
         n = int(n.replace(",", ""))
-        assert float(width) == pytest.approx(compare.half(50, n), abs=0.051)
+        assert float(width) == pytest.approx(compare_runs.half_width(50, n), abs=0.051)
         assert float(visible) == pytest.approx(100 * (1.96 + 0.8416) * (0.25 / n) ** 0.5, abs=0.06)
 
 
