@@ -1,0 +1,205 @@
+"""LoRA (arXiv 2106.09685): frozen weights W in bf16, and beside each a trained product of two thin fp32 matrices.
+
+    y = x Wᵀ + (alpha / rank) · (x Aᵀ) Bᵀ        A (rank, in), B (out, rank), B = 0 at the start
+
+    add_lora(model, rank=32, alpha=64, targets="all-linear")     before sharding
+    with lora_disabled(model): ...                               the starting model: GRPO's reference policy
+    for name, weight in merged_parameters(model): ...            W + (alpha / rank) · B A, for sampling and export
+    save_adapter(model, "OUT/adapter", ...)                      PEFT's own format; load_adapter reads it back
+
+A layer keeps its class's forward and its parameter names: `q_proj.weight` gains `q_proj.lora_A` and `q_proj.lora_B`.
+Only the language model's blocks get adapters. Must equal PEFT's `LoraConfig` with the same values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+TARGETS = {"all-linear": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter. Layers become one in place (`add_lora`); none is ever constructed."""
+
+    scaling: float  # alpha / rank
+    adapter_on: bool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight, self.bias)  # (T, out)
+        if not self.adapter_on:
+            return y
+        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+
+    def merged_weight(self) -> torch.Tensor:
+        """(out, in): W + scaling · B A, summed in fp32 and rounded once to W's dtype; sharded if the layer is."""
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        if isinstance(a, DTensor):  # B has W's rows on each rank; A is needed whole
+            a = a.redistribute(placements=[Replicate()] * a.device_mesh.ndim)
+        delta = (b.float() @ a.float()) * self.scaling
+        return (self.weight.detach().float() + delta).to(self.weight.dtype)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """(published module name, layer) of every layer with an adapter."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, targets: str = "all-linear") -> None:
+    """Freeze the model and give the language model's layers adapters, in fp32 and without values (`init_lora`).
+
+    Call on the meta device, before sharding. targets: all-linear, attention or mlp.
+    """
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        for name, layer in block.named_modules():
+            if name.split(".")[-1] not in TARGETS[targets]:
+                continue
+            layer.__class__ = LoRALinear
+            layer.scaling, layer.adapter_on = alpha / rank, True
+            options = dict(dtype=torch.float32, device=layer.weight.device)
+            layer.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **options))
+            layer.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **options))
+
+
+def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a whole tensor, the same on every rank, into a parameter that may be sharded."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            value = DTensor.from_local(
+                value.to(parameter.device),
+                parameter.device_mesh,
+                [Replicate()] * parameter.device_mesh.ndim,
+                run_check=False,
+            ).redistribute(placements=parameter.placements)
+        parameter.copy_(value)
+
+
+def init_lora(model: nn.Module, seed: int) -> None:
+    """A uniform in ±1/√in (PEFT's Kaiming initialisation with a = √5), B zero: training starts at the base model.
+    The values depend on the seed and the layer's name, not on the number of ranks."""
+    for name, layer in lora_layers(model):
+        digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        bound = 1 / math.sqrt(layer.in_features)
+        a = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        fill(layer.lora_A, a)
+        fill(layer.lora_B, torch.zeros(layer.lora_B.shape))
+
+
+@contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[None]:
+    """Compute without adapters: the model that training started from."""
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
+        layer.adapter_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.adapter_on = True
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(published name, tensor) of every parameter of the model without LoRA, adapters merged into the weights."""
+    layers = dict(lora_layers(model))
+    for name, p in model.named_parameters():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and layer in layers:
+            yield name, layers[layer].merged_weight()
+        elif leaf not in ("lora_A", "lora_B"):
+            yield name, p.detach()
+
+
+# ------------------------------------------------------------------------------------------------- PEFT's format
+def save_adapter(
+    model: nn.Module, out_dir: str | Path, *, base_model: str, module_prefix: str, is_main: bool
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does. Collective; rank 0 writes.
+
+    module_prefix: where transformers keeps the language model, "model.language_model." for vision-language models,
+    "model." for text-only ones (our own names begin with "model.").
+    """
+    tensors, layer = {}, None
+    for name, layer in lora_layers(model):
+        key = f"base_model.model.{module_prefix}{name.removeprefix('model.')}"
+        for leaf in ("lora_A", "lora_B"):
+            p = getattr(layer, leaf).detach()
+            whole = p.full_tensor() if isinstance(p, DTensor) else p
+            tensors[f"{key}.{leaf}.weight"] = whole.cpu().contiguous()
+    if not is_main or layer is None:
+        return
+    names = sorted({name.split(".")[-1] for name, _ in lora_layers(model)})
+    rank = layer.lora_A.shape[0]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": layer.scaling * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        # a pattern, since the vision tower has layers of the same names
+        "target_modules": rf"{module_prefix.replace('.', '[.]')}layers[.].*[.]({'|'.join(names)})",
+    }
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out_dir / "adapter_model.safetensors", metadata={"format": "pt"})
+    (out_dir / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_adapter_config(adapter_dir: str | Path) -> dict:
+    """adapter_config.json of a PEFT LoRA adapter. Raises ValueError for what is not computed here."""
+    file = Path(adapter_dir) / "adapter_config.json"
+    if not file.is_file():
+        raise ValueError(f"{adapter_dir}: not a PEFT adapter (adapter_config.json is missing)")
+    config = json.loads(file.read_text())
+    unsupported = {
+        "peft_type": config.get("peft_type") != "LORA",
+        "bias": config.get("bias", "none") != "none",
+        "modules_to_save": bool(config.get("modules_to_save")),
+        **{k: bool(config.get(k)) for k in ("use_dora", "rank_pattern", "alpha_pattern")},
+    }
+    if wrong := [k for k, bad in unsupported.items() if bad]:
+        raise ValueError(f"{file}: {wrong[0]} = {config.get(wrong[0])!r} is not supported")
+    return config
+
+
+def load_adapter(model: nn.Module, adapter_dir: str | Path) -> None:
+    """Fill the adapters of a model (`add_lora` was called with its rank, alpha and targets) from a PEFT adapter."""
+    file = Path(adapter_dir) / "adapter_model.safetensors"
+    config = read_adapter_config(adapter_dir)
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    stored = {
+        key.removeprefix("base_model.model.")
+        .replace("model.language_model.", "model.")
+        .removesuffix(".weight"): tensor
+        for key, tensor in load_file(file).items()
+    }
+    wanted = {
+        f"{n}.{leaf}": (m, leaf) for n, m in lora_layers(model) for leaf in ("lora_A", "lora_B")
+    }
+    if differ := sorted(stored.keys() ^ wanted.keys()):
+        raise ValueError(
+            f"{file}: {len(differ)} tensors do not match --lora_targets, the first is {differ[0]}"
+        )
+    for name, (layer, leaf) in wanted.items():
+        if stored[name].shape != getattr(layer, leaf).shape:
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(stored[name].shape)}, --lora_rank gives "
+                f"{tuple(getattr(layer, leaf).shape)}"
+            )
+        layer.scaling = scale
+        fill(getattr(layer, leaf), stored[name].float())
