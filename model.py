@@ -30,6 +30,7 @@ from torch.utils.checkpoint import (
 
 from core.attention import apply_rope, attend
 from core.logprobs import ChunkedLogProbs, head_logits, rows_of_logits
+from core.lora import LoRA, add_lora, init_lora
 from core.parallel import World, rank0_first, shard
 from core.vision import VisionConfig
 from core.vision3 import Vision3Config
@@ -452,17 +453,22 @@ def build_model(
     compile_blocks: bool = False,
     reshard_after_forward: bool = True,
     replicas: int = 1,
+    lora: LoRA | None = None,
 ) -> Model:
     """The model of a directory, sharded over the ranks and filled, without a full copy on any rank.
 
-    Order: build on meta → checkpointing inside blocks → compile blocks → shard → allocate → load.
+    Order: build on meta → adapters → checkpointing inside blocks → compile blocks → shard →
+    allocate → load. With `lora` everything but the fp32 adapters is frozen in the compute dtype.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"checkpointing {checkpointing!r}: one of {', '.join(CHECKPOINTING)}")
     with torch.device("meta"):
-        model = Model(ModelConfig.from_dir(model_dir), with_vision).to(master_dtype)
+        model = Model(ModelConfig.from_dir(model_dir), with_vision)
+        model.to(compute_dtype if lora else master_dtype)
     if with_vision:
         model.visual.requires_grad_(train_vision)
+    if lora:
+        add_lora(model, lora)
     for block in model.model.layers:
         block.checkpointing = checkpointing
         if compile_blocks:
@@ -471,8 +477,11 @@ def build_model(
     shard(model, world, compute_dtype=compute_dtype, **fsdp)
     model.to_empty(device=world.device)
     load_hf(model, model_dir)
+    if lora:
+        init_lora(model, lora)
     # mixed precision would be silently lost if the masters were not what was asked for
-    assert all(p.dtype == master_dtype for p in model.parameters())
+    trained = torch.float32 if lora else master_dtype
+    assert all(p.dtype == trained for p in model.parameters() if p.requires_grad)
     return model
 
 

@@ -37,8 +37,9 @@ MARKER = "complete.json"  # written last: a directory without it was cut short
 
 
 def _state_tensors(model: nn.Module, optimizer: Optimizer) -> dict:
-    """All that training changes, by name: {"model.NAME", "exp_avg.NAME", …} → (sharded) tensor."""
-    names = {p: n for n, p in model.named_parameters()}
+    """All that training changes, by name: {"model.NAME", "exp_avg.NAME", …} → (sharded) tensor.
+    Frozen parameters stay out: with LoRA a checkpoint holds the adapters alone."""
+    names = {p: n for n, p in model.named_parameters() if p.requires_grad}
     state = {f"model.{n}": p.detach() for p, n in names.items()}
     for p, slots in optimizer.state.items():
         state.update({f"{slot}.{names[p]}": value for slot, value in slots.items()})

@@ -1,13 +1,13 @@
-"""LoRA (arXiv 2106.09685): frozen weights W in bf16, and beside each a trained product of two thin fp32 matrices.
+"""LoRA (arXiv 2106.09685): frozen weights W, each with a trained product of two thin fp32 matrices.
 
     y = x Wᵀ + (alpha / rank) · (x Aᵀ) Bᵀ        A (rank, in), B (out, rank), B = 0 at the start
 
-    add_lora(model, rank=32, alpha=64, targets="all-linear")     before sharding
-    with lora_disabled(model): ...                               the starting model: GRPO's reference policy
-    for name, weight in merged_parameters(model): ...            W + (alpha / rank) · B A, for sampling and export
-    save_adapter(model, "OUT/adapter", ...)                      PEFT's own format; load_adapter reads it back
+    add_lora(model, LoRA(rank=32, alpha=64))                before sharding
+    with lora_disabled(model): ...                          the starting model: GRPO's reference
+    for name, weight in merged_parameters(model): ...       W + (alpha / rank) · B A, for sampling
+    save_adapter(model, "OUT/adapter", ...)                 PEFT's format; load_adapter reads it
 
-A layer keeps its class's forward and its parameter names: `q_proj.weight` gains `q_proj.lora_A` and `q_proj.lora_B`.
+Parameter names stay as published: beside `q_proj.weight` stand `q_proj.lora_A` and `q_proj.lora_B`.
 Only the language model's blocks get adapters. Must equal PEFT's `LoraConfig` with the same values.
 """
 
@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
@@ -31,8 +32,19 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 TARGETS = {"all-linear": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
 
 
+@dataclass(frozen=True)
+class LoRA:
+    """What --lora_rank, --lora_alpha, --lora_targets and --adapter say."""
+
+    rank: int
+    alpha: float
+    targets: str = "all-linear"
+    seed: int = 0  # of the initial values
+    start: str = ""  # a PEFT adapter to start from instead
+
+
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter. Layers become one in place (`add_lora`); none is ever constructed."""
+    """A linear layer with an adapter. A layer becomes one in place (`add_lora`)."""
 
     scaling: float  # alpha / rank
     adapter_on: bool
@@ -44,7 +56,7 @@ class LoRALinear(nn.Linear):
         return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
 
     def merged_weight(self) -> torch.Tensor:
-        """(out, in): W + scaling · B A, summed in fp32 and rounded once to W's dtype; sharded if the layer is."""
+        """(out, in): W + scaling · B A, summed in fp32, rounded to W's dtype; sharded if W is."""
         a, b = self.lora_A.detach(), self.lora_B.detach()
         if isinstance(a, DTensor):  # B has W's rows on each rank; A is needed whole
             a = a.redistribute(placements=[Replicate()] * a.device_mesh.ndim)
@@ -52,26 +64,28 @@ class LoRALinear(nn.Linear):
         return (self.weight.detach().float() + delta).to(self.weight.dtype)
 
 
+def is_adapter(parameter_name: str) -> bool:
+    return parameter_name.endswith((".lora_A", ".lora_B"))
+
+
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """(published module name, layer) of every layer with an adapter."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, targets: str = "all-linear") -> None:
-    """Freeze the model and give the language model's layers adapters, in fp32 and without values (`init_lora`).
-
-    Call on the meta device, before sharding. targets: all-linear, attention or mlp.
-    """
+def add_lora(model: nn.Module, lora: LoRA) -> None:
+    """Freeze the model and give the language model's layers adapters, in fp32 and without values
+    (`init_lora`). Call on the meta device, before sharding."""
     model.requires_grad_(False)
     for block in model.model.layers:
         for name, layer in block.named_modules():
-            if name.split(".")[-1] not in TARGETS[targets]:
+            if name.split(".")[-1] not in TARGETS[lora.targets]:
                 continue
             layer.__class__ = LoRALinear
-            layer.scaling, layer.adapter_on = alpha / rank, True
+            layer.scaling, layer.adapter_on = lora.alpha / lora.rank, True
             options = dict(dtype=torch.float32, device=layer.weight.device)
-            layer.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **options))
-            layer.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **options))
+            layer.lora_A = nn.Parameter(torch.empty(lora.rank, layer.in_features, **options))
+            layer.lora_B = nn.Parameter(torch.empty(layer.out_features, lora.rank, **options))
 
 
 def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
@@ -87,11 +101,14 @@ def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
         parameter.copy_(value)
 
 
-def init_lora(model: nn.Module, seed: int) -> None:
-    """A uniform in ±1/√in (PEFT's Kaiming initialisation with a = √5), B zero: training starts at the base model.
-    The values depend on the seed and the layer's name, not on the number of ranks."""
+def init_lora(model: nn.Module, lora: LoRA) -> None:
+    """Values of the adapter it starts from, or A uniform in ±1/√in (PEFT's Kaiming initialisation
+    with a = √5) and B zero: training starts at the base model. The random values depend on the seed
+    and the layer's name, not on the number of ranks."""
+    if lora.start:
+        return load_adapter(model, lora.start)
     for name, layer in lora_layers(model):
-        digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
+        digest = hashlib.sha256(f"{lora.seed}|{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         bound = 1 / math.sqrt(layer.in_features)
         a = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
@@ -113,24 +130,24 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(published name, tensor) of every parameter of the model without LoRA, adapters merged into the weights."""
+    """(published name, tensor) of every parameter of the base model, adapters merged."""
     layers = dict(lora_layers(model))
     for name, p in model.named_parameters():
         layer, _, leaf = name.rpartition(".")
         if leaf == "weight" and layer in layers:
             yield name, layers[layer].merged_weight()
-        elif leaf not in ("lora_A", "lora_B"):
+        elif not is_adapter(name):
             yield name, p.detach()
 
 
-# ------------------------------------------------------------------------------------------------- PEFT's format
+# ---------------------------------------------------------------- PEFT's format
 def save_adapter(
     model: nn.Module, out_dir: str | Path, *, base_model: str, module_prefix: str, is_main: bool
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does. Collective; rank 0 writes.
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does. Collective.
 
-    module_prefix: where transformers keeps the language model, "model.language_model." for vision-language models,
-    "model." for text-only ones (our own names begin with "model.").
+    module_prefix: where transformers keeps the language model, "model.language_model." for
+    vision-language models, "model." for text-only ones (our own names begin with "model.").
     """
     tensors, layer = {}, None
     for name, layer in lora_layers(model):
@@ -161,7 +178,7 @@ def save_adapter(
 
 
 def read_adapter_config(adapter_dir: str | Path) -> dict:
-    """adapter_config.json of a PEFT LoRA adapter. Raises ValueError for what is not computed here."""
+    """adapter_config.json of a PEFT LoRA adapter. Raises ValueError for unsupported kinds."""
     file = Path(adapter_dir) / "adapter_config.json"
     if not file.is_file():
         raise ValueError(f"{adapter_dir}: not a PEFT adapter (adapter_config.json is missing)")
@@ -178,7 +195,8 @@ def read_adapter_config(adapter_dir: str | Path) -> dict:
 
 
 def load_adapter(model: nn.Module, adapter_dir: str | Path) -> None:
-    """Fill the adapters of a model (`add_lora` was called with its rank, alpha and targets) from a PEFT adapter."""
+    """Fill a model's adapters from a PEFT adapter of the same rank and targets; its alpha counts.
+    Raises ValueError when rank, targets or the adapter's kind differ."""
     file = Path(adapter_dir) / "adapter_model.safetensors"
     config = read_adapter_config(adapter_dir)
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from core.lora import is_adapter, lora_layers
 from core.parallel import World, barrier
 
 INDEX = "model.safetensors.index.json"
@@ -100,7 +101,7 @@ class WeightFiles:
                 raise ValueError(
                     f"{file}: does not hold {key}, which {INDEX} places there; fetch both again"
                 )
-        parameters = dict(model.named_parameters())
+        parameters = {n: p for n, p in model.named_parameters() if not is_adapter(n)}
         missing = [n for n in parameters if n not in self.where]
         if missing:
             raise ValueError(
@@ -131,6 +132,8 @@ def load_hf(model: nn.Module, model_dir: str | Path) -> None:
     files = WeightFiles(model_dir)
     files.check(model)
     for name, p in model.named_parameters():
+        if is_adapter(name):
+            continue
         source = files.slice(name)
         if not isinstance(p, DTensor):
             p.copy_(source[:])
@@ -153,13 +156,15 @@ def export_hf(
 
     Weights keep the keys and dtypes of the source: transformers loads Qwen3-VL under other keys
     with random values and a warning only. Tensors that the model does not hold (visual.* in
-    text-only training) are copied byte for byte; every config, tokenizer and processor file too.
+    text-only training) or did not train are copied byte for byte; every config, tokenizer and
+    processor file too. LoRA adapters are merged in fp32, then rounded once.
     Of a tied model no `lm_head.weight` is written: transformers would use the old one.
     One tensor is gathered at a time, so the peak is one tensor over the shards. Collective.
     """
     out_dir, tmp = Path(out_dir), Path(f"{out_dir}.tmp")
     source = WeightFiles(source_dir)
-    parameters = dict(model.named_parameters())
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    adapted = {f"{n}.weight": layer for n, layer in lora_layers(model)}
     weight_map, pending, pending_bytes, count = {}, {}, 0, 0
     if world.is_main:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -168,7 +173,9 @@ def export_hf(
         if name.startswith(model.tied):
             continue
         # every rank takes part
-        tensor = _export_tensor(parameters.get(name), source.slice(name), world)
+        layer = adapted.get(name)
+        parameter = layer.merged_weight() if layer is not None else trained.get(name)
+        tensor = _export_tensor(parameter, source.slice(name), world)
         if not world.is_main:
             continue
         if pending and pending_bytes + tensor.nbytes > shard_bytes:
@@ -188,9 +195,7 @@ def _export_tensor(parameter, source_slice, world: World) -> torch.Tensor | None
     """One tensor as it goes to disk, on rank 0; None elsewhere. Collective when it is sharded."""
     if parameter is None:
         return source_slice[:] if world.is_main else None
-    whole = parameter.detach()
-    if isinstance(parameter, DTensor):
-        whole = whole.full_tensor()
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     if not world.is_main:
         return None
     original = source_slice[:1] if source_slice.get_shape() else source_slice[:]

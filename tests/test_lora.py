@@ -1,14 +1,18 @@
-"""LoRA against PEFT on the same random weights: logits, gradients, files in both directions, merged weights."""
+"""LoRA against PEFT on the same weights: logits, gradients, files both ways, merged weights."""
 
 import json
 
 import pytest
 import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
 from tiny_model import make_tiny_qwen2, make_tiny_vl
 
 from core.lora import (
+    LoRA,
     LoRALinear,
     add_lora,
+    fill,
     init_lora,
     load_adapter,
     lora_disabled,
@@ -26,11 +30,12 @@ FAMILIES = {
 TOKENS = torch.arange(3, 20)
 
 
-def loaded(directory, rank=4, alpha=8.0, targets="all-linear") -> Model:
+def loaded(directory, **options) -> Model:
+    lora = LoRA(**{"rank": 4, "alpha": 8.0, **options})
     model = Model(ModelConfig.from_dir(directory))
     load_hf(model, directory)
-    add_lora(model, rank, alpha, targets)
-    init_lora(model, seed=0)
+    add_lora(model, lora)
+    init_lora(model, lora)
     return model
 
 
@@ -88,8 +93,7 @@ def test_logits_and_gradients_equal_pefts(pair):
 def test_pefts_adapter_loads_here(pair, tmp_path):
     _, peft, base, _ = pair
     peft.save_pretrained(tmp_path)
-    ours = loaded(base)
-    load_adapter(ours, tmp_path)
+    ours = loaded(base, start=str(tmp_path))
     assert (logits(ours) - logits(peft)).abs().max() <= 1e-5
 
 
@@ -143,3 +147,56 @@ def test_a_foreign_adapter_is_refused(pair, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(ValueError, match="use_dora"):
         load_adapter(loaded(base), tmp_path)
+
+
+# ---------------------------------------------------------------- ranks, export
+def gradients(world, base: str, out: str, dtype: str) -> None:
+    """Adapter gradients of four documents, dealt to the ranks; rank 0 writes them."""
+    from core.weights import export_hf
+    from model import build_model
+
+    lora = LoRA(rank=4, alpha=8.0)
+    options = dict(compute_dtype=getattr(torch, dtype), checkpointing="full", lora=lora)
+    model = build_model(base, world, **options)
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert frozen == {getattr(torch, dtype)}
+    for i, (_, layer) in enumerate(lora_layers(model)):
+        b = torch.empty(layer.lora_B.shape)
+        fill(layer.lora_B, b.normal_(0, 0.1, generator=torch.Generator().manual_seed(i)))
+    for i in range(world.rank, 4, world.size):
+        tokens = torch.randint(0, 290, (9 + i,), generator=torch.Generator().manual_seed(i))
+        ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        positions = torch.arange(len(tokens)).expand(3, -1)
+        logprobs, _ = model(tokens, positions, ends, targets=tokens.roll(-1))
+        (-logprobs.sum() * world.size / 42).backward()
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert all(p.grad.dtype == torch.float32 for _, p in named)
+    whole = {n: p.grad.full_tensor() for n, p in named}
+    export_hf(model, base, f"{out}/export{world.size}", world)
+    if world.is_main:
+        torch.save(whole, f"{out}/gradients{world.size}.pt")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_gradient_for_any_number_of_ranks(tmp_path, world, size):
+    base = str(make_tiny_vl(tmp_path / "base"))
+    gradients(world, base, str(tmp_path), "float32")
+    run_ranks(size, gradients, base, str(tmp_path), "float32")
+    one, many = (torch.load(tmp_path / f"gradients{n}.pt") for n in (1, size))
+    assert one.keys() == many.keys() and len(one) == 42
+    for name in one:
+        assert (one[name] - many[name]).norm() <= 1e-6 * one[name].norm(), name
+    exported = [load_file(tmp_path / f"export{n}" / "model.safetensors") for n in (1, size)]
+    assert all(torch.equal(exported[0][k], exported[1][k]) for k in exported[0])
+
+
+def test_an_export_is_the_adapted_model_and_the_rest_of_it_byte_equal(tmp_path, world):
+    """In bf16, as on a GPU: the base's bytes pass through, adapted weights are rounded once."""
+    base = make_tiny_vl(tmp_path / "base", dtype=torch.bfloat16)
+    gradients(world, str(base), str(tmp_path), "bfloat16")
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "export1" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert len(changed) == 21 and all("_proj" in k and "visual" not in k for k in changed)
+    assert all(after[k].dtype == torch.bfloat16 for k in after)
