@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,8 @@ from typing import Iterator, Sequence
 import numpy as np
 import torch
 
-from core import schema, token_cache
+from core import chat, schema, token_cache
+from core.chat import chat_segments, load_tokenizer, with_image_parts  # noqa: F401
 from core.packing import attention_cost, balance, pack_plan  # noqa: F401
 from core.schema import (  # noqa: F401
     LETTERS,
@@ -53,75 +53,7 @@ TOKENIZER_FILES = """tokenizer.json tokenizer_config.json vocab.json merges.txt 
 special_tokens_map.json chat_template.json chat_template.jinja preprocessor_config.json""".split()
 
 
-# ---------------------------------------------------------------------- chat templates, loss mask
-def load_tokenizer(model_dir: str | Path):
-    """The model's own tokenizer with its chat template; no code from the directory is run."""
-    from transformers import AutoTokenizer
-
-    model_dir = Path(model_dir)
-    if not model_dir.is_dir():
-        raise ValueError(f"{model_dir}: no such model directory")
-    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ValueError(f"{model_dir}: no tokenizer (tokenizer.json) in this model directory")
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    older = model_dir / "chat_template.json"
-    if tokenizer.chat_template is None and older.is_file():
-        tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{model_dir}: no chat template; start from an instruct model")
-    return tokenizer
-
-
-def with_image_parts(text: str) -> str | list[dict]:
-    """ "a <image> b" → [text "a ", image, text " b"]; a text without images stays a string, because
-    the templates of text-only models know no parts."""
-    if "<image>" not in text:
-        return text
-    parts = [p for p in re.split("(<image>)", text) if p]
-    return [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in parts]
-
-
-def chat_segments(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
-    """A conversation as the chat template writes it, cut into (text, supervised) pieces.
-
-    Supervised is what the model itself will write: an assistant turn and its end token, without
-    the line break after it. It is found by rendering prefixes: the text of messages[:i] with the
-    assistant header, and of messages[:i+1], enclose turn i. Pieces are tokenised separately, so a
-    prompt has the same tokens as in generation. Raises ValueError for a template that rewrites
-    earlier turns, drops a part of one, or does not end one.
-
-    [user "Hi", assistant "Yes"] in ChatML (↵ is a line break) → ("<|im_start|>user↵Hi<|im_end|>↵
-    <|im_start|>assistant↵", False), ("Yes<|im_end|>", True), ("↵", False).
-    """
-
-    def render(n: int, header: bool) -> str:
-        return tokenizer.apply_chat_template(chat[:n], tokenize=False, add_generation_prompt=header)
-
-    chat = [{"role": m["role"], "content": with_image_parts(m["content"])} for m in messages]
-    whole, segments, at = render(len(chat), False), [], 0
-    for i, m in enumerate(messages):
-        if m["role"] != "assistant":
-            continue
-        before, after = render(i, True), render(i + 1, False).rstrip()
-        if not (whole.startswith(after) and after.startswith(before) and len(before) >= at):
-            raise ValueError(
-                f"the chat template renders turn {i} in another way when more follows (some strip "
-                "the thoughts of earlier turns): make one row of each assistant turn, or change "
-                "the template"
-            )
-        reply = after[len(before) :]
-        if m["content"].strip() not in reply:
-            raise ValueError(f"the chat template drops a part of assistant turn {i}: change it")
-        if not reply.endswith(tuple(tokenizer.all_special_tokens)):
-            raise ValueError(
-                f"the chat template ends assistant turn {i} with no special token, so the model "
-                "could not learn to stop: change the template"
-            )
-        segments += [(whole[at : len(before)], False), (reply, True)]
-        at = len(after)
-    return [s for s in [*segments, (whole[at:], False)] if s[0]]
-
-
+# ---------------------------------------------------------------------- conversations
 def expand_images(tokens: np.ndarray, counts: list[int], image_token_id: int | None) -> np.ndarray:
     """How often to repeat each token: the n-th image pad counts[n] times, all others once.
 
@@ -179,7 +111,7 @@ def cache_key(paths: Sequence[str | Path], model_dir: str | Path, **settings) ->
     the libraries, this code."""
     settings |= {name: version(name) for name in ("transformers", "tokenizers")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    code = [Path(file) for file in (__file__, schema.__file__, token_cache.__file__)]
+    code = [Path(file) for file in (__file__, chat.__file__, schema.__file__, token_cache.__file__)]
     model_files = [Path(model_dir) / name for name in TOKENIZER_FILES]
     for path in [*code, *model_files, *map(Path, paths)]:
         digest.update(f"\n{path.name if path in model_files else path.resolve()}\n".encode())

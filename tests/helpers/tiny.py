@@ -41,8 +41,49 @@ CHAT_TEMPLATE = """\
 """
 
 
-def make_tiny_tokenizer(path: str | Path) -> Path:
-    """Write the tokenizer's files into the directory `path` (which may hold a model) and return it."""
+# Qwen3's templates in other words. All keep an instruct turn as it is; these two write the last turn's thought
+# themselves and leave out earlier ones, and `thinking` opens it in the prompt too.
+HYBRID = """\
+{%- set last = namespace(user=-1) -%}
+{%- for m in messages if m.role == 'user' -%}{%- set last.user = messages.index(m) -%}{%- endfor -%}
+{%- for m in messages -%}
+{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' -%}
+{%- set thought, text = '', m.content -%}
+{%- if m.reasoning_content is string -%}{%- set thought = m.reasoning_content -%}
+{%- elif '</think>' in text -%}
+{%- set thought = text.split('</think>')[0].split('<think>')[-1] -%}{%- set text = text.split('</think>')[-1] -%}
+{%- endif -%}
+{%- if loop.index0 > last.user -%}
+{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + text.lstrip('\n') }}
+{%- else -%}{{ text.lstrip('\n') }}{%- endif -%}
+{%- elif m.content is string -%}{{ m.content }}
+{%- else -%}
+{%- for part in m.content -%}
+{%- if part.type == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}{{ '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}
+"""
+SYSTEM = """\
+{%- if loop.first and m.role != 'system' -%}
+{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}
+{%- endif -%}
+"""
+TEMPLATES = {
+    "qwen2.5": CHAT_TEMPLATE,
+    "qwen3 instruct": CHAT_TEMPLATE.replace(SYSTEM, ""),
+    "qwen3 hybrid": HYBRID,
+    "qwen3 thinking": HYBRID.replace(
+        "assistant\n' }}{%- endif", "assistant\n<think>\n' }}{%- endif"
+    ),
+}
+
+
+def make_tiny_tokenizer(path: str | Path, template: str = "qwen2.5") -> Path:
+    """Write the tokenizer's files into the directory `path` (which may hold a model) and return it. Qwen3's have
+    <think> and </think>, 307 and 308, which are no special tokens."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -76,6 +117,8 @@ def make_tiny_tokenizer(path: str | Path) -> Path:
         additional_special_tokens=SPECIAL,
         clean_up_tokenization_spaces=False,
     )
-    fast.chat_template = CHAT_TEMPLATE
+    if template != "qwen2.5":
+        fast.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
+    fast.chat_template = TEMPLATES[template]
     fast.save_pretrained(path)
     return Path(path)
