@@ -1,8 +1,9 @@
-"""Published releases as they lie on disk: parquet, json, jsonl and csv, in folders or inside zips, which are never
-unpacked; and the images of a conversion. Reading parquet needs pyarrow, which is imported only here."""
+"""Published files as stored on disk: parquet, json, jsonl and csv, in folders or zips (never
+unpacked), and the images of a conversion. Only reading parquet needs pyarrow."""
 
 from __future__ import annotations
 
+import base64
 import csv
 import hashlib
 import io
@@ -16,11 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-TABLE_SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
+TABLES = (".parquet", ".json", ".jsonl", ".csv")
+MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"BM": "bmp"}
+MAGIC |= {b"II*\0": "tif", b"MM\0*": "tif"}
 
 
 class Drop(Exception):
-    """This row cannot be converted: `reason` is counted, `detail` is shown for the first few rows."""
+    """This row cannot be converted: `reason` is counted, `detail` is shown for the first rows."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
@@ -28,55 +31,45 @@ class Drop(Exception):
 
 
 class Row(dict):
-    """A published row. A field that is not there means that this is not the release that it was said to be."""
+    """A published row. A missing field means that this is not the release that it is taken for."""
 
     def __missing__(self, key: str) -> Any:
-        raise ValueError(
-            f"field {key!r} is missing (fields here: {', '.join(sorted(map(str, self)))})"
-        )
-
-
-# -------------------- Reading: files, folders and zips as one tree of named members -------------------------
+        raise ValueError(f"field {key!r} is missing (fields: {', '.join(sorted(map(str, self)))})")
 
 
 class Source:
-    """The files of a release. Its tables are the files named outright, or else those in the folders and zips whose
-    names match `pattern`; where a file is named outright, folders and zips only serve images."""
+    """The files of a release. Its tables are the files named outright; else those in its folders and
+    zips whose names match `pattern`. Where a file is named outright, the rest only serves images.
+    """
 
     def __init__(self, paths: list[str], pattern: str):
-        self.members: dict[str, Callable[[], bytes]] = {}  # name inside the release -> its bytes
-        self.files: dict[
-            str, Path
-        ] = {}  # names that are plain files on disk (parquet is read from there)
-        self.on_disk: set[Path] = (
-            set()
-        )  # what is hashed for the report: tables that were read, and zips
-        self.roots: list[
-            Path
-        ] = []  # folders of files named outright: images are looked up from here
+        self.members: dict[str, Callable[[], bytes]] = {}  # name inside the release → its bytes
+        self.files: dict[str, Path] = {}  # those that are plain files
+        self.hashed: set[Path] = set()  # for the report: tables that were read, and zips
+        self.roots: list[Path] = []  # folders of files named outright: images are looked up there
         named = []
         for path in map(Path, paths):
-            if not path.exists():
-                raise ValueError(f"{path}: no such file or folder")
             if path.is_dir():
                 self._add_folder(path)
+            elif not path.exists():
+                raise ValueError(f"{path}: no such file or folder")
             elif path.suffix.lower() == ".zip":
                 self._add_zip(path, "")
-            elif path.suffix.lower() in TABLE_SUFFIXES:
+            elif path.suffix.lower() in TABLES:
                 self._add_file(path, str(path))
                 self.roots.append(path.parent)
                 named.append(str(path))
             else:
                 raise ValueError(f"{path}: give parquet, json, jsonl, csv, a zip or a folder")
-        inside = [name for name in sorted(self.members) if name.lower().endswith(TABLE_SUFFIXES)]
+        inside = [name for name in sorted(self.members) if name.lower().endswith(TABLES)]
         self.tables = named or [name for name in inside if re.search(pattern, name)]
         if not self.tables:
             raise ValueError(
-                f"{', '.join(paths)}: no table whose name matches {pattern!r} (tables here: "
-                f"{', '.join(inside[:8]) or 'none'}); to read a file of another name, name it itself"
+                f"{', '.join(paths)}: no table whose name matches {pattern!r} (here: "
+                f"{', '.join(inside[:8]) or 'none'}); to read a file of another name, name it"
             )
-        self._by_basename: dict[str, list[str]] | None = None
-        self._by_stem: dict[str, Callable[[], bytes]] | None = None
+        self.names_ending: dict[str, list[str]] = {}  # base name → members that are called so
+        self.stems: dict[str, Callable[[], bytes]] = {}
 
     def _add_file(self, path: Path, name: str) -> None:
         self.members[name], self.files[name] = path.read_bytes, path
@@ -94,127 +87,103 @@ class Source:
     def _add_zip(self, path: Path, prefix: str) -> None:
         try:
             archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise ValueError(
-                f"{path}: not a zip, or cut off ({error}); download it again"
-            ) from None
-        self.on_disk.add(path)
+        except zipfile.BadZipFile as e:
+            raise ValueError(f"{path}: not a zip, or truncated ({e}); download it again") from None
+        self.hashed.add(path)
         for info in archive.infolist():
             if not info.is_dir():
                 self.members[prefix + info.filename] = lambda a=archive, i=info: a.read(i)
 
     def rows(self) -> Iterator[tuple[str, int, Row]]:
-        """(table, row number from 0 inside it, row), tables in order of their names."""
+        """(table, row number from 0 in it, row), tables in order of their names."""
         for table in self.tables:
             if table in self.files:
-                self.on_disk.add(self.files[table])
+                self.hashed.add(self.files[table])
             where = self.files.get(table) or io.BytesIO(self.members[table]())
-            for i, row in enumerate(read_rows(table, where)):
-                if isinstance(row, list):  # Orz: a row is a pair of turns
-                    row = {"turns": row}
+            for i, row in enumerate(read_table(table, where)):
+                row = {"turns": row} if isinstance(row, list) else row  # Orz: a row is two turns
                 if not isinstance(row, dict):
-                    raise ValueError(
-                        f"{table} row {i}: expected an object, found {type(row).__name__}"
-                    )
+                    kind = type(row).__name__
+                    raise ValueError(f"{table} row {i}: expected an object, found {kind}")
                 yield table, i, Row(row)
 
     def find(self, name: str) -> Callable[[], bytes]:
-        """The reader of an image: by its path from a named table, its full name, or the end of one member's name."""
+        """Reader of an image: by its path from a named table, its name, or a name's only ending."""
         if name.startswith("/") or ".." in name.split("/"):
-            raise Drop("image path leaves the release", name)
+            raise Drop("image path leaves the release", name[:80])
         for root in self.roots:
-            if (root / name).is_file():
+            if len(name) < 1000 and (root / name).is_file():
                 return (root / name).read_bytes
         if name in self.members:
             return self.members[name]
-        if self._by_basename is None:
-            self._by_basename = {}
+        if not self.names_ending:
             for member in self.members:
-                self._by_basename.setdefault(member.rsplit("/", 1)[-1], []).append(member)
-        found = [
-            m for m in self._by_basename.get(name.rsplit("/", 1)[-1], []) if m.endswith("/" + name)
-        ]
+                self.names_ending.setdefault(member.rsplit("/", 1)[-1], []).append(member)
+        same = self.names_ending.get(name.rsplit("/", 1)[-1], [])
+        found = [m for m in same if m.endswith("/" + name)]
         if len(found) != 1:
-            raise Drop(
-                "image name is ambiguous" if found else "image not found",
-                " ".join([name, *found[:3]]),
-            )
+            reason = "image name is ambiguous" if found else "image not found"
+            raise Drop(reason, " ".join([name[:80], *found[:3]]))
         return self.members[found[0]]
 
     def find_stem(self, stems: list[str]) -> Callable[[], bytes]:
-        """The image file that is called by one of these stems, whatever its extension and folder (NEJM)."""
-        if self._by_stem is None:
-            beside = {
-                str(path): path.read_bytes
-                for root in self.roots
-                for path in sorted(root.glob("images/*"))
-            }
-            self._by_stem = {
-                Path(name).stem: read
-                for name, read in (self.members | beside).items()
-                if not name.lower().endswith(TABLE_SUFFIXES)
-            }
+        """Reader of the image with one of these stems, whatever its extension and folder (NEJM)."""
+        if not self.stems:
+            beside = {str(p): p.read_bytes for r in self.roots for p in sorted(r.glob("images/*"))}
+            images = {n: read for n, read in (self.members | beside).items() if Path(n).suffix}
+            tables = {n for n in images if n.lower().endswith(TABLES)}
+            self.stems = {Path(n).stem: images[n] for n in images.keys() - tables}
         for stem in stems:
-            if stem in self._by_stem:
-                return self._by_stem[stem]
+            if stem in self.stems:
+                return self.stems[stem]
         raise Drop("image not found", " or ".join(stems))
 
     def hashes(self) -> list[dict]:
         return [
             {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(self.on_disk)
+            for path in sorted(self.hashed)
         ]
 
 
-def read_rows(name: str, where: Path | io.BytesIO) -> Iterator[Any]:
-    """Rows of one table, streamed. A json file holds a list, or an object of rows (its keys go to "key")."""
+def read_table(name: str, where: Path | io.BytesIO) -> Iterator[Any]:
+    """Rows of one table. A json file holds a list, or an object of rows (its keys go to "key")."""
     suffix = Path(name).suffix.lower()
     if suffix == ".parquet":
-        import pyarrow.parquet
-
         try:
-            for batch in pyarrow.parquet.ParquetFile(where).iter_batches(
-                batch_size=32
-            ):  # few: rows carry images
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(
-                f"{name}: not parquet, or cut off ({error}); download it again"
-            ) from None
+            import pyarrow.parquet
+        except ImportError:
+            raise ValueError(f"{name}: parquet needs pyarrow; pip install pyarrow") from None
+        try:
+            for batch in pyarrow.parquet.ParquetFile(where).iter_batches(batch_size=32):
+                yield from batch.to_pylist()  # few at a time: rows carry images
+        except (pyarrow.ArrowInvalid, OSError) as e:
+            raise ValueError(f"{name}: not parquet, or truncated ({e})") from None
         return
     raw = where.read_bytes() if isinstance(where, Path) else where.read()
     try:
         text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not utf-8 at byte {error.start}") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{name}: not UTF-8 at byte {e.start}") from None
     if suffix == ".csv":
         csv.field_size_limit(sys.maxsize)  # the default refuses a field beyond 128 KiB
         yield from csv.DictReader(io.StringIO(text, newline=""))
-    elif suffix == ".jsonl":
-        for number, line in enumerate(
-            text.split("\n"), 1
-        ):  # splitlines would cut at U+2028 in a string
-            if line.strip():
-                try:
+        return
+    number = 0
+    try:
+        if suffix == ".jsonl":
+            for line in text.split("\n"):  # splitlines would split at U+2028 in a string
+                number += 1
+                if line.strip():
                     yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{name} line {number}: not JSON ({error.msg}); cut off?"
-                    ) from None
-    else:
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{name} line {error.lineno}: not JSON ({error.msg}); cut off?"
-            ) from None
-        if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
-            value = [{"key": key, **row} for key, row in value.items()]
-        if not isinstance(value, list):
-            raise ValueError(
-                f"{name}: expected a list of rows, or an object of rows, found {type(value).__name__}"
-            )
-        yield from value
+            return
+        value = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{name} line {number or e.lineno}: not JSON ({e.msg})") from None
+    if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
+        value = [{"key": key, **row} for key, row in value.items()]
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected a list of rows, found {type(value).__name__}")
+    yield from value
 
 
 def file_sha256(path: Path) -> str:
@@ -222,47 +191,45 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# -------------------- Images --------------------------------------------------------------------------------
-
-
 def image_extension(data: bytes) -> str:
-    """The extension that the bytes call for, whatever the file was called (some of MathVista's .jpg are png)."""
-    for magic, extension in (
-        (b"\x89PNG\r\n\x1a\n", "png"),
-        (b"\xff\xd8\xff", "jpg"),
-        (b"GIF8", "gif"),
-        (b"BM", "bmp"),
-        (b"II*\0", "tif"),
-        (b"MM\0*", "tif"),
-    ):
-        if data.startswith(magic):
-            return extension
+    """The extension that the bytes call for, whatever the file's name says."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
+    for magic, extension in MAGIC.items():
+        if data.startswith(magic):
+            return extension
     raise Drop("not an image (png, jpg, gif, bmp, tif, webp)", repr(data[:12]))
 
 
 class Context:
-    """What a converter may use besides its row: the release's files, the image store, the report's notes."""
+    """What a converter may use besides its row: the data set's name, its files, the image store."""
 
-    def __init__(self, source: Source, folder: Path | None):
-        self.source, self.folder = source, folder  # folder None: a dry pass that writes no images
+    def __init__(self, name: str, source: Source, folder: Path | None):
+        self.name, self.source, self.folder = name, source, folder  # None: a dry pass, no images
         self.written: set[str] = set()
         self.notes: Counter[str] = Counter()
-        self.dropped: dict[str, list[str]] = {}  # reason -> where, one entry a row
+        self.dropped: dict[str, list[str]] = {}  # reason → where, one entry a row
         self.rows_in = 0
 
     def note(self, text: str) -> None:
-        """Count something that was mended or left as it was; it stands in the report."""
+        """Count something that was repaired or left as it was; the report shows it."""
         self.notes[text] += 1
 
     def image(self, value: Any) -> str:
-        """Store an image (parquet struct, bytes, name in the release, or reader); return its path in the jsonl."""
+        """Store an image (parquet struct, bytes, data: URL, name in the release, or reader) under
+        images/; returns its path in the jsonl."""
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path") or value.get("image_path")
         if not value:
             raise Drop("image missing")
-        if isinstance(value, str):
+        if isinstance(value, str) and value.startswith("data:"):
+            try:
+                value = base64.b64decode(value.partition("base64,")[2], validate=True)
+            except ValueError:
+                raise Drop("data: URL is not base64", value[:40]) from None
+        elif isinstance(value, str) and re.match("https?:", value):
+            raise Drop("image is a web address: download it first", value[:80])
+        elif isinstance(value, str):
             value = self.source.find(value)
         if self.folder is None:
             return "images/dry"

@@ -8,7 +8,13 @@
 #   SMOKE=1        the same lines with tiny weights and a few made-up rows, on CPU in minutes
 #   VENV=none      use the python on the PATH; else .venv is made and filled on first use
 set -euo pipefail
+if [ $# != 0 ]; then  # a recipe takes no arguments: --help prints its head and starts nothing
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    [ "$1" = --help ] || [ "$1" = -h ] || { echo "unknown argument $1" >&2; exit 2; }
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}  # less fragmentation
 [ "${VENV:-}" = none ] || . recipes/env.sh requirements.txt
 SMOKE=${SMOKE:-0} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 if [ "$SMOKE" = 1 ]; then
@@ -46,7 +52,7 @@ data() {  # data NAME FLAGS…: DATA/NAME.jsonl from the published release; on m
     [ ! -f "$out.info.json" ] || return 0  # written last
     if [ "$NODE_RANK" != 0 ]; then until [ -f "$out.info.json" ]; do sleep 10; done; return; fi
     local release=$name
-    case $name in openthoughts_direct) release=openthoughts ;; medqa_train) release=medqa ;; esac  # same files
+    case $name in openthoughts_direct) release=openthoughts ;; medqa_train) release=medqa ;; esac
     local raw=$RAW/$release
     if [ "$name" = nejm ]; then
         raw=$NEJM  # copyrighted: the user's own files

@@ -3,6 +3,7 @@ copy is in XREASONER_TEST_DATA (skipped elsewhere). Every conversion is read bac
 
 from __future__ import annotations
 
+import base64
 import doctest
 import hashlib
 import io
@@ -20,9 +21,9 @@ from PIL import Image
 from real_data import REAL, needs_real
 
 import data
+from convert import chat, public, releases
 from convert import conversion as convert
-from convert import converters, releases
-from core import schema
+from convert.__main__ import main
 
 
 def picture(number: int, form: str = "PNG") -> bytes:
@@ -81,7 +82,7 @@ def bytes_of(row: dict, tmp_path: Path) -> list[bytes]:
 
 def test_docstring_examples_are_true():
     """Prevents worked examples that no longer say what the code does."""
-    results = [doctest.testmod(module) for module in (convert, converters, releases)]
+    results = [doctest.testmod(module) for module in (convert, public, releases, chat)]
     assert sum(r.failed for r in results) == 0 and sum(r.attempted for r in results) > 3
 
 
@@ -127,11 +128,10 @@ def test_rows_that_the_loader_would_refuse_are_dropped_here(tmp_path):
     out, info = run("gsm8k", source, tmp_path)
     assert len(out) == 1
     assert {reason: what["rows"] for reason, what in info["dropped"].items()} == {
-        "a control token of the model stands in the text": 2,
+        "a control token of the model is in the text": 2,
         "half of a surrogate pair, not a character": 1,
-        "literal <image> in the text": 1,
+        "number of <image> in the text": 1,
     }
-    assert all(converters.CONTROL_TOKEN.fullmatch(token) for token in schema.CONTROL_TOKENS)
 
 
 def test_orz_takes_the_first_human_turn_and_the_ground_truth(tmp_path):
@@ -250,7 +250,6 @@ def test_medxpertqa_does_not_repeat_its_options(tmp_path):
         "question_type": "Reasoning",
     }
     jsonl(tmp_path / "raw/MM/test.jsonl", [mm])
-    jsonl(tmp_path / "raw/Text/test.jsonl", [{**mm, "id": "Text-1", "images": None}])
     archive(
         tmp_path / "raw/images.zip",
         {"images/MM-26-b.jpeg": picture(2, "JPEG"), "images/MM-26-a.jpeg": picture(1, "JPEG")},
@@ -260,8 +259,6 @@ def test_medxpertqa_does_not_repeat_its_options(tmp_path):
     assert (row["options"], row["answer"]) == (["one", "two"], "B")
     assert bytes_of(row, tmp_path) == [picture(1, "JPEG"), picture(2, "JPEG")]
     assert row["meta"]["cluster"] == Path(row["images"][0]).stem
-    (row,), _ = run("medxpertqa_text", tmp_path / "raw", tmp_path)
-    assert (row["id"], row["question"]) == ("medxpertqa_text/Text-1", "See A and B.")
 
 
 # -------------------- Images --------------------
@@ -364,8 +361,9 @@ def test_option_lists_are_read_never_run(tmp_path):
     assert out[0]["options"] == ["a", "it's"]
 
 
-def test_mmmu_pro_has_three_forms_under_three_names(tmp_path):
-    """Prevents the four-option or the vision form counted as the ten-option set, and options given twice for pages."""
+def test_mmmu_pro_is_the_form_with_ten_options(tmp_path):
+    """Prevents the four-option or the vision form counted as the ten-option set; and a row whose
+    options are in a list inside the list from being dropped, where other codes score it."""
     base = mmmu_row(
         options=str([f"o{i}" for i in range(12)]),
         answer="L",
@@ -373,26 +371,11 @@ def test_mmmu_pro_has_three_forms_under_three_names(tmp_path):
         image_1=embedded(1),
     )
     base.pop("question_type")
-    parquet(tmp_path / "raw/standard (10 options)/test-0.parquet", [base])
-    parquet(
-        tmp_path / "raw/standard (4 options)/test-0.parquet",
-        [{**base, "options": "['a','b','c','d']", "answer": "D"}],
-    )
-    parquet(
-        tmp_path / "raw/vision/test-0.parquet",
-        [
-            {
-                "id": "v1",
-                "image": embedded(9),
-                "options": "['a','b','c']",
-                "answer": "C",
-                "subject": "Music",
-            }
-        ],
-    )
-    (ten,), _ = run("mmmu_pro", tmp_path / "raw", tmp_path)
-    (four,), _ = run("mmmu_pro_4ops", tmp_path / "raw", tmp_path)
-    (vision,), _ = run("mmmu_pro_vision", tmp_path / "raw", tmp_path)
+    nested = {**base, "id": "test_Math_7", "options": "[['a', 'b'], 'c', 'd']", "answer": "B"}
+    parquet(tmp_path / "raw/standard (10 options)/test-0.parquet", [base, nested])
+    four = {**base, "options": "['a','b','c','d']", "answer": "D"}
+    parquet(tmp_path / "raw/standard (4 options)/test-0.parquet", [four])
+    (ten, opened), info = run("mmmu_pro", tmp_path / "raw", tmp_path)
     assert (ten["task"], ten["answer"], len(ten["options"]), ten["subset"]) == (
         "mmmu_pro",
         "L",
@@ -400,17 +383,8 @@ def test_mmmu_pro_has_three_forms_under_three_names(tmp_path):
         "Public_Health",
     )
     assert ten["meta"]["health"] is True
-    assert (four["id"], four["answer"], len(four["options"])) == (
-        "mmmu_pro_4ops/validation_Pharmacy_3",
-        "D",
-        4,
-    )
-    assert (vision["options"], vision["answer"], vision["meta"]["option_texts"]) == (
-        ["A", "B", "C"],
-        "C",
-        ["a", "b", "c"],
-    )
-    assert vision["question"].count("<image>") == 1 and bytes_of(vision, tmp_path) == [picture(9)]
+    assert (opened["options"], opened["answer"]) == (["a", "b", "c", "d"], "B")
+    assert info["notes"] == {"options in a list inside the list were opened": 1}
 
 
 def test_mmstar_options_leave_the_question_where_they_can_be_read(tmp_path):
@@ -673,72 +647,21 @@ def test_nejm_from_the_users_own_files(tmp_path):
         convert.download("nejm", str(tmp_path / "x"))
 
 
-def test_vqa_sets_keep_closed_and_open_questions_apart(tmp_path):
-    """Prevents one number over yes/no and open questions, Chinese rows in an English score, CLOSED taken as yes/no."""
-    base = {
-        "img_id": 1,
-        "img_name": "xmlab1/source.jpg",
-        "question": "Is it?",
-        "answer": "Yes",
-        "q_lang": "en",
-        "answer_type": "CLOSED",
-        "modality": "CT",
-        "qid": 7,
-    }
-    (tmp_path / "slake").mkdir()
-    (tmp_path / "slake/test.json").write_text(
-        json.dumps(
-            [
-                base,
-                {**base, "qid": 8, "answer": "left"},
-                {**base, "qid": 9, "q_lang": "zh"},
-                {**base, "qid": 10, "answer": "no"},
-            ]
-        )
-    )
-    archive(
-        tmp_path / "slake/imgs.zip",
-        {"imgs/xmlab1/source.jpg": picture(1, "JPEG"), "imgs/xmlab2/source.jpg": picture(2)},
-    )
-    out, info = run("slake", tmp_path / "slake", tmp_path)
-    assert [(r["id"], r["kind"], r["answer"], r["subset"]) for r in out] == [
-        ("slake/7", "choice", "A", "closed"),
-        ("slake/8", "open", "left", "open"),
-        ("slake/10", "choice", "B", "closed"),
-    ]
-    assert (
-        info["dropped"]["not English"]["rows"] == 1
-        and len({r["meta"]["cluster"] for r in out}) == 1
-    )
-    for name in ("pathvqa", "vqarad"):
-        parquet(
-            tmp_path / name / "data/test-0.parquet",
-            [
-                {"image": embedded(1), "question": "normal?", "answer": "no"},
-                {"image": embedded(1), "question": "what?", "answer": "a node"},
-            ],
-        )
-        out, _ = run(name, tmp_path / name, tmp_path)
-        assert [(r["kind"], r.get("options"), r["answer"]) for r in out] == [
-            ("choice", ["yes", "no"], "B"),
-            ("open", None, "a node"),
-        ]
-
-
 def test_images_keep_their_bytes_and_get_the_extension_of_those_bytes(tmp_path):
     """Prevents re-encoding (other pixels than everyone else's), and a png called .jpg from being refused later."""
     forms = {"PNG": "png", "JPEG": "jpg", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp"}
+    rest = {"question": "?", "answer": "a", "options": []}
     rows = [
-        {"image": {"bytes": picture(i, form), "path": "x.jpg"}, "question": "?", "answer": "a"}
+        {"id": i, "image": {"bytes": picture(i, form), "path": "x.jpg"}, **rest}
         for i, form in enumerate(forms)
     ]
     rows += [
-        rows[0],
-        {"image": {"bytes": b"<html>404", "path": "x.jpg"}, "question": "?", "answer": "a"},
-        {"image": None, "question": "?", "answer": "a"},
+        {**rows[0], "id": 6},
+        {"id": 7, "image": {"bytes": b"<html>404", "path": "x.jpg"}, **rest},
+        {"id": 8, "image": None, **rest},
     ]
     rows[-1]["image"] = {"bytes": None, "path": None}
-    out, info = run("pathvqa", parquet(tmp_path / "test.parquet", rows), tmp_path)
+    out, info = run("mathvision", parquet(tmp_path / "test.parquet", rows), tmp_path)
     assert [Path(r["images"][0]).suffix[1:] for r in out] == [*forms.values(), "png"]
     assert [bytes_of(r, tmp_path)[0] for r in out[:6]] == [
         picture(i, form) for i, form in enumerate(forms)
@@ -755,7 +678,7 @@ THOUGHT = (
 )
 
 
-def test_openthoughts_both_forms_give_the_papers_turns(tmp_path):
+def test_openthoughts_gives_the_papers_turns(tmp_path):
     """Prevents: the release's system prompt kept; its markers left in; thoughts that never end taken as examples."""
     default = {
         "system": "Your role as an assistant …",
@@ -791,31 +714,8 @@ def test_openthoughts_both_forms_give_the_papers_turns(tmp_path):
     assert {reason: what["rows"] for reason, what in info["dropped"].items()} == {
         "no complete thought and solution markers": 1,
         "a tag of the format stands inside the text": 1,
-        "literal <image> in the text": 1,
+        "number of <image> in the text": 1,
     }
-    parquet(
-        tmp_path / "raw/metadata/train-0.parquet",
-        [
-            {
-                "problem": "Write f.",
-                "deepseek_reasoning": "\nOkay.\n",
-                "deepseek_solution": "Done.",
-                "ground_truth_solution": None,
-                "domain": "code",
-                "source": "s",
-                "test_cases": None,
-                "starter_code": "def f():",
-            }
-        ],
-    )
-    (row,), _ = run("openthoughts_metadata", tmp_path / "raw", tmp_path)
-    assert row["messages"][0]["content"].endswith("Here is the question: Write f.\n\ndef f():")
-    assert row["messages"][1]["content"] == "<think>\nOkay.\n</think>\n<answer>\nDone.\n</answer>"
-
-
-def test_training_prompt_is_the_one_that_training_renders():
-    """Prevents SFT on another prompt than the one that GRPO puts before its problems."""
-    assert converters.TRAINING_PROMPT == data.INSTRUCTIONS["train"] + "{question}"
 
 
 @needs_real
@@ -824,8 +724,15 @@ def test_closing_tags_begin_with_the_tokens_of_forced_exit():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(REAL / "qwen2_5_tokenizer")
-    row = converters.openthoughts(
-        releases.Row({"problem": "p", "deepseek_reasoning": "So 2.", "deepseek_solution": "$2$."}),
+    row = public.openthoughts(
+        releases.Row(
+            {
+                "conversations": [
+                    {"from": "user", "value": "p"},
+                    {"from": "assistant", "value": THOUGHT},
+                ]
+            }
+        ),
         0,
         None,
     )
@@ -859,39 +766,36 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
     wrapped = tmp_path / "wrapped.json"
     wrapped.write_text('{"version": 1, "data": []}')
     for source, message in (
-        (
-            wrong,
-            r"wrong\.jsonl row 1: field 'question' is missing \(fields here: Question, answer\)",
-        ),
+        (wrong, r"wrong\.jsonl row 1: field 'question' is missing \(fields: Question, answer\)"),
         (torn, r"torn\.jsonl line 2: not JSON"),
-        (latin, "latin.jsonl: not utf-8 at byte 17"),
-        (empty, "no row .* could be converted: tables are empty"),
+        (latin, "latin.jsonl: not UTF-8 at byte 17"),
+        (empty, "no row .* could be converted: the tables are empty"),
         (nothing, r"could be converted: no #### in the answer \(.*nothing\.jsonl row 0\)"),
-        (tmp_path / "folder", r"no table whose name matches .*tables here: other\.jsonl"),
+        (tmp_path / "folder", r"no table whose name matches .*here: other\.jsonl"),
         (tmp_path / "absent.jsonl", "absent.jsonl: no such file or folder"),
-        (broken, "broken.zip: not a zip, or cut off"),
-        (pointer, "pointer.parquet: not parquet, or cut off"),
+        (broken, "broken.zip: not a zip, or truncated"),
+        (pointer, "pointer.parquet: not parquet, or truncated"),
         (numbers, "row 0: expected an object, found int"),
-        (wrapped, "wrapped.json: expected a list of rows, or an object of rows, found dict"),
+        (wrapped, "wrapped.json: expected a list of rows, found dict"),
     ):
         with pytest.raises(ValueError, match=message):
             convert.convert("gsm8k", [str(source)], out)
-    with pytest.raises(SystemExit, match="unknown data set 'gsm9k'; there are: gsm8k, math500"):
-        convert.main(["gsm9k", str(wrong), "--out", out])
-    with pytest.raises(SystemExit, match="--limit must be at least 1"):
-        convert.main(["gsm8k", str(wrong), "--out", out, "--limit", "0"])
+    with pytest.raises(SystemExit, match="unknown data set 'gsm9k'; there are: chat, openthoughts"):
+        main(["gsm9k", str(wrong), "--out", out])
+    with pytest.raises(SystemExit, match="--limit 0: must be at least 1"):
+        main(["gsm8k", str(wrong), "--out", out, "--limit", "0"])
     assert not Path(out).exists() and not list(tmp_path.glob("*.tmp"))
 
 
 def test_an_image_path_cannot_leave_the_release(tmp_path):
     """Prevents a data set that reads the user's other files into the images folder."""
     (tmp_path / "secret.png").write_bytes(picture(1))
-    row = {"img_name": "../secret.png", "question": "?", "answer": "a"}
+    row = {"id": 1, "image": "../secret.png", "question": "?", "answer": "a", "options": []}
     table = jsonl(
-        tmp_path / "raw/test.jsonl", [row, {**row, "img_name": str(tmp_path / "secret.png")}]
+        tmp_path / "raw/test.jsonl", [row, {**row, "image": str(tmp_path / "secret.png")}]
     )
     with pytest.raises(ValueError, match="image path leaves the release"):
-        run("slake", table, tmp_path)
+        run("mathvision", table, tmp_path)
 
 
 def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_came_from(
@@ -909,9 +813,9 @@ def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_cam
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download, HfApi=HfApi)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    convert.main(["download", "gsm8k", "--out", str(tmp_path / "raw"), "--revision", "main"])
+    main(["download", "gsm8k", "--out", str(tmp_path / "raw"), "--revision", "main"])
     for out in ("one", "two"):
-        convert.main(["gsm8k", str(tmp_path / "raw"), "--out", str(tmp_path / f"{out}.jsonl")])
+        main(["gsm8k", str(tmp_path / "raw"), "--out", str(tmp_path / f"{out}.jsonl")])
     infos = [
         json.loads((tmp_path / f"{out}.jsonl.info.json").read_text()) for out in ("one", "two")
     ]
@@ -936,7 +840,6 @@ def test_the_code_names_no_host():
     "name,path,rows",
     [
         ("gsm8k", "gsm8k/test.jsonl", 1319),
-        ("math500", "math/math500_test.jsonl", 500),
         ("medqa", "medqa/test_5options.jsonl", 1273),
         ("medqa_4ops", "medqa/test_4options.jsonl", 1273),
         ("mmlu_pro", "mmlu_pro/mmlu_pro_test_12020.jsonl", 12020),
@@ -1014,5 +917,198 @@ def test_real_option_lists_of_mmmu_pro_parse():
     path = REAL / "mmmu/gpt4o_standard10_cot_250.jsonl"
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        options = converters.option_texts(row["options"])
-        assert converters.letter_of(row["answer"], options) == row["answer"]
+        options = public.option_texts(row["options"])
+        assert public.letter_of(row["answer"], options) == row["answer"]
+
+
+# -------------------- Chat formats --------------------
+
+
+def chat_rows(source: Path, tmp_path: Path) -> tuple[list, dict]:
+    out, info = run("chat", source, tmp_path)
+    return [[(m["role"], m["content"]) for m in row["messages"]] for row in out], info
+
+
+FORMATS = {
+    "ShareGPT": [
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Yes"},
+            ]
+        },
+        {
+            "system": "Be brief.",
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}],
+        },
+    ],
+    "Alpaca": [{"instruction": "Hi", "input": "", "output": "Yes", "system": "Be brief."}],
+    "prompt": [
+        {
+            "prompt": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Hi"},
+            ],
+            "completion": [{"role": "assistant", "content": "Yes"}],
+        },
+        {"prompt": "Hi", "completion": "Yes", "system": "Be brief."},
+        {"prompt": "Hi", "response": "Yes", "system": "Be brief."},
+    ],
+    "OpenAI": [
+        {
+            "messages": [
+                {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+                {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
+            ]
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_chat_formats_become_the_conversation_schema(name, suffix, tmp_path):
+    """Prevents an evening of writing one's own converter for the formats that everybody has."""
+    for i, row in enumerate(FORMATS[name]):
+        file = tmp_path / f"{i}{suffix}"
+        if suffix == ".parquet":
+            parquet(file, [row])
+        else:
+            file.write_text(json.dumps([row] if suffix == ".json" else row) + "\n")
+        (turns,), _ = chat_rows(file, tmp_path)
+        assert turns == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes")]
+
+
+def test_alpaca_input_and_history(tmp_path):
+    row = {"instruction": "Add.", "input": "1 1", "output": "2", "history": [["Hi", "Yes"]]}
+    (turns,), _ = chat_rows(jsonl(tmp_path / "a.jsonl", [row]), tmp_path)
+    assert turns[2:] == [("user", "Add.\n\n1 1"), ("assistant", "2")] and turns[0][1] == "Hi"
+
+
+def test_chat_images_from_urls_files_and_parquet(tmp_path):
+    """Prevents lost or swapped images: as data: URLs in parts, as files beside the row, without a
+    place in the text, as bytes in parquet."""
+    url = "data:image/png;base64," + base64.b64encode(picture(1)).decode()
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img/2.png").write_bytes(picture(2))
+    reply = {"role": "assistant", "content": "x"}
+    parts = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": " or "},
+        {"type": "image", "image": "img/2.png"},
+    ]
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]
+    web = [{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}]
+    rows = [
+        {"messages": [{"role": "user", "content": parts}, reply]},
+        {"conversations": turns, "image": "img/2.png"},
+        {"messages": [{"role": "user", "content": "<image>?"}, reply], "images": [url]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, reply], "images": [url]},
+        {"messages": [{"role": "user", "content": web}, reply]},
+    ]
+    out, info = run("chat", jsonl(tmp_path / "a.jsonl", rows), tmp_path)
+    assert [row["messages"][0]["content"] for row in out] == [
+        "<image> or <image>",
+        "<image>What?",
+        "<image>?",
+        "<image>",
+    ]
+    pictures = [[picture(1), picture(2)], [picture(2)], [picture(1)], [picture(1)]]
+    assert [bytes_of(row, tmp_path) for row in out] == pictures
+    assert list(info["dropped"]) == ["image is a web address: download it first"]
+    table = parquet(
+        tmp_path / "b.parquet",
+        [{"messages": [{"role": "user", "content": "?"}, reply], "images": [embedded(3)]}],
+    )
+    (row,), _ = run("chat", table, tmp_path)
+    assert bytes_of(row, tmp_path) == [picture(3)]
+
+
+def test_chat_rows_that_cannot_be_used_are_counted_and_unknown_fields_named(tmp_path):
+    good = {"prompt": "Hi", "completion": "Yes"}
+    rows = [
+        good,
+        {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
+    ]
+    _, info = chat_rows(jsonl(tmp_path / "a.jsonl", rows), tmp_path)
+    assert set(info["dropped"]) == {
+        "a turn that is not system, user or assistant",
+        "tool calls: the schema has no place for them",
+    }
+    with pytest.raises(ValueError, match=r"row 0: not a chat format.*fields: text"):
+        convert.convert(
+            "chat", [str(jsonl(tmp_path / "b.jsonl", [{"text": "x"}]))], str(tmp_path / "o.jsonl")
+        )
+
+
+@needs_real
+def test_real_prompt_and_response_file(tmp_path):
+    """Every row of a real file in the prompt/response form comes out."""
+    turns, info = chat_rows(REAL / "math_short_cot/r1zero_format_sft_1767.jsonl", tmp_path)
+    assert len(turns) + sum(w["rows"] for w in info["dropped"].values()) == 1767
+    assert len(turns) > 1700
+
+
+# -------------------- What was written is checked; downloads --------------------
+
+
+def test_a_conversion_that_training_would_refuse_is_not_kept(tmp_path, monkeypatch):
+    """Prevents a new converter with integer answers that reports success: every row of its file
+    would be refused by training."""
+
+    def aime(row, i, ctx):
+        return public.problem(ctx, row["ID"], "math", row["Problem"], row["Answer"])
+
+    monkeypatch.setitem(public.SPECS, "aime", public.Spec(aime, "aime", 30))
+    source = jsonl(tmp_path / "aime.jsonl", [{"ID": "1", "Problem": "How many?", "Answer": 204}])
+    with pytest.raises(ValueError, match="answer: int instead of text"):
+        convert.convert("aime", [str(source)], str(tmp_path / "out.jsonl"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_golds_in_prose_are_reported_by_the_conversion(tmp_path, capsys):
+    rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)]
+    rows.append({"question": "Why?", "answer": "#### because both sides are equal"})
+    out = str(tmp_path / "o.jsonl")
+    main(["gsm8k", str(jsonl(tmp_path / "test.jsonl", rows)), "--out", out])
+    assert "1 rows to look at" in (said := capsys.readouterr().out) and "prose" in said
+
+
+def test_downloads_offline_and_of_unknown_names_say_what_to_do(tmp_path, monkeypatch):
+    """Prevents a traceback of 60 lines without a connection."""
+
+    def offline(*_, **__):
+        raise ConnectionError("no route to host\nsecond line")
+
+    monkeypatch.setitem(
+        sys.modules,
+        "huggingface_hub",
+        types.SimpleNamespace(snapshot_download=offline, HfApi=offline),
+    )
+    for name in ("gsm8k", "orz57k"):  # with and without a pinned commit
+        with pytest.raises(SystemExit, match="could not be downloaded .*no route to host"):
+            main(["download", name, "--out", str(tmp_path / name)])
+        assert not (tmp_path / name / "download.json").exists()
+    with pytest.raises(
+        SystemExit, match="download gsm9k: unknown; these can be downloaded: openth"
+    ):
+        main(["download", "gsm9k", "--out", str(tmp_path / "x")])
+
+
+def test_every_release_is_pinned_or_its_commit_is_recorded():
+    """Prevents scores on another version of a data set than the one that was named."""
+    pinned = {n: re.search("@[0-9a-f]{40}$", hub[0]) for n, hub in public.HUB.items()}
+    assert {n for n, commit in pinned.items() if commit is None} == {"openthoughts", "orz57k"}
+    assert {s.release or n for n, s in public.SPECS.items()} - {"chat", "nejm"} == set(public.HUB)
+    assert public.HUB["orz57k"][0].startswith("Open-Reasoner-Zero/")
+
+
+def test_orz_as_columns(tmp_path):
+    """The hub's own viewer gives a pair of turns as columns "0" and "1"."""
+    pair = [{"from": "human", "value": "q"}, {"ground_truth": {"value": "1"}}]
+    table = jsonl(tmp_path / "orz_math_57k.jsonl", [{"0": pair[0], "1": pair[1]}])
+    (row,), _ = run("orz57k", table, tmp_path)
+    assert (row["question"], row["answer"]) == ("q", "1")

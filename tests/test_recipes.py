@@ -19,7 +19,8 @@ from scipy.stats import binomtest
 
 import data
 from convert import conversion as convert
-from convert import converters, from_samples, releases
+from convert import from_samples, public, releases
+from convert.__main__ import main as convert_main
 from core import schema
 from toy import table as toy_table
 from toy import world as toy
@@ -255,7 +256,7 @@ def test_direct_rows_hold_the_question_and_the_boxed_answer_alone():
             {"from": "assistant", "value": reply},
         ]
     )
-    assert [m["content"] for m in converters.openthoughts_direct(row, 0, None)["messages"]] == [
+    assert [m["content"] for m in public.openthoughts_direct(row, 0, None)["messages"]] == [
         "Half of 1?",
         "<answer>\n\\frac{1}{2}\n</answer>",
     ]
@@ -280,7 +281,7 @@ def sample(**changes) -> dict:
     "changes, reason",
     [
         ({"reward": 0.0}, "wrong"),
-        ({"finish_reason": "length"}, "cut"),
+        ({"finish_reason": "length"}, "truncated"),
         ({"finish_reason": "forced+stop"}, "forced"),
         ({"text": "<answer>42</answer>"}, "no closed thought"),
         ({"text": "<think> </think><answer>42</answer>"}, "empty"),
@@ -321,7 +322,7 @@ def test_from_samples_reads_an_evaluation_and_counts(tmp_path, capsys):
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "config.json").write_text('{"open_thought": false}')
-    convert.main(
+    convert_main(
         ["from_samples", str(tmp_path), "--out", str(tmp_path / "traces.jsonl"), "--most", "2"]
     )
     said = capsys.readouterr().out
@@ -346,7 +347,7 @@ def test_images_of_kept_samples_are_found_from_the_new_file(tmp_path):
 
 
 def test_from_samples_names_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="finished eval.py"):
+    with pytest.raises(ValueError, match="not the --out of eval.py"):
         from_samples.from_samples(str(tmp_path), str(tmp_path / "x"))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "samples.jsonl").write_text(
@@ -507,9 +508,9 @@ def test_the_documented_data_set_converts(tmp_path, monkeypatch):
     """A how-to that doesn't work costs each of its readers an evening."""
     (source,) = [b for b in blocks("CONTRIBUTING.md", "python") if "def aime" in b]
     monkeypatch.setattr(convert, "SPECS", dict(convert.SPECS))
-    exec(source, vars(converters).copy() | {"SPECS": convert.SPECS})
+    exec(source, vars(public).copy() | {"SPECS": convert.SPECS})
     (tmp_path / "aime_2024.jsonl").write_text(
-        json.dumps({"ID": "2024-I-1", "Problem": "How many?", "Answer": "204"}) + "\n"
+        json.dumps({"ID": "2024-I-1", "Problem": "How many?", "Answer": 204}) + "\n"
     )
     convert.convert("aime", [str(tmp_path)], str(tmp_path / "out.jsonl"))
     (row,) = data.load_problems(tmp_path / "out.jsonl")[0]
