@@ -212,7 +212,7 @@ class Config:
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto", "compute dtype; auto: bf16 on CUDA, fp32 on CPU"
     )
-    adam_dtype: Literal["fp32", "bf16"] = option("fp32", "AdamW moments; bf16 on CUDA only")
+    adam_dtype: Literal["fp32", "bf16"] = option("fp32", "AdamW moments; bf16 saves 28 GiB at 7B")
     offload_optimizer: bool = option(
         False, "keep optimizer states in host memory while sampling (GPU)"
     )
@@ -721,7 +721,7 @@ def resume(parts: Parts, config: Config, run: Run, world: World, hashes: dict[st
             parts.optimizer,
             world,
             copies=config.keep_last + 1 if config.save_every else 1,
-            export_bytes=sum(f.stat().st_size for f in parts.model_dir.glob("*.safetensors")),
+            model_dir=parts.model_dir,
         )
     if world.is_main:
         for file in folder.glob("step_*.jsonl"):

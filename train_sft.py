@@ -120,9 +120,7 @@ class Config:
         "compute dtype; auto: bf16 on CUDA, fp32 on CPU. Master "
         "weights and gradient reduction are always fp32",
     )
-    adam_dtype: Literal["fp32", "bf16"] = option(
-        "fp32", "AdamW moments; bf16 saves 28 GiB at 7B (CUDA only)"
-    )
+    adam_dtype: Literal["fp32", "bf16"] = option("fp32", "AdamW moments; bf16 saves 28 GiB at 7B")
     checkpointing: Literal["none", "matmul", "full"] = option(
         "full", "what backward recomputes: nothing, all but matmuls and attention, everything"
     )
@@ -298,10 +296,6 @@ def check_early(config: Config, model_dir: Path, world: World) -> None:
         raise ValueError(
             f"--replicas {config.replicas}: {world.size} ranks cannot form so many equal groups"
         )
-    if config.adam_dtype == "bf16" and world.device.type != "cuda":
-        raise ValueError(
-            "--adam_dtype bf16 needs CUDA (torch's fused CPU kernel keeps the moments in fp32)"
-        )
 
 
 def compute_dtype(config: Config, on_gpu: bool) -> torch.dtype:
@@ -437,7 +431,7 @@ def train(config: Config) -> int:
         optimizer,
         world,
         copies=min(config.keep_last + 1, saves),
-        export_bytes=sum(f.stat().st_size for f in model_dir.glob("*.safetensors")),
+        model_dir=model_dir,
     )
     run.start(
         header(

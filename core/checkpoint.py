@@ -135,7 +135,7 @@ def resume(
         from_rank0(world, lambda: _check_data(folder, data))
     elif source != "auto":
         folder = Path(source)
-        if not from_rank0(world, lambda: _is_whole(folder)):
+        if not from_rank0(world, lambda: is_whole(folder)):
             raise ValueError(f"--resume {source}: not a whole checkpoint (OUT/checkpoints/step_N)")
     if folder is None:
         return None
@@ -164,10 +164,10 @@ def load_state(folder: str | Path, model: nn.Module, optimizer: Optimizer) -> di
 def newest_state(root: str | Path, world: World) -> Path | None:
     """The newest whole checkpoint under `root`, or None; truncated ones are named and passed over.
     Rank 0 looks and tells the others, so that all ranks mean the same one. Collective."""
-    return from_rank0(world, lambda: next(filter(_is_whole, _state_dirs(Path(root))), None))
+    return from_rank0(world, lambda: next(filter(is_whole, _state_dirs(Path(root))), None))
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether every file that the marker lists is there in its size. Prints the first that is not."""
     try:
         files = _marker(folder)["files"]
@@ -208,19 +208,22 @@ def require_space(
     world: World,
     *,
     copies: int,
-    export_bytes: int,
+    model_dir: str | Path,
+    exports: int = 1,
 ) -> None:
-    """Raise ValueError unless the disk has room for `copies` checkpoints (keep_last + 1: a new one is
-    written before the oldest goes), less those already there, and the exported models. Collective.
+    """Raise ValueError unless the disk has room for what a run will save. Collective.
 
+    copies: checkpoints at a time (keep_last + 1: the new one is written before the oldest goes);
+    those already there are not counted again. exports: models of the size of `model_dir`'s.
     7B, keep_last 2: 3 × 91.4 GB + 16.6 GB in bf16 = 291 GB.
     """
     size = state_bytes(model, optimizer)
 
     def check() -> None:
+        export = exports * sum(f.stat().st_size for f in Path(model_dir).glob("*.safetensors"))
         missing = max(0, copies - len(_state_dirs(Path(root))))
-        what = f"this run ({missing} × {_gb(size)} of checkpoints, {_gb(export_bytes)} of exports)"
-        _require_free(Path(root), missing * size + export_bytes, what)
+        what = f"this run ({missing} × {_gb(size)} of checkpoints, {_gb(export)} of exports)"
+        _require_free(Path(root), missing * size + export, what)
 
     from_rank0(world, check)
 

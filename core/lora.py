@@ -194,12 +194,17 @@ def read_adapter_config(adapter_dir: str | Path) -> dict:
     return config
 
 
+def adapter_scale(config: dict) -> float:
+    """The factor of B A that an adapter_config.json asks for."""
+    return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+
+
 def load_adapter(model: nn.Module, adapter_dir: str | Path) -> None:
     """Fill a model's adapters from a PEFT adapter of the same rank and targets; its alpha counts.
     Raises ValueError when rank, targets or the adapter's kind differ."""
     file = Path(adapter_dir) / "adapter_model.safetensors"
     config = read_adapter_config(adapter_dir)
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    scale = adapter_scale(config)
     stored = {
         key.removeprefix("base_model.model.")
         .replace("model.language_model.", "model.")

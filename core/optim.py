@@ -1,4 +1,4 @@
-"""The optimizer step that both trainers share: AdamW groups, learning-rate schedules, and the guarded update."""
+"""What both trainers share of an optimizer step: AdamW, learning rate, the guarded update."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from core.bf16_moments import step_with_bf16_moments
 from core.parallel import clip_grads, grad_norm
 
 SCHEDULES = ("epoch_decay", "constant", "linear", "cosine")
@@ -23,14 +24,10 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters; norms and biases (1-D) get no weight decay.
 
-    The moments are made here, not at the first step, so that a checkpoint can be loaded into them. state_dtype bf16
-    halves them (28 GiB saved at 7B on one GPU); torch's fused kernel supports that on CUDA only.
+    The moments are made here, not at the first step, so that a checkpoint can be loaded into them.
+    state_dtype bf16 halves them (28 GiB less at 7B on one GPU); see `step_with_bf16_moments`.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    if state_dtype != torch.float32 and trainable[0].device.type != "cuda":
-        raise ValueError(
-            "bf16 Adam states need CUDA (torch's fused CPU kernel keeps them in fp32); use fp32 here"
-        )
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
@@ -59,9 +56,9 @@ def lr_at(
 ) -> float:
     """Learning rate of optimizer step `step` (0-based).
 
-    warmup: (step + 1) / warmup_steps of the rate, then by `schedule`: epoch_decay (the paper's SFT: × 0.8 an epoch),
-    constant, linear or cosine (to min_ratio · lr at the last step).
-    epoch_decay, lr 1e-5, 10 steps an epoch: steps 0–9 1e-5, 10–19 8e-6, 20–29 6.4e-6, 30–39 5.12e-6.
+    Warmup: (step + 1) / warmup_steps of lr. Then by `schedule`: epoch_decay (the paper's SFT: × 0.8
+    an epoch), constant, linear or cosine (to min_ratio · lr at the last step).
+    epoch_decay, lr 1e-5, 10 steps an epoch: steps 0–9 1e-5, 10–19 8e-6, 20–29 6.4e-6.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
@@ -76,13 +73,14 @@ def lr_at(
 
 def guarded_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     *,
     lr: float,
     max_norm: float | None,
     loss: float,
 ) -> tuple[float, bool]:
-    """Clip and step, unless loss or gradient norm is not finite: then nothing changes. Clears the gradients.
+    """Clip and step, unless loss or gradient norm is not finite: then nothing changes. Clears the
+    gradients.
 
     loss: already summed over ranks. Every rank sees the same norm, so all ranks step or none does.
     Returns (gradient norm before clipping, stepped).
@@ -94,14 +92,17 @@ def guarded_step(
             clip_grads(model, max_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        if next(iter(optimizer.state.values()))["exp_avg"].dtype == torch.bfloat16:
+            step_with_bf16_moments(optimizer)
+        else:
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm), stepped
 
 
 @torch.no_grad()
 def move_states(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
-    """Move AdamW's moments to host memory while sampling needs the GPU's, and back before the next step."""
+    """Move AdamW's moments to host memory while sampling needs the GPU's, or back."""
     for state in optimizer.state.values():
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(device)

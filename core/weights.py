@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -151,6 +152,7 @@ def export_hf(
     out_dir: str | Path,
     world: World,
     shard_bytes: int = 5 * 2**30,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a complete Hugging Face model directory, atomically.
 
@@ -160,11 +162,14 @@ def export_hf(
     processor file too. LoRA adapters are merged in fp32, then rounded once.
     Of a tied model no `lm_head.weight` is written: transformers would use the old one.
     One tensor is gathered at a time, so the peak is one tensor over the shards. Collective.
+    weights: by parameter name, instead of the model's own (tools/export.py reads a checkpoint's).
     """
     out_dir, tmp = Path(out_dir), Path(f"{out_dir}.tmp")
     source = WeightFiles(source_dir)
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     adapted = {f"{n}.weight": layer for n, layer in lora_layers(model)}
+    if weights is not None:
+        trained, adapted = weights, {}
     weight_map, pending, pending_bytes, count = {}, {}, 0, 0
     if world.is_main:
         shutil.rmtree(tmp, ignore_errors=True)

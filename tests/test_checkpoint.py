@@ -1,12 +1,14 @@
 """Which training states are kept, and what damage to them is noticed."""
 
+import resource
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_model import text_stream
 
-from core.checkpoint import load_state, newest_state, save_state
+from core.checkpoint import load_state, newest_state, require_space, resume, save_state, state_bytes
 from core.optim import adamw, guarded_step
 from model import build_model
 
@@ -79,3 +81,70 @@ def test_a_state_gives_weights_moments_and_counts_back_bit_for_bit(
                 *(t.full_tensor() if hasattr(t, "full_tensor") else t for t in (x, y))
             )
         assert float(optimizer.state[a]["step"]) == 2
+
+
+# ------------------------------------------------------------------------------- data, disk, resume
+def test_a_data_file_that_changed_under_its_name_is_refused(training, world, tmp_path):
+    """Another file gives another plan of rows: a resumed run would train on the wrong ones."""
+    save_state(tmp_path, 4, *training, {"step": 4}, world, data={"a.jsonl": "x", "b.jsonl": "y"})
+    same = {"moved/a.jsonl": "x", "b.jsonl": "y"}
+    assert resume(tmp_path, "auto", *training, world, same) == {"step": 4}
+    with pytest.raises(ValueError, match="--data b.jsonl has changed since .*step_4 was saved"):
+        resume(tmp_path, "auto", *training, world, {"a.jsonl": "x", "b.jsonl": "z"})
+
+
+def test_resume_from_another_runs_checkpoint(training, world, tmp_path):
+    """Only where this run has none of its own; what it trained on does not matter then."""
+    other = save_state(tmp_path / "other", 4, *training, {"step": 4}, world, data={"a": "x"})
+    here = tmp_path / "here"
+    assert resume(here, "auto", *training, world, {}) is None
+    assert resume(here, str(other), *training, world, {"b": "y"}) == {"step": 4}
+    save_state(here, 5, *training, {"step": 5}, world)
+    assert resume(here, str(other), *training, world, {}) == {"step": 5}
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        resume(tmp_path / "new", str(tmp_path), *training, world, {})
+
+
+def free_bytes(monkeypatch, n):
+    monkeypatch.setattr("shutil.disk_usage", lambda p: SimpleNamespace(free=n))
+
+
+def test_room_for_all_checkpoints_and_exports_is_asked_for(
+    training, tiny_vl, world, tmp_path, monkeypatch
+):
+    size = state_bytes(*training)
+    assert size == sum(12 * p.numel() + 4 for p in training[0].parameters())
+    export = (tiny_vl / "model.safetensors").stat().st_size
+    kept = dict(copies=3, model_dir=tiny_vl)
+    free_bytes(monkeypatch, 3 * size + export)
+    require_space(tmp_path / "new" / "checkpoints", *training, world, **kept)
+    free_bytes(monkeypatch, 3 * size + export - 1)
+    with pytest.raises(
+        ValueError, match=r"this run \(3 × .* are free. Make room, lower --keep_last"
+    ):
+        require_space(tmp_path / "new" / "checkpoints", *training, world, **kept)
+    save_state(tmp_path, 1, *training, {}, world)
+    require_space(tmp_path, *training, world, **kept)  # one of the three is there
+
+
+def test_a_save_without_room_leaves_the_checkpoint_before(training, world, tmp_path, monkeypatch):
+    save_state(tmp_path, 1, *training, {}, world)
+    free_bytes(monkeypatch, state_bytes(*training) - 1)
+    with pytest.raises(ValueError, match="the checkpoint of step 2 needs .* are free"):
+        save_state(tmp_path, 2, *training, {}, world)
+    assert steps_in(tmp_path) == [1] and newest_state(tmp_path, world).name == "step_1"
+
+
+def test_a_save_that_fails_half_way_says_why_and_leaves_the_one_before(training, world, tmp_path):
+    """A real failing write (a limit on file sizes): torch says `unexpected pos 704 vs 598`."""
+    save_state(tmp_path, 1, *training, {}, world)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+        with pytest.raises(ValueError, match="step_2 could not be saved: .*step_1 is whole"):
+            save_state(tmp_path, 2, *training, {}, world)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert steps_in(tmp_path) == [1] and newest_state(tmp_path, world).name == "step_1"
+    save_state(tmp_path, 2, *training, {}, world)
+    assert steps_in(tmp_path) == [1, 2]

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from test_model import load, text_stream
+from torch import nn
 
+from core.bf16_moments import round_to_bf16
 from core.optim import adamw, guarded_step, lr_at
 
 
@@ -122,6 +124,60 @@ def test_a_non_finite_step_changes_nothing(tiny_vl, loss, poison):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_bf16_moments_are_refused_on_cpu(tiny_vl):
-    with pytest.raises(ValueError, match="need CUDA"):
-        adamw(load(tiny_vl), lr=1e-3, weight_decay=0.0, state_dtype=torch.bfloat16)
+# ------------------------------------------------------------------------------------ bf16 moments
+def test_rounding_to_bf16_is_right_on_average_and_exact_where_it_can_be():
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.tensor([0.0, 1.0, -2.0, 0.40625, -1e-20]).bfloat16().float()
+    assert torch.equal(round_to_bf16(exact, generator).float(), exact)
+    for value in (1.001, -1.001, 3e-9, -7.77e5):
+        x = torch.full((200_000,), value)
+        got = round_to_bf16(x, generator)
+        below, above = sorted(set(got.float().tolist()))
+        assert below < value < above and above - below <= abs(value) / 128
+        assert abs(got.double().mean() - value) <= 0.01 * (above - below)
+
+
+def decayed(state_dtype, nearest=False):
+    """|second moment| of a weight whose gradient falls from 1 to 0.3, after 4,000 more steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64, bias=False)
+    optimizer = adamw(model, lr=0.0, weight_decay=0.0, state_dtype=state_dtype)
+    state = optimizer.state[model.weight]
+    state["exp_avg_sq"].fill_(1.0)
+    state["step"].fill_(10_000.0)
+    for _ in range(4000):
+        model.weight.grad = torch.full_like(model.weight, 0.3)
+        if (
+            nearest
+        ):  # what torch's fused kernel does on CUDA: fp32 arithmetic, rounded on its way out
+            v = state["exp_avg_sq"].float() * 0.999 + 0.001 * 0.09
+            state["exp_avg_sq"].copy_(v)
+        else:
+            guarded_step(model, optimizer, lr=0.0, max_norm=None, loss=1.0)
+    return state["exp_avg_sq"].double().mean().item()
+
+
+def test_bf16_moments_follow_a_falling_gradient():
+    """With beta2 0.999 the nearest bf16 to v * 0.999 is v: the update would stay at 0.3 of its size."""
+    exact = decayed(torch.float32)
+    assert exact == pytest.approx(0.09 + 0.91 * 0.999**4000, rel=1e-3)
+    assert decayed(torch.bfloat16) == pytest.approx(exact, rel=0.01)
+    assert decayed(torch.bfloat16, nearest=True) > 5 * exact
+
+
+def test_bf16_moments_train_like_fp32_and_repeat_bit_for_bit(tiny_vl, monkeypatch):
+    """Weights after 5 steps differ by a fraction of the distance travelled; chunking covers all."""
+    monkeypatch.setattr("core.bf16_moments.CHUNK", 1000)
+    stream, ends = text_stream([20, 9]), []
+    for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
+        model = load(tiny_vl)
+        start = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        optimizer = adamw(model, lr=1e-3, weight_decay=0.1, eps=1e-4, state_dtype=dtype)
+        for _ in range(5):
+            (-model(*stream, targets=stream[0])[0].sum()).backward()
+            guarded_step(model, optimizer, lr=1e-3, max_norm=1.0, loss=1.0)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - start)
+        assert all(s["step"] == 5 and s["exp_avg"].dtype == dtype for s in optimizer.state.values())
+    exact, once, again = ends
+    assert torch.equal(once, again)
+    assert 0 < (once - exact).norm() < 0.02 * exact.norm()

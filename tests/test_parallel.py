@@ -143,6 +143,18 @@ def cut_one_byte(file):
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def export_after_training(world, model_dir, folder):
+    """What OUT/final would be after step_3."""
+    from core.checkpoint import load_state
+    from core.optim import adamw
+    from core.weights import export_hf
+    from model import build_model
+
+    model = build_model(model_dir, world)
+    load_state(folder / "ck" / "step_3", model, adamw(model, lr=1e-2, weight_decay=0.0))
+    export_hf(model, model_dir, folder / "final", world)
+
+
 def on_two_ranks(world, model_dir, folder):
     from core.parallel import barrier
 
@@ -151,6 +163,7 @@ def on_two_ranks(world, model_dir, folder):
     seen["gathered"] = gather_twice(world, model_dir)
     seen["dtypes"] = dtypes_in_bf16(world, model_dir)
     seen["trained"] = train_from_newest(world, model_dir, folder / "ck", save=True)
+    export_after_training(world, model_dir, folder)
     if world.is_main:
         shutil.copytree(folder / "ck", folder / "torn")
         cut_one_byte(next((folder / "torn" / "step_3").glob("__1_*.distcp")))
@@ -273,3 +286,43 @@ def test_the_marker_lists_every_file(two):
     folder = two.folder / "ck" / "step_3"
     listed = set(json.loads((folder / "complete.json").read_text())["files"])
     assert listed == {p.name for p in folder.iterdir()} - {"complete.json"}
+
+
+# ------------------------------------------------------------------------------------- tools.export
+def files(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_a_checkpoint_of_two_ranks_is_exported_by_one_process(two, model_dir, tmp_path, capsys):
+    """Byte for byte what the two ranks exported: names, dtypes, what was not trained, tokenizer."""
+    from tools.export import main
+
+    run = tmp_path / "run"
+    shutil.copytree(two.folder / "ck", run / "checkpoints")
+    (run / "header.json").write_text(json.dumps({"model": str(model_dir)}))
+    main([str(run / "checkpoints" / "step_3"), "--out", str(tmp_path / "a" / "hf")])
+    assert files(tmp_path / "a" / "hf") == files(two.folder / "final")
+    main(
+        [
+            str(run / "checkpoints" / "step_2"),
+            "--out",
+            str(tmp_path / "two"),
+            "--model",
+            str(model_dir),
+        ]
+    )
+    assert files(tmp_path / "two").keys() == files(two.folder / "final").keys()
+    assert files(tmp_path / "two") != files(two.folder / "final")
+    (run / "header.json").unlink()
+    for arguments, words in (
+        ([str(run / "checkpoints" / "step_3"), "--out", str(tmp_path / "b")], "pass --model"),
+        (
+            [str(run / "checkpoints" / "step_9"), "--out", str(tmp_path / "b")],
+            "not a whole checkpoint",
+        ),
+        ([str(run / "checkpoints" / "step_3"), "--out", str(run)], "not empty; name a new"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
