@@ -721,7 +721,7 @@ def resume(parts: Parts, config: Config, run: Run, world: World, hashes: dict[st
             parts.optimizer,
             world,
             copies=config.keep_last + 1 if config.save_every else 1,
-            model_dir=parts.model_dir,
+            export_bytes=sum(f.stat().st_size for f in parts.model_dir.glob("*.safetensors")),
         )
     if world.is_main:
         for file in folder.glob("step_*.jsonl"):

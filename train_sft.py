@@ -431,7 +431,7 @@ def train(config: Config) -> int:
         optimizer,
         world,
         copies=min(config.keep_last + 1, saves),
-        model_dir=model_dir,
+        export_bytes=sum(f.stat().st_size for f in model_dir.glob("*.safetensors")),
     )
     run.start(
         header(

@@ -208,22 +208,20 @@ def require_space(
     world: World,
     *,
     copies: int,
-    model_dir: str | Path,
-    exports: int = 1,
+    export_bytes: int,
 ) -> None:
     """Raise ValueError unless the disk has room for what a run will save. Collective.
 
     copies: checkpoints at a time (keep_last + 1: the new one is written before the oldest goes);
-    those already there are not counted again. exports: models of the size of `model_dir`'s.
+    those already there are not counted again. export_bytes: of all model directories to come.
     7B, keep_last 2: 3 × 91.4 GB + 16.6 GB in bf16 = 291 GB.
     """
     size = state_bytes(model, optimizer)
 
     def check() -> None:
-        export = exports * sum(f.stat().st_size for f in Path(model_dir).glob("*.safetensors"))
         missing = max(0, copies - len(_state_dirs(Path(root))))
-        what = f"this run ({missing} × {_gb(size)} of checkpoints, {_gb(export)} of exports)"
-        _require_free(Path(root), missing * size + export, what)
+        what = f"this run ({missing} × {_gb(size)} of checkpoints, {_gb(export_bytes)} of exports)"
+        _require_free(Path(root), missing * size + export_bytes, what)
 
     from_rank0(world, check)
 

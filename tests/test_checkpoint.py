@@ -115,7 +115,7 @@ def test_room_for_all_checkpoints_and_exports_is_asked_for(
     size = state_bytes(*training)
     assert size == sum(12 * p.numel() + 4 for p in training[0].parameters())
     export = (tiny_vl / "model.safetensors").stat().st_size
-    kept = dict(copies=3, model_dir=tiny_vl)
+    kept = dict(copies=3, export_bytes=export)
     free_bytes(monkeypatch, 3 * size + export)
     require_space(tmp_path / "new" / "checkpoints", *training, world, **kept)
     free_bytes(monkeypatch, 3 * size + export - 1)
