@@ -28,6 +28,8 @@ import torch
 from core import chat, schema, token_cache
 from core.chat import chat_segments, load_tokenizer, with_image_parts  # noqa: F401
 from core.packing import attention_cost, balance, pack_plan  # noqa: F401
+from core.parallel import World
+from core.samples import Sample
 from core.schema import (  # noqa: F401
     LETTERS,
     control_tokens,
@@ -367,3 +369,71 @@ def render_problem(
     grid_list = [] if grids is None else grids.tolist()
     counts = [num_image_tokens(grid, images.merge_size) for grid in grid_list]
     return Prompt(prompt_tokens(problem, tokenizer, counts, style), pixels, grids)
+
+
+# ----------------------------------------------------------------------------- rollouts as batches
+@dataclass
+class RolloutBatch:
+    """A packed micro-batch of whole samples: prompt and completion of each, end to end. Arrays of R
+    entries belong to the tokens that were sampled (`stream.supervised_rows`), in order."""
+
+    stream: Batch
+    samples: list[int]  # their indices in the update's list of samples
+    counts: torch.Tensor  # (N,) sampled tokens of each
+    sequence: torch.Tensor  # (R,) index into `samples` and `counts`
+    advantages: torch.Tensor  # (R,)
+    sampler_logprobs: torch.Tensor  # (R,)
+    old_logprobs: torch.Tensor | None = None  # (R,) the trainer's before several updates
+    ref_logprobs: torch.Tensor | None = None  # (R,) the reference model's; None: no KL term
+
+    def to(self, device: torch.device) -> "RolloutBatch":
+        tensors = {k: t for k, t in vars(self).items() if torch.is_tensor(t)}
+        moved = {k: t.to(device, non_blocking=True) for k, t in tensors.items()}
+        return replace(self, stream=self.stream.to(device), **moved)
+
+
+def collate_samples(
+    samples: Sequence[Sample],
+    chosen: Sequence[int],
+    prompts: Sequence[Prompt],
+    image_token_id: int | None = None,
+    merge_size: int = 2,
+) -> RolloutBatch:
+    """The samples at the indices `chosen` as one micro-batch. prompts: by Sample.problem.
+
+    Prompt p0 p1 p2, completion c0 c1: tokens p0 p1 p2 c0 c1, targets -100 -100 c0 c1 -100.
+    """
+    picked, sequences = [samples[i] for i in chosen], []
+    for s in picked:
+        p = prompts[s.problem]
+        mask = np.concatenate([np.zeros(len(p.tokens), bool), s.mask])
+        sequences.append(([*p.tokens, *s.tokens], mask, p.pixel_values, p.grid_thw))
+    counts = torch.tensor([int(s.mask.sum()) for s in picked], dtype=torch.long)
+    advantages = torch.tensor([s.advantage for s in picked], dtype=torch.float32)
+    logprobs = [torch.from_numpy(s.logprobs[s.mask]) for s in picked]
+    return RolloutBatch(
+        stream=pack(sequences, image_token_id, merge_size),
+        samples=list(chosen),
+        counts=counts,
+        sequence=torch.repeat_interleave(counts),
+        advantages=torch.repeat_interleave(advantages, counts),
+        sampler_logprobs=torch.cat([torch.zeros(0), *logprobs]),
+    )
+
+
+def rollout_batches(
+    samples: Sequence[Sample],
+    prompts: Sequence[Prompt],
+    micro_tokens: int,
+    world: World,
+    image_token_id: int | None = None,
+    merge_size: int = 2,
+) -> list[RolloutBatch]:
+    """This rank's micro-batches of an update on `samples`; every rank gets equally many, the last
+    may be empty. Packs hold `micro_tokens`, or the longest sample where that is more."""
+    lengths = np.array([len(prompts[s.problem].tokens) + len(s.tokens) for s in samples])
+    packs = pack_plan(lengths, max(micro_tokens, lengths.max()), seed=0, epoch=0)
+    shares = balance([attention_cost(lengths[p]) for p in packs], world.size)
+    mine = [packs[i].tolist() for i in shares[world.rank]]
+    mine += [[]] * (max(map(len, shares)) - len(mine))
+    return [collate_samples(samples, i, prompts, image_token_id, merge_size) for i in mine]

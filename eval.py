@@ -34,7 +34,6 @@ from collections import Counter
 from dataclasses import MISSING, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -57,9 +56,15 @@ from data import (
     prompt_tokens,
 )
 from model import Model, ModelConfig, build_model, check_model_dir, resolve_model_dir
-from rollouts import banned_token_ids, stop_token_ids
-from sampler import Rollout, Sampler, SamplingParams
-from sampling import force_exit, think_exit
+from sampler import (
+    Completion,
+    ForcedExit,
+    Sampler,
+    SamplingParams,
+    banned_token_ids,
+    exit_positions,
+    stop_token_ids,
+)
 from scoring.metrics import all_metrics, budget_metrics, cluster, compare, is_looping
 from scoring.tables import headline, report
 
@@ -313,7 +318,7 @@ def write_header(config: Config, settings: dict, engine: Engine, problems: list[
             text = engine.tokenizer.decode(engine.prompt(p))
             prompts[p["kind"]] = re.sub(r"(?:<\|image_pad\|>){2,}", "<|image_pad|>…", text)
     world, more = engine.world, {"model": str(engine.dir), "settings": settings, "prompts": prompts}
-    more["exit_text"] = engine.tokenizer.decode(engine.exit["exit_tokens"])
+    more["exit_text"] = engine.tokenizer.decode(engine.exit.tokens)
     write_json(Path(config.out) / "header.json", header(world_size=world.size, **more))
     print(
         f"model {engine.dir}, {settings['dtype']} on {world.size} x {world.device.type}; "
@@ -353,7 +358,9 @@ class Engine:
                 )
             limits = {k: settings[k] for k in ("min_pixels", "max_pixels") if settings[k]}
             self.images = replace(ImageConfig.from_dir(model_dir), **limits)
-        self.exit = think_exit(self.tokenizer, self.model_config.vocab_size)
+        self.exit = ForcedExit.from_tokenizer(
+            self.tokenizer, self.model_config.vocab_size, 0, settings["answer_budget"]
+        )
         raw = self.model_config.raw
         context = (raw.get("text_config") or raw).get("max_position_embeddings", 1 << 17)
         if settings["max_new_tokens"] > context:
@@ -367,12 +374,11 @@ class Engine:
             raise ValueError(f"{e}; --think_budget 0 turns forced exit off") from e
 
     def params(self, n: int, max_new_tokens: int, exit: bool = True) -> SamplingParams:
-        s, thinking = self.settings, {}
-        if exit and s["think_budget"]:
-            thinking = {k: s[k] for k in ("think_budget", "answer_budget")} | self.exit
+        s, budget = self.settings, self.settings["think_budget"]
+        forced = replace(self.exit, budget=budget) if exit and budget else None
         return SamplingParams(
             n=n, max_new_tokens=max_new_tokens, temperature=s["temperature"], top_p=s["top_p"],
-            seed=s["seed"], stop_ids=stop_token_ids(self.tokenizer), **thinking,
+            seed=s["seed"], stop_ids=stop_token_ids(self.tokenizer), forced_exit=forced,
         )  # fmt: skip
 
     def prompt(self, problem: dict) -> list[int]:
@@ -411,7 +417,7 @@ class Engine:
                     else [(None, None)] * len(chunk)
                 )
 
-                def store(completion: Rollout, chunk: list[Job] = chunk) -> None:
+                def store(completion: Completion, chunk: list[Job] = chunk) -> None:
                     file.write(self.sample(chunk[completion.prompt_index], completion).to_json())
                     file.flush()
                     self.tokens += completion.sampled_tokens
@@ -427,16 +433,13 @@ class Engine:
             if world.is_main:
                 join_parts(out, stage)
 
-    def sample(self, job: Job, completion: Rollout) -> Sample:
+    def sample(self, job: Job, completion: Completion) -> Sample:
         """A completion as it is stored, before it is graded."""
         prompt = prompt_text(job.problem, self.settings["prompt_style"])
-        inserted = np.flatnonzero(~completion.mask)
-        completion.forced_at = int(inserted[0]) if len(inserted) else None
-        completion.forced_tokens = len(inserted)
         s = make_sample(job.problem, completion, self.tokenizer, prompt=prompt, seed=job.seed)
         s.logprobs = None
         if job.head:
-            s.forced_tokens = len(self.exit["exit_tokens"])
+            s.forced_tokens = len(self.exit.tokens)
             s.forced_at, s.sample = len(job.head) - s.forced_tokens, job.sample
             s.prompt_tokens -= len(job.head)
             s.tokens = [*job.head, *s.tokens]
@@ -469,31 +472,6 @@ def sample_missing(engine: Engine, rows: Rows, problems: list[dict]) -> None:
         engine.run("samples", jobs, engine.main_params)
 
 
-def exit_positions(
-    completions: list[np.ndarray], unfinished: list[bool], budget: int, exit: dict
-) -> list[int | None]:
-    """Where a forced exit at `budget` would have begun in completions that were sampled without it,
-    None where thinking was over by then. Replays the tokens through the sampler's `force_exit`.
-
-    unfinished: the completion was truncated, so an exit may also begin after its last token."""
-    lengths = torch.tensor([len(c) for c in completions])
-    tokens = torch.zeros(len(lengths), int(lengths.max()) + 1, dtype=torch.long)
-    for row, c in zip(tokens, completions):
-        row[: len(c)] = torch.as_tensor(c)
-    fields = ("count", "close", "hold", "done", "limit", "exit_at")
-    s = SimpleNamespace(**{k: torch.zeros_like(lengths) for k in fields})
-    s.exit_at -= 1
-    table = exit["close_table"]
-    p = SimpleNamespace(think_budget=budget, answer_budget=None, close_table=table)
-    p.exit, p.closed = torch.tensor(exit["exit_tokens"]), len(table) - 1
-    for t in range(tokens.shape[1]):
-        s.count.fill_(t)
-        s.done.copy_((t > lengths) | ((t == lengths) & ~torch.tensor(unfinished)))
-        s.hold.masked_fill_(t >= lengths, 0)  # truncated while closing: nothing to wait for
-        force_exit(s, tokens[:, t], p)
-    return [None if at < 0 else at for at in s.exit_at.tolist()]
-
-
 def sample_budget(engine: Engine, rows: Rows, problems: list[dict], budget: int) -> None:
     """Generate the answers that a forced exit at `budget` would have brought, where the stored
     thought is longer: the same tokens up to there, which don't depend on the budget. Collective."""
@@ -507,10 +485,10 @@ def sample_budget(engine: Engine, rows: Rows, problems: list[dict], budget: int)
     thoughts = [s.tokens[: s.forced_at] for _, s in pairs]
     limited = [s.finish_reason == "length" for _, s in pairs]
     jobs = []
-    starts = exit_positions(thoughts, limited, budget, engine.exit) if pairs else []
+    starts = exit_positions(thoughts, limited, replace(engine.exit, budget=budget)) if pairs else []
     for (p, s), at in zip(pairs, starts):
         if at is not None:
-            head = [*s.tokens[:at].tolist(), *engine.exit["exit_tokens"]]
+            head = [*s.tokens[:at].tolist(), *engine.exit.tokens]
             seed = problem_seed(p, salt=budget * 1_000_003 + s.sample + 1)
             jobs.append(Job(p, [*engine.prompt(p), *head], seed, s.sample, head))
     if all_any(bool(jobs)):

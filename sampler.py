@@ -1,30 +1,36 @@
-"""The sampler: prompts → completions with log-probabilities, for rollouts and evaluation. One process, no server.
+"""KV-cached batched generation: prompts → completions with log-probabilities, in one process.
 
-    sampler = Sampler(model, max_len=6144)  # KV memory: slots=…, or kv_gb=…, or a share of what is free
-    rollouts = sampler.generate(prompts, SamplingParams(n=8, max_new_tokens=4096, stop_ids=[151645, 151643]))
+    sampler = Sampler(model, max_len=6144)  # slots=…, kv_gb=…, or a share of the free memory
+    params = SamplingParams(n=8, max_new_tokens=4096, stop_ids=stop_token_ids(tokenizer))
+    completions = sampler.generate(prompts, params)
 
-Read in this order: `decode_step` (choose a token from the last hidden state, run it through the decoder), `choose`
-(sampling, forced exit, stopping), `Sampler.generate` (prefill → admit → steps → collect, until nothing is left).
+Two slots, three samples; • marks a stop token:
 
-1. A prompt is prefilled once, packed with others, its images encoded once; each of its n samples gets a copy of its KV.
-2. Live samples always fill slots 0 … B - 1. A slot whose sample ended takes the next one; when none is left, the last
-   live sample moves into the hole. So a batch is a slice, and on CUDA one graph per batch size replays the whole step.
-3. A token's random number depends on (seed, sample id, position) and on nothing else: neither batch, slot, order of
-   refills nor number of ranks change what is sampled, up to the rounding of matrix products of another size.
-4. Log-probabilities are those of the trainer: `model.head_logits`, fp32, after temperature, before top-k and top-p.
-5. Forced exit: where the paper (arXiv 2505.03981, section 2.1) stops at a length, appends `</think>` and generates
-   anew, the tokens are inserted in place, one a step, marked in `mask` and never trained on.
+    step   slot 0   slot 1
+    1      A  a1    B  b1•   A and B start from copies of their prompts' KV
+    2      A  a2    C  c1    B is handed out and can be graded; C takes over its slot
+    3      A  a3•   C  c2
+    4      C  c3             nobody waits: C, the last running sample, moves into the hole
+    5      C  c4•            the batch is always slots 0 … B-1, so a CUDA graph can replay it
 
-Shapes: B live samples, S slots, L layers, C hidden size, Hq / Hkv heads, D head size, V vocabulary, P prompt tokens.
+1. A prompt is prefilled once, packed with others; each of its n samples copies its KV.
+2. A token's random number depends on (seed, sample id, position) and nothing else. Neither slots,
+   refills nor ranks change what is sampled, up to the rounding of matrix products of other sizes.
+3. Log-probabilities are the trainer's: `model.head_logits`, fp32, after temperature, before top-k
+   and top-p.
+4. Forced exit: the paper (arXiv 2505.03981, section 2.1) stops at a length, appends `</think>` and
+   generates again; here the tokens are inserted in place, one a step, and never trained on.
+
+Shapes: B running samples, S slots, L layers, C hidden size, Hq / Hkv heads, D head size,
+V vocabulary, P prompt tokens.
 """
 
 from __future__ import annotations
 
-import math
+import os
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
 from typing import Callable, Protocol, Sequence
 
 import numpy as np
@@ -35,17 +41,38 @@ from tqdm import tqdm
 
 from core.attention import attend
 from core.decode_kernels import Graphs, decode_attend, plan_attention
+from core.samples import sampled_mask
 from core.vision import mrope_positions
 from model import Model, head_logits, rope_cos_sin
-from sampling import force_exit, sample_key, sample_token, uniform
 
 
-class PromptLike(Protocol):
-    """What the sampler continues (`data.Prompt`)."""
+class Prompt(Protocol):
+    """What the sampler continues (data.Prompt)."""
 
     tokens: list[int]  # image placeholders already repeated
     pixel_values: torch.Tensor | None  # (patches, 1176)
     grid_thw: torch.Tensor | None  # (images, 3)
+
+
+@dataclass(frozen=True)
+class ForcedExit:
+    """End a thought that is still open after `budget` sampled tokens (from_tokenizer builds it)."""
+
+    budget: int
+    tokens: Sequence[int] | torch.Tensor  # what is inserted
+    close_table: torch.Tensor = field(repr=False)  # finds the model's own close in its tokens
+    answer_budget: int | None = None  # tokens left for the answer; None: up to max_new_tokens
+
+    @classmethod
+    def from_tokenizer(
+        cls, tokenizer, vocab_size: int, budget: int, answer_budget: int | None = None
+    ) -> ForcedExit:
+        """Inserts "</think>" and the newline that training data have behind it: in Qwen's
+        vocabulary the newline belongs to the last token of the close."""
+        pieces = [tokenizer.decode([i]) for i in range(min(len(tokenizer), vocab_size))]
+        pieces += [""] * (vocab_size - len(pieces))
+        tokens = tokenizer.encode("</think>\n", add_special_tokens=False)
+        return cls(budget, tokens, close_table(pieces, "</think>"), answer_budget)
 
 
 @dataclass(frozen=True)
@@ -54,238 +81,358 @@ class SamplingParams:
 
     n: int = 1  # samples a prompt
     temperature: float = 1.0  # 0: greedy; its log-probabilities are those at temperature 1
-    top_p: float = 1.0  # for evaluation only: training must sample what it scores
-    top_k: int = 0  # 0: off; for evaluation only
-    max_new_tokens: int = 1024  # forced tokens count
-    stop_ids: Sequence[int] = ()  # the stop token is part of the completion
+    top_p: float = 1.0  # evaluation only: training must sample from what it scores
+    top_k: int = 0  # 0: off; evaluation only
+    max_new_tokens: int = 1024  # inserted tokens count
+    stop_ids: Sequence[int] | torch.Tensor = ()  # the stop token is part of the completion
     seed: int = 0
-    think_budget: int | None = None  # sampled tokens before thinking is ended by force; None: never
-    exit_tokens: Sequence[int] = ()  # what is then inserted; see `sampling.think_exit`
-    close_table: torch.Tensor | None = field(
-        default=None, repr=False, compare=False
-    )  # finds the model's own close
-    answer_budget: int | None = (
-        None  # tokens reserved for the answer after a forced exit; None: what is left
-    )
-    banned_ids: Sequence[int] | None = None  # never sampled; None: the model's own `banned_ids`
+    forced_exit: ForcedExit | None = None
+    banned_ids: Sequence[int] | torch.Tensor | None = None  # None: the model's own `banned_ids`
 
     def __post_init__(self):
         for name, ok, rule in [
-            ("n", self.n >= 1, "≥ 1"),
-            ("temperature", self.temperature >= 0, "≥ 0"),
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "≥ 0"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "≥ 1"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
         ]:
             if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be {rule}")
-        if self.think_budget is None:
-            return
-        if self.think_budget < 0 or not len(self.exit_tokens) or self.close_table is None:
-            raise ValueError(
-                "think_budget must be ≥ 0 and needs exit_tokens and close_table: "
-                "SamplingParams(think_budget=…, **sampling.think_exit(tokenizer, vocab_size))"
-            )
-        # an exit can be held up while the model is closing by itself, a token a character of the close at most
-        held, answer = (
-            len(self.close_table) - 1,
-            1 if self.answer_budget is None else self.answer_budget,
+                raise ValueError(f"{name} {getattr(self, name)}: must be {rule}")
+        if (exit := self.forced_exit) is not None:
+            # an exit can be delayed while the model is closing, a token a character at most
+            waits, answer = len(exit.close_table) - 1, exit.answer_budget or 1
+            most = self.max_new_tokens - len(exit.tokens) - waits - answer
+            if not 0 <= exit.budget <= most:
+                raise ValueError(
+                    f"think_budget {exit.budget}: max_new_tokens {self.max_new_tokens} must also "
+                    f"hold {len(exit.tokens)} exit tokens and {answer} of the answer; at most {most}"
+                )
+
+    def on(self, device: torch.device, banned_ids: torch.Tensor | None) -> SamplingParams:
+        """The same with lists as tensors on `device`, None for empty ones."""
+
+        def tensor(ids):
+            return torch.as_tensor(list(ids), device=device) if len(ids) else None
+
+        exit = self.forced_exit and replace(
+            self.forced_exit,
+            tokens=tensor(self.forced_exit.tokens),
+            close_table=self.forced_exit.close_table.to(device),
         )
-        most = self.max_new_tokens - len(self.exit_tokens) - held - answer
-        if self.think_budget > most:
-            raise ValueError(
-                f"think_budget {self.think_budget} leaves no room in max_new_tokens {self.max_new_tokens} "
-                f"for {len(self.exit_tokens)} exit tokens and {answer} of the answer; at most {most}"
-            )
+        banned = banned_ids if self.banned_ids is None else tensor(self.banned_ids)
+        return replace(self, stop_ids=tensor(self.stop_ids), forced_exit=exit, banned_ids=banned)
 
 
 @dataclass
-class Rollout:
-    """One finished completion."""
+class Completion:
+    """A sample of a prompt; tokens and what follows are filled in when it ends."""
 
     prompt_index: int
     sample_index: int
-    tokens: list[int]  # the stop token included
-    logprobs: (
-        np.ndarray
-    )  # (len(tokens),) fp32, the model's own at the sampling temperature, forced tokens too
-    mask: np.ndarray  # (len(tokens),) bool: True sampled, False forced
-    finish_reason: str  # stop | length | forced+stop | forced+length
     prompt_tokens: int
+    tokens: list[int] = field(default_factory=list)  # the stop token included
+    logprobs: np.ndarray | None = None  # (len(tokens),) fp32, of inserted tokens too
+    finish_reason: str = ""  # stop | length | forced+stop | forced+length
+    forced_at: int | None = None  # index of the first inserted token
+    forced_tokens: int = 0
 
     @property
-    def sampled_tokens(self) -> int:
-        return int(self.mask.sum())
+    def mask(self) -> np.ndarray:
+        """(len(tokens),) bool: True sampled, False inserted."""
+        return sampled_mask(len(self.tokens), self.forced_at, self.forced_tokens)
 
 
-# ------------------------------------------------------------------------------------------------ the decode step
-STATE = (
-    "length",  # tokens whose KV is cached
-    "delta",  # M-RoPE: position of a new token - its index
-    "count",
-    "limit",  # tokens of the completion, and the most it may have
-    "close",
-    "hold",  # characters of the close at the end of the text; 1: and the last token added to them
-    "exit_at",  # token at which the forced exit began, -1: none
-    "done",  # 1: finished or empty, the row runs along and changes nothing
-    "key",
-)  # of its random numbers
+def stop_token_ids(tokenizer) -> list[int]:
+    """Both end tokens of Qwen models: a sample that ends with <|endoftext|> would otherwise run on."""
+    ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+    return sorted({*ids, tokenizer.eos_token_id} - {None, tokenizer.unk_token_id})
 
 
+def banned_token_ids(tokenizer, vocab_size: int) -> list[int]:
+    """Ids never to be sampled: vision placeholders (the next forward would look for an image) and
+    the vocabulary's padded end."""
+    names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
+    ids = [i for i in ids if i is not None and i != tokenizer.unk_token_id]
+    return ids + list(range(len(tokenizer), vocab_size))
+
+
+# -------------------------------------------------------------------------- sampling one token
+_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+def sample_key(seed: int, prompt_id: int, sample_index: int) -> int:
+    """A signed 64-bit number for one sample: splitmix64 over the three numbers."""
+    x = 0
+    for number in (seed, prompt_id, sample_index):
+        x = (x + number + _GOLDEN) % (1 << 64)
+        x = (x ^ x >> 30) * _MIX1 % (1 << 64)
+        x = (x ^ x >> 27) * _MIX2 % (1 << 64)
+        x ^= x >> 31
+    return _signed(x)
+
+
+def uniform(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """(B,) int64 keys and positions → (B,) fp32 in (0, 1), equal on every device: splitmix64."""
+
+    def shifted(x, bits):  # logical shift right; torch's >> carries the sign along
+        return (x >> bits) & ((1 << 64 - bits) - 1)
+
+    x = key + (position + 1) * _signed(_GOLDEN)
+    x = (x ^ shifted(x, 30)) * _signed(_MIX1)
+    x = (x ^ shifted(x, 27)) * _signed(_MIX2)
+    x = x ^ shifted(x, 31)
+    return shifted(x, 41).float() * 2.0**-23 + 2.0**-24  # 23 bits: neither 0 nor 1 can come out
+
+
+def sample_token(
+    logits: torch.Tensor, u: torch.Tensor, top_k: int, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (B, V) fp32, u (B,) in (0, 1) → tokens (B,) by inverse CDF, and logsumexp(logits) (B,).
+
+    Token i is taken when u · total lies in [cdf[i-1], cdf[i]): an id of probability 0 never is.
+    """
+    cuda = logits.is_cuda
+    top, best = logits.max(-1, True) if cuda else (logits.amax(-1, True), None)  # (B, 1)
+    p = (logits - top).exp_()  # (B, V), unnormalised
+    lse = (top + p.sum(-1, keepdim=True).log()).squeeze(1)
+    if top_k or top_p < 1:
+        p = truncate(p, top_k, top_p)
+    cdf = p.cumsum(-1)
+    total = cdf[:, -1:]
+    at = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    token = torch.searchsorted(cdf, at, right=True).clamp_(max=logits.shape[1] - 1)
+    if cuda:  # a parallel scan is monotone up to rounding only: an impossible id could get through
+        token = torch.where(p.gather(1, token) > 0, token, best)
+    return token.squeeze(1), lse
+
+
+def truncate(p: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Keep the top_k largest of each row of p (B, V), then the smallest set that holds a share top_p
+    of what is left; the most probable token always stays."""
+    if top_k and top_k < p.shape[1]:
+        p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0)
+    if top_p < 1:
+        ordered, index = p.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass of all more probable tokens
+        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
+        p = torch.zeros_like(p).scatter_(1, index, ordered)
+    return p
+
+
+# ------------------------------------------------------------------------------------ the slots
+@dataclass
 class Slots:
-    """The samples being decoded, one slot each: KV cache, last hidden state, what has been sampled so far."""
+    """The samples being decoded, one a slot. `first(B)` gives views of slots 0 … B-1."""
 
-    def __init__(self, slots: int, capacity: int, config, dtype: torch.dtype, device: torch.device):
-        c = config
+    state: torch.Tensor  # (9, S) int64, by name below
+    kv: torch.Tensor | None = None  # (2, L, S, capacity, Hkv, D)
+    hidden: torch.Tensor | None = None  # (S, C) of the last token, after the final norm
+    tokens: torch.Tensor | None = None  # (S, capacity + 1); finished rows write to the last column
+    logprobs: torch.Tensor | None = None  # (S, capacity + 1) fp32
+
+    def __post_init__(self):
+        (
+            self.length,  # tokens whose KV is cached
+            self.rope_delta,  # M-RoPE: position of a new token - its index
+            self.count,  # tokens of the completion so far
+            self.limit,  # the most it may have
+            self.matched,  # characters of the thought's close at the end of the text
+            self.closing,  # 1: the last token added to them
+            self.exit_at,  # token at which the forced exit began, -1: none
+            self.done,  # 1: ended or empty; the row runs along and changes nothing
+            self.key,  # of its random numbers
+        ) = self.state.unbind(0)
+
+    @classmethod
+    def allocate(cls, slots: int, capacity: int, c, dtype, device: torch.device) -> Slots:
         size = (2, c.num_hidden_layers, slots, capacity, c.num_key_value_heads, c.head_dim)
-        if (
-            device.type == "cpu"
-        ):  # the same order of dimensions, but each head's rows side by side: SDPA is faster
+        if device.type == "cpu":  # same dimensions, but each head contiguous: SDPA is faster
             size = (*size[:3], size[4], size[3], size[5])
-        # zeros, since a masked NaN would still reach the output through 0 · NaN
-        kv = torch.zeros(size, dtype=dtype, device=device)
-        self.kv = kv.transpose(3, 4) if device.type == "cpu" else kv  # (2, L, S, capacity, Hkv, D)
-        self.hidden = torch.zeros(
-            slots, c.hidden_size, dtype=dtype, device=device
-        )  # after the final norm
-        self.state = torch.zeros(len(STATE), slots, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(
-            slots, capacity + 1, dtype=torch.int64, device=device
-        )  # the last column is scratch:
-        self.logprobs = torch.zeros(slots, capacity + 1, device=device)  # finished rows write there
-        self.rows = torch.arange(slots, device=device)
-        self.reach = [
-            0
-        ] * slots  # how much of each row's KV may not be zero: of a live row, its limit
-        self.clear()
-
-    def clear(self) -> None:
-        self.state[STATE.index("done")] = 1
-
-    def first(self, rows: int) -> SimpleNamespace:
-        """Views of slots 0 … rows - 1, the fields of the state by their names."""
-        return SimpleNamespace(
-            **dict(zip(STATE, self.state[:, :rows].unbind(0))),
-            kv=self.kv[:, :, :rows],
-            hidden=self.hidden[:rows],
-            tokens=self.tokens[:rows],
-            logprobs=self.logprobs[:rows],
-            rows=self.rows[:rows],
+        kv = torch.zeros(size, dtype=dtype, device=device)  # a masked NaN would still do: 0 · NaN
+        slots_ = cls(
+            torch.zeros(9, slots, dtype=torch.int64, device=device),
+            kv.transpose(3, 4) if device.type == "cpu" else kv,
+            torch.zeros(slots, c.hidden_size, dtype=dtype, device=device),
+            torch.zeros(slots, capacity + 1, dtype=torch.int64, device=device),
+            torch.zeros(slots, capacity + 1, device=device),
         )
+        slots_.done.fill_(1)
+        return slots_
 
-    def set_kv(self, slot: int, kv: torch.Tensor, reach: int) -> None:
-        """Start a row with kv (2, L, P, Hkv, D); its sample will write up to `reach`. No trace of the last sample may
-        stay, above all no NaN."""
-        length = kv.shape[2]
-        self.kv[:, :, slot, :length] = kv
-        self.kv[:, :, slot, length : self.reach[slot]] = 0
-        self.reach[slot] = reach
+    def first(self, rows: int) -> Slots:
+        tensors = (self.hidden, self.tokens, self.logprobs)
+        return Slots(self.state[:, :rows], self.kv[:, :, :rows], *(t[:rows] for t in tensors))
 
-    def ended(self, slot: int, length: int) -> None:
-        """Its sample is gone, after `length` cached tokens at most: the next need not zero what was never written (up to
-        the limit, that was 8% of all time for 32 tokens a sample of at most 4,096)."""
-        self.reach[slot] = length + 1  # where a finished row, running along, writes
+    def start(self, slots: list[int], lengths, deltas, limit: int, keys) -> None:
+        """Set the state of new samples whose KV and hidden state are in place."""
+        zero, one = [0] * len(slots), [1] * len(slots)
+        limits, no_exit = [limit * i for i in one], [-i for i in one]
+        values = [lengths, deltas, zero, limits, zero, zero, no_exit, zero, keys]
+        self.state[:, slots] = torch.tensor(values, device=self.state.device)
+
+    def free(self, slot: int, length: int) -> None:
+        """Zero what a sample of `length` cached tokens wrote: the next must see no trace of it, above
+        all no NaN. The row goes on writing at position 0, which every prompt overwrites."""
+        self.kv[:, :, slot, : length + 1] = 0
+        self.length[slot] = 0
+        self.done[slot] = 1
 
     def move(self, source: int, target: int, length: int, count: int) -> None:
-        """A live sample with `length` cached and `count` sampled tokens into a free slot."""
-        self.set_kv(target, self.kv[:, :, source, :length], self.reach[source])
-        self.ended(source, length)
-        self.tokens[target, :count] = self.tokens[source, :count]
-        self.logprobs[target, :count] = self.logprobs[source, :count]
+        """A running sample with `length` cached and `count` new tokens into a free slot."""
+        self.kv[:, :, target, :length] = self.kv[:, :, source, :length]
+        for t in (self.tokens, self.logprobs):
+            t[target, :count] = t[source, :count]
         self.hidden[target] = self.hidden[source]
         self.state[:, target] = self.state[:, source]
-        self.state[STATE.index("done"), source] = 1
+        self.free(source, length)
 
 
-def choose(s: SimpleNamespace, head: torch.Tensor, p: SimpleNamespace) -> torch.Tensor:
-    """The next token (B,) of every row from its hidden state; records it, its log-probability, and whether it ends the
-    sample. p: SamplingParams with its lists as tensors (`Sampler._constants`)."""
-    logits = head_logits(s.hidden, head, p.temperature or 1.0, p.banned)  # (B, V) fp32
+# ---------------------------------------------------------------------------------- forced exit
+def close_table(pieces: list[str], close: str) -> torch.Tensor:
+    """(len(close) + 1, V) uint8: characters of `close` at the end of the text after each token,
+    given how many there were before it. The last state, closed, is final.
+
+    `</think>` is several tokens, and which ones depends on its neighbours (" </" and ">\\n" are
+    tokens of their own), so it is followed as text. For close "</t>" and pieces "</", "t", ">\\n",
+    "a": from state 0 "</" leads to 2, "t" then to 3, ">\\n" then to 4 (closed); "a" leads to 0.
+    """
+
+    def advance(state: int, piece: str) -> int:
+        text = close[:state] + piece
+        if close in text:
+            return len(close)
+        return next(k for k in range(len(close) - 1, -1, -1) if text.endswith(close[:k]))
+
+    table = torch.zeros(len(close) + 1, len(pieces), dtype=torch.uint8)
+    for i, piece in enumerate(pieces):
+        if not piece:  # says nothing: the state stays
+            table[:, i] = torch.arange(len(close) + 1)
+        elif piece[-1] in close or piece[0] in close:  # all other pieces lead to 0
+            table[:, i] = torch.tensor([advance(s, piece) for s in range(len(close) + 1)])
+        elif close in piece:
+            table[:, i] = len(close)
+    table[-1] = len(close)
+    return table
+
+
+def force_exit(
+    s: Slots, token: torch.Tensor, exit: ForcedExit
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace sampled tokens (B,) where thinking is over its budget → (tokens, inserted (B,) bool).
+
+    Thinking lasts until the close has been written, whether prompt or completion opened it. The exit
+    waits while the model is closing by itself: each token must bring the close further, so it waits
+    for len(close) - 1 tokens at most. After the exit `answer_budget` tokens are left.
+    """
+    closed, inserted = len(exit.close_table) - 1, len(exit.tokens)
+    is_open = (s.matched < closed) & (s.closing == 0) & (s.exit_at < 0) & (s.done == 0)
+    starts = (s.count >= exit.budget) & is_open
+    s.exit_at.copy_(torch.where(starts, s.count, s.exit_at))
+    if exit.answer_budget is not None:
+        s.limit.copy_(torch.where(starts, s.count + inserted + exit.answer_budget, s.limit))
+    index = s.count - s.exit_at
+    forced = (s.exit_at >= 0) & (index < inserted)
+    token = torch.where(forced, exit.tokens[index.clamp(0, inserted - 1)], token)
+    matched = exit.close_table[s.matched, token].long()
+    s.closing.copy_((matched > s.matched) & (matched < closed))
+    s.matched.copy_(matched)
+    return token, forced
+
+
+def exit_positions(
+    completions: Sequence[Sequence[int]], unfinished: Sequence[bool], exit: ForcedExit
+) -> list[int | None]:
+    """Where a forced exit would have begun in stored completions (evaluation's budget curve): index
+    of its first token, or None where the thought was closed before.
+
+    unfinished: the completion was cut at its end, where an exit may still begin. "a b c d", budget
+    2, never closed → 2; "a </think> c d" → None; "a" that ended by itself → None.
+    """
+    lengths = torch.tensor([len(c) for c in completions])
+    tokens = torch.zeros(len(lengths), int(lengths.max()) + 1, dtype=torch.int64)
+    for row, c in zip(tokens, completions):
+        row[: len(c)] = torch.as_tensor(c)
+    ends, s = torch.tensor(unfinished), Slots(torch.zeros(9, len(lengths), dtype=torch.int64))
+    s.exit_at.fill_(-1)
+    exit = replace(exit, tokens=torch.as_tensor(exit.tokens), answer_budget=None)
+    for t in range(tokens.shape[1]):
+        s.count.fill_(t)
+        s.done.copy_((t > lengths) | ((t == lengths) & ~ends))
+        s.closing.masked_fill_(t >= lengths, 0)  # it was cut while closing: nothing to wait for
+        force_exit(s, tokens[:, t], exit)
+    return [None if at < 0 else at for at in s.exit_at.tolist()]
+
+
+# ------------------------------------------------------------------------------ the decode step
+def sample_next_token(s: Slots, head: torch.Tensor, p: SamplingParams) -> torch.Tensor:
+    """The next token (B,) of every row from its hidden state; records it, its log-probability, and
+    whether it ends the sample. head (V, C); p: from `SamplingParams.on`."""
+    logits = head_logits(s.hidden, head, p.temperature or 1.0, p.banned_ids)  # (B, V) fp32
     if p.temperature == 0:
         token, lse = logits.argmax(-1), logits.logsumexp(-1)
     else:
         token, lse = sample_token(logits, uniform(s.key, s.count), p.top_k, p.top_p)
     forced = None
-    if p.think_budget is not None:
-        token, forced = force_exit(s, token, p)
+    if p.forced_exit is not None:
+        token, forced = force_exit(s, token, p.forced_exit)
     logprob = logits.gather(1, token[:, None]).squeeze(1) - lse
-    live = 1 - s.done
+    rows = torch.arange(len(token), device=token.device)
     column = torch.where(s.done > 0, s.tokens.shape[1] - 1, s.count)
-    s.tokens.index_put_((s.rows, column), token)
-    s.logprobs.index_put_((s.rows, column), logprob)
-    s.count += live
+    s.tokens.index_put_((rows, column), token)
+    s.logprobs.index_put_((rows, column), logprob)
+    s.count += 1 - s.done
     ended = s.count >= s.limit
-    if p.stop is not None:
-        stopped = (token[:, None] == p.stop).any(1)
+    if p.stop_ids is not None:
+        stopped = (token[:, None] == p.stop_ids).any(1)
         ended |= stopped if forced is None else stopped & ~forced
     s.done |= ended
     return token
 
 
-def through(
-    layer: torch.nn.Module,
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    attention: Callable,
+def block_forward(
+    layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attn: Callable
 ) -> torch.Tensor:
-    """`model.Block` with another attention: x (R, C) → (R, C); attention(q (R, Hq, D), k, v (R, Hkv, D)) → (R, Hq, D).
-    Calls the block's parts and not the block, on whose call FSDP would gather."""
+    """`model.Block` with another attention: x (T, C) → (T, C); attn(q (T, Hq, D), k, v (T, Hkv, D))
+    → (T, Hq, D). Calls the block's parts, not the block: that call would make FSDP gather."""
     q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
-    x = x + layer.self_attn.o_proj(attention(q, k, v).flatten(1))
+    x = x + layer.self_attn.o_proj(attn(q, k, v).flatten(1))
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def decode_step(
     model: Model,
     angles: tuple[torch.Tensor, torch.Tensor],
-    s: SimpleNamespace,
-    p: SimpleNamespace,
+    s: Slots,
+    p: SamplingParams,
     bounds: list[int] | None = None,
 ) -> None:
-    """One token for every row of `s`, in place; no value is read by the host, so a CUDA graph can hold all of it.
-    angles: cos and sin by position, (max_len, D/2) each; p: constants of the call; bounds: see `plan_attention`."""
-    x = model.model.embed_tokens(choose(s, model.head_weight(), p))  # (B, C)
-    cos, sin = (
-        a[s.length + s.delta] for a in angles
-    )  # one position for all three axes: the new token is text
+    """One token for every row of `s`, in place. The host reads no value: a CUDA graph can hold it.
+    angles: cos and sin by position, (max_len, D/2) each; bounds: see `plan_attention`."""
+    x = model.model.embed_tokens(sample_next_token(s, model.head_weight(), p))  # (B, C)
+    cos, sin = (a[s.length + s.rope_delta] for a in angles)  # new tokens are text: one position
     plan = plan_attention(s.length, s.kv.shape[3], bounds)
+    rows = torch.arange(len(x), device=x.device)
     for layer, keys, values in zip(model.model.layers, *s.kv):  # (B, capacity, Hkv, D) each
 
-        def attention(q, k, v, keys=keys, values=values):
-            keys.index_put_((s.rows, s.length), k)
-            values.index_put_((s.rows, s.length), v)
+        def attn(q, k, v, keys=keys, values=values):
+            keys.index_put_((rows, s.length), k)
+            values.index_put_((rows, s.length), v)
             return decode_attend(q, keys, values, plan)
 
-        x = through(layer, x, cos, sin, attention)
+        x = block_forward(layer, x, cos, sin, attn)
     s.hidden.copy_(model.model.norm(x))
     s.length += 1 - s.done
 
 
-# ---------------------------------------------------------------------------------------------------- the sampler
-@dataclass
-class Staged:
-    """A prefilled prompt whose samples have not all started."""
-
-    prompt: int
-    kv: torch.Tensor  # (2, L, P, Hkv, D)
-    hidden: torch.Tensor  # (C,) of its last token
-    delta: int
-    started: int = 0
-
-
-@dataclass
-class Live:
-    """The host's knowledge of a slot's sample."""
-
-    prompt: int
-    sample: int
-    length: int  # cached tokens, exact until the sample has ended
-    prompt_tokens: int
-
-
+# ---------------------------------------------------------------------------------- the sampler
 class Sampler:
-    """Weights, KV memory and graphs that outlive a call. See the module's docstring."""
+    """Weights, KV memory and graphs that outlive a call, and where the current call stands."""
 
     def __init__(
         self,
@@ -294,254 +441,221 @@ class Sampler:
         max_len: int,
         slots: int | None = None,
         kv_gb: float | None = None,
-        dtype: torch.dtype | None = None,
         sync_every: int | None = None,
         prefill_tokens: int | None = None,
         min_rows: int = 1,
     ):
-        """max_len: longest prompt + completion. slots: samples decoded at once (256 on CUDA, 64 on CPU if they fit).
-        kv_gb: KV memory, by default 80% of what is free. dtype: of weights and cache, by default the model's own.
-        sync_every: decode steps between two looks of the host (8 on CUDA, 1 on CPU). prefill_tokens: prompt tokens a
-        prefill pass. min_rows: pad smaller batches; from 16 rows on, CPU matrix products give a row the same bits in
-        every batch. Takes no weights and no memory yet, so `model` may still be sharded."""
-        self.model, self.config, self.capacity = model, model.config, max_len
-        self.wanted_slots, self.kv_gb, self.dtype, self.min_rows = slots, kv_gb, dtype, min_rows
+        """max_len: longest prompt + completion. slots: samples decoded at once (256 on CUDA, 64 on
+        CPU if they fit). kv_gb: KV memory, by default 80% of the free GPU memory. sync_every: decode
+        steps between two looks of the host (8 on CUDA, 1 on CPU). prefill_tokens: prompt tokens a
+        prefill pass. min_rows: pad smaller batches; from 16 rows on, CPU matrix products give a row
+        the same bits in every batch. Takes no memory yet, so `model` may still be sharded."""
+        if slots is not None and slots < 1:
+            raise ValueError(f"slots {slots}: must be at least 1")
+        self.model, self.config, self.max_len = model, model.config, max_len
+        self.wanted_slots, self.kv_gb, self.min_rows = slots, kv_gb, min_rows
         self.sync_every, self.prefill_tokens = sync_every, prefill_tokens
-        self.decoder: Model | None = (
-            None  # whose weights decode: `model` itself, or a copy of its language model
-        )
-        self.angles = self.slots = self.graphs = self.graphs_for = self.addresses = None
-        self.stats: dict[
-            str, float
-        ] = {}  # of the last call: seconds and tokens of prefill and decode
+        self.decoder: Model | None = None  # decodes: `model`, or a copy of its language model
+        self.angles = self.slots = self.addresses = None
+        self.graphs: dict[tuple, Graphs] = {}
+        self.stats: dict[str, float] = {}  # of the last call: seconds and tokens
 
-    # weights ------------------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def update_weights(self) -> None:
-        """Take the model's weights as they are now; `generate` does it by itself. They are used where they are, but for
-        two cases that get a copy: another dtype, and CUDA graphs of a sharded model, whose gathered tensors do not last.
-        """
+    def load_weights(self) -> None:
+        """Use the model's weights as they are now; `generate` calls this. They are used in place,
+        except under CUDA graphs of a sharded model, whose gathered tensors don't last: a copy."""
         weight = self.model.model.embed_tokens.weight
         if isinstance(weight, DTensor):
             raise ValueError("the model is sharded: sample inside `with parallel.gathered(model):`")
-        self.device, dtype = weight.device, self.dtype or weight.dtype
-        if dtype == weight.dtype and not (
-            self.device.type == "cuda" and isinstance(self.model, FSDPModule)
-        ):
+        self.device = weight.device
+        if self.device.type == "cpu" or not isinstance(self.model, FSDPModule):
             self.decoder = self.model
         else:
-            if self.decoder in (None, self.model):
+            if self.decoder is None:
                 with torch.device("meta"):
                     self.decoder = Model(self.config)
-                self.decoder.to(dtype).to_empty(device=self.device)
+                self.decoder.to(weight.dtype).to_empty(device=self.device)
             for name, p in self.decoder.named_parameters():
                 p.copy_(self.model.get_parameter(name))
         addresses = [p.data_ptr() for p in self.decoder.parameters()]
         if addresses != self.addresses:
-            self.addresses, self.graphs = addresses, None  # they read the old ones
-        if self.angles is None:  # of every position that a new token can have
-            self.angles = rope_cos_sin(
-                torch.arange(self.capacity, device=self.device).expand(3, -1), self.config
-            )
+            self.addresses, self.graphs = addresses, {}  # they read the old ones
 
     def release(self) -> None:
-        """Give back all memory: KV cache, copied weights, graphs. The next `generate` takes it again."""
-        self.decoder = self.slots = self.graphs = self.graphs_for = None
+        """Give back all memory: KV cache, copied weights, graphs. The next call takes it again."""
+        self.decoder = self.slots = None
+        self.graphs = {}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    # memory -------------------------------------------------------------------------------------------------------
     def _allocate(self) -> None:
-        """The slots, as many as were asked for or as memory allows. Raises ValueError that says how many would fit."""
+        """The slots: as many as asked for, or as memory allows."""
         if self.slots is not None:
-            self.slots.clear()
+            self.slots.done.fill_(1)
             return
-        c, dtype, cuda = (
-            self.config,
-            self.dtype or self.model.model.embed_tokens.weight.dtype,
-            self.device.type == "cuda",
-        )
-        token_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
-        budget = math.inf  # on a CPU pages that are never touched cost nothing
+        c, cuda = self.config, self.device.type == "cuda"
+        dtype = self.model.model.embed_tokens.weight.dtype
+        slot_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
+        slot_bytes *= self.max_len
+        budget = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         if self.kv_gb is not None:
             budget = self.kv_gb * 1e9
         elif cuda:
+            torch.cuda.empty_cache()
             budget = 0.8 * torch.cuda.mem_get_info(self.device)[0]
-        fitting = int(min(budget / (token_bytes * self.capacity), 256 if cuda else 64))
-        if (self.wanted_slots or 1) * token_bytes * self.capacity > budget:
+        fitting, wanted = int(budget / slot_bytes), self.wanted_slots or 1
+        if wanted > fitting:
             raise ValueError(
-                f"{self.wanted_slots or 1} slot(s) of {self.capacity} tokens, {token_bytes} bytes of KV each: "
-                f"{fitting} would fit in {budget / 1e9:.3g} GB. Pass fewer slots, a smaller max_len "
-                "or more kv_gb"
+                f"{wanted} slot(s) of {self.max_len} tokens take {wanted * slot_bytes / 1e9:.3g} GB "
+                f"of KV cache; {fitting} would fit in {budget / 1e9:.3g} GB. Lower --slots or "
+                "--max_new_tokens, or raise --kv_gb"
             )
-        self.usable = self.wanted_slots or fitting
-        self.slots = Slots(max(self.usable, self.min_rows), self.capacity, c, dtype, self.device)
-        self.graphs = None
+        self.usable = self.wanted_slots or min(fitting, 256 if cuda else 64)
+        rows = max(self.usable, self.min_rows)
+        self.slots = Slots.allocate(rows, self.max_len, c, dtype, self.device)
+        positions = torch.arange(self.max_len, device=self.device).expand(3, -1)
+        self.angles = rope_cos_sin(positions, c)  # of every position that a new token can have
+        self.graphs = {}
 
-    def _constants(self, params: SamplingParams) -> SimpleNamespace:
-        """The call's parameters as `choose` wants them: lists as tensors on the device."""
-
-        def ids(x):
-            return torch.tensor(list(x), device=self.device) if len(x) else None
-
-        thinks = params.think_budget is not None
-        return SimpleNamespace(
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            stop=ids(params.stop_ids),
-            banned=self.model.banned_ids if params.banned_ids is None else ids(params.banned_ids),
-            think_budget=params.think_budget,
-            answer_budget=params.answer_budget,
-            exit=ids(params.exit_tokens),
-            close_table=params.close_table.to(self.device) if thinks else None,
-            closed=len(params.close_table) - 1 if thinks else 0,
-        )
-
-    # one call -----------------------------------------------------------------------------------------------------
     @torch.inference_mode()
     def generate(
         self,
-        prompts: Sequence[PromptLike],
+        prompts: Sequence[Prompt],
         params: SamplingParams,
         *,
         sample_ids: Sequence[int] | None = None,
-        on_finish: Callable[[Rollout], None] | None = None,
+        on_finish: Callable[[Completion], None] | None = None,
         progress: bool = False,
-    ) -> list[Rollout]:
+    ) -> list[Completion]:
         """params.n completions of each prompt, ordered by (prompt, sample).
 
-        sample_ids: a number a prompt that, with the seed and the sample's index, decides its random numbers; by default
-        the prompt's place in this call. on_finish: called with each rollout as soon as the host sees that it ended.
-        Uses the model's weights as they are now. Raises ValueError for what cannot work, before anything is computed.
-        On Ctrl-C and when memory runs out, the exception's `rollouts` holds what has been finished.
+        sample_ids: a number a prompt that, with the seed and the sample's index, decides its random
+        numbers; by default its index in this call. on_finish: called as soon as the host sees that a
+        completion ended. Uses the model's weights as they are now. Raises ValueError for what can't
+        work before computing anything. On Ctrl-C and when memory runs out, the exception's
+        `completions` holds the finished ones.
         """
-        ids = list(range(len(prompts))) if sample_ids is None else [int(i) for i in sample_ids]
-        self._check(prompts, params, ids)
+        self.sample_ids = range(len(prompts)) if sample_ids is None else sample_ids
+        self._check(prompts, params)
         if not prompts:
             return []
-        self.update_weights()
+        self.load_weights()
         self._allocate()
-        run = Run(
-            prompts,
-            params,
-            ids,
-            self._constants(params),
-            on_finish,
-            tqdm(
-                total=len(prompts) * params.n,
-                disable=not progress,
-                unit="sample",
-                dynamic_ncols=True,
-            ),
-        )
-        every = self.sync_every or (8 if self.device.type == "cuda" else 1)
+        self.prompts, self.params = prompts, params.on(self.device, self.model.banned_ids)
+        self.waiting = deque((i, j) for i in range(len(prompts)) for j in range(params.n))
+        self.prefilled: dict[int, tuple] = {}  # prompt → its KV, last hidden state, rope delta
+        self.running: list[Completion | None] = []  # by slot; None: just ended
+        self.lengths: list[int] = []  # by slot: cached tokens, or more after its end
+        self.stats = dict.fromkeys(("prefill_seconds", "prefill_tokens", "decode_seconds"), 0.0)
+        self.graph = self._graph()
+        finished, begin = [], time.perf_counter()
+        total = len(self.waiting)
+        bar = tqdm(total=total, disable=not progress, unit="sample", dynamic_ncols=True)
         try:
-            self._record_graphs(run)
-            while run.unfinished:
-                self._admit(run)
-                begin = time.perf_counter()
-                for _ in range(every):
-                    self._step(run)
-                self._collect(run)
-                run.decode_seconds += time.perf_counter() - begin
+            while len(finished) < total:
+                self._admit()
+                start = time.perf_counter()
+                for _ in range(self.sync_every or (8 if self.device.type == "cuda" else 1)):
+                    self._step()
+                ended = self._collect()
+                self.stats["decode_seconds"] += time.perf_counter() - start
+                bar.update(len(ended))
+                for completion in ended:
+                    finished.append(completion)
+                    if on_finish is not None:
+                        on_finish(completion)
         except (KeyboardInterrupt, torch.OutOfMemoryError) as e:
             if isinstance(e, torch.OutOfMemoryError):
+                gb = self.slots.kv.nbytes / 1e9
+                half = self.usable // 2
                 e.add_note(
-                    f"sampling with {self.usable} slots of {self.capacity} tokens, "
-                    f"{self.slots.kv.nbytes / 1e9:.3g} GB of KV cache; slots={self.usable // 2} frees half of it"
+                    f"{self.usable} slots of {self.max_len} tokens are {gb:.3g} GB of KV cache; "
+                    f"--slots {half} halves it"
                 )
-            e.rollouts = run.finished
+            e.completions = finished
             raise
         finally:
-            run.bar.close()
-            self.stats = run.stats()
-        return sorted(run.finished, key=lambda r: (r.prompt_index, r.sample_index))
+            bar.close()
+            self.prefilled = self.prompts = None
+            self.stats["seconds"] = time.perf_counter() - begin
+            self.stats["decode_tokens"] = sum(len(c.tokens) for c in finished)
+        return sorted(finished, key=lambda c: (c.prompt_index, c.sample_index))
 
-    def _check(self, prompts, params, ids) -> None:
-        vocab, images = self.config.vocab_size, self.model.visual is not None
-        if len(ids) != len(prompts):
-            raise ValueError(f"{len(ids)} sample_ids for {len(prompts)} prompts; give one a prompt")
+    def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        vocab = self.config.vocab_size
+        if len(self.sample_ids) != len(prompts):
+            raise ValueError(f"{len(self.sample_ids)} sample_ids for {len(prompts)} prompts")
         for i, prompt in enumerate(prompts):
-            if not len(prompt.tokens):
-                raise ValueError(f"prompt {i} is empty; it needs one token at least")
-            if len(prompt.tokens) + params.max_new_tokens > self.capacity:
+            length = len(prompt.tokens)
+            if not length:
+                raise ValueError(f"prompt {i} is empty; it needs at least one token")
+            if length + params.max_new_tokens > self.max_len:
                 raise ValueError(
-                    f"prompt {i}: {len(prompt.tokens)} tokens + max_new_tokens {params.max_new_tokens} "
-                    f"are more than the sampler's max_len {self.capacity}"
+                    f"prompt {i}: {length} tokens + max_new_tokens {params.max_new_tokens} exceed "
+                    f"the sampler's max_len {self.max_len}"
                 )
             if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab:
+                raise ValueError(f"prompt {i}: token ids not in 0 … {vocab - 1}; wrong tokenizer?")
+            if prompt.pixel_values is not None and self.model.visual is None:
                 raise ValueError(
-                    f"prompt {i} holds token ids outside 0 … {vocab - 1}; wrong tokenizer?"
-                )
-            if prompt.pixel_values is not None and not images:
-                raise ValueError(
-                    f"prompt {i} has images, but the model was built without its vision tower; build it "
-                    "with with_vision=True"
+                    f"prompt {i} has images, but the model was built without its vision tower; "
+                    "build it with with_vision=True"
                 )
 
-    def _record_graphs(self, run: "Run") -> None:
+    def _graph(self) -> Graphs | None:
+        """The recorded decode step on CUDA; one for each set of parameters that it depends on."""
         if self.device.type != "cuda":
-            return
-        values = [
-            x.tolist() if isinstance(x, torch.Tensor) else x for x in vars(run.constants).values()
-        ]
-        if self.graphs is None or self.graphs_for[0] != values:
-            self.graphs, self.graphs_for = (
-                None,
-                (values, run.constants),
-            )  # whose tensors the graphs read
-            self.graphs = Graphs(
-                lambda rows: decode_step(
-                    self.decoder, self.angles, self.slots.first(rows), run.constants
-                ),
-                len(self.slots.rows),
-            )
+            return None
+        p, exit = self.params, self.params.forced_exit
+        lists = (p.stop_ids, p.banned_ids, exit and exit.tokens)
+        lists = tuple(None if x is None else tuple(x.tolist()) for x in lists)
+        key = (p.temperature, p.top_k, p.top_p, *lists)
+        key += (exit.budget, exit.answer_budget) if exit else ()
+        if key not in self.graphs:
 
-    def _prefill(self, run: "Run") -> None:
-        """Stage the next prompts: as many as fit a packed pass of `prefill_tokens`, one at least."""
+            def step(rows: int) -> None:
+                decode_step(self.decoder, self.angles, self.slots.first(rows), p)
+
+            self.graphs[key] = Graphs(step, len(self.slots.done))
+        return self.graphs[key]
+
+    def _prefill(self, first: int) -> None:
+        """Prefill prompts from `first` on: as many as fit in `prefill_tokens`, at least one."""
         begin, c = time.perf_counter(), self.config
-        budget = self.prefill_tokens or (16384 if self.device.type == "cuda" else 1024)
-        chosen, room = [run.next_prompt], budget - len(run.prompts[run.next_prompt].tokens)
-        while (n := chosen[-1] + 1) < len(run.prompts) and (
-            room := room - len(run.prompts[n].tokens)
-        ) >= 0:
-            chosen.append(n)
-        run.next_prompt = n
-        prompts = [run.prompts[i] for i in chosen]
+        room = self.prefill_tokens or (16384 if self.device.type == "cuda" else 1024)
+        end = first + 1
+        room -= len(self.prompts[first].tokens)
+        while end < len(self.prompts) and (room := room - len(self.prompts[end].tokens)) >= 0:
+            end += 1
+        prompts = self.prompts[first:end]
         tokens = torch.cat([torch.as_tensor(p.tokens) for p in prompts])  # (T,)
         positions, deltas = zip(*(self._positions(p) for p in prompts))
-        cu = torch.tensor([0, *(len(p.tokens) for p in prompts)]).cumsum(0).int()
-        pictured = [p for p in prompts if p.pixel_values is not None]
-        images = [
-            torch.cat([getattr(p, name) for p in pictured])
-            for name in ("pixel_values", "grid_thw")
-            if pictured
-        ]
-        m, longest, on_device = self.decoder.model, int(cu.diff().max()), cu.to(self.device)
+        ends = torch.tensor([0, *(len(p.tokens) for p in prompts)]).cumsum(0).int()
+        seen = [p for p in prompts if p.pixel_values is not None]
+        images = [torch.cat([p.pixel_values for p in seen])] if seen else []
+        images += [torch.cat([p.grid_thw for p in seen])] if seen else []
+        m, longest, cu = self.decoder.model, int(ends.diff().max()), ends.to(self.device)
         x, deepstack = self.model.embed(tokens.to(self.device), *images)  # (T, C)
         x = x.to(self.slots.kv.dtype)
         cos, sin = rope_cos_sin(torch.cat(positions, dim=1).to(self.device), c)
         kv = x.new_empty(2, len(m.layers), len(tokens), c.num_key_value_heads, c.head_dim)
         for i, layer in enumerate(m.layers):
 
-            def attention(q, k, v, i=i):
+            def attn(q, k, v, i=i):
                 kv[0, i], kv[1, i] = k, v
-                return attend(q, k, v, on_device, longest, causal=True)
+                return attend(q, k, v, cu, longest, causal=True)
 
-            x = through(layer, x, cos, sin, attention)
+            x = block_forward(layer, x, cos, sin, attn)
             if i < len(deepstack):
                 rows, extra = deepstack[i]
                 x = x.index_add(0, rows, extra.to(x.dtype))
-        last = m.norm(x[on_device[1:].long() - 1])  # (prompts, C)
-        run.staged.extend(
-            Staged(i, kv[:, :, a:b], h, d)
-            for i, a, b, h, d in zip(chosen, cu[:-1].tolist(), cu[1:].tolist(), last, deltas)
-        )
-        run.prefill_seconds += time.perf_counter() - begin
-        run.prefill_tokens += len(tokens)
+        last = m.norm(x[cu[1:].long() - 1])  # (prompts, C)
+        for i, (a, b) in enumerate(zip(ends.tolist(), ends[1:].tolist())):
+            self.prefilled[first + i] = (kv[:, :, a:b], last[i], deltas[i])
+        self.stats["prefill_seconds"] += time.perf_counter() - begin
+        self.stats["prefill_tokens"] += len(tokens)
 
-    def _positions(self, prompt: PromptLike) -> tuple[torch.Tensor, int]:
+    def _positions(self, prompt: Prompt) -> tuple[torch.Tensor, int]:
         if prompt.grid_thw is None:
             return torch.arange(len(prompt.tokens)).expand(3, -1), 0
         return mrope_positions(
@@ -551,142 +665,61 @@ class Sampler:
             merge_size=self.config.vision.spatial_merge_size,
         )
 
-    def _admit(self, run: "Run") -> None:
-        """Fill free slots with waiting samples, then close the holes that are left."""
-        s, rows, p = self.slots, [], run.params
-        free = [i for i, x in enumerate(run.live) if x is None] + list(
-            range(len(run.live), self.usable)
-        )
-        while free and run.waiting:
-            if not run.staged:
-                self._prefill(run)
-            staged = run.staged[0]
-            length = staged.kv.shape[2]
-            slot, free = free[0], free[1:]
-            s.set_kv(slot, staged.kv, length + p.max_new_tokens)
-            s.hidden[slot] = staged.hidden
-            key = sample_key(p.seed, run.ids[staged.prompt], staged.started)
-            rows.append(
-                (
-                    slot,
-                    dict(
-                        length=length,
-                        delta=staged.delta,
-                        count=0,
-                        limit=p.max_new_tokens,
-                        close=0,
-                        hold=0,
-                        exit_at=-1,
-                        done=0,
-                        key=key,
-                    ),
-                )
-            )
-            if slot == len(run.live):
-                run.live.append(None)
-            run.live[slot] = Live(staged.prompt, staged.started, length, length)
-            staged.started += 1
-            if staged.started == p.n:
-                run.staged.popleft()
-        if rows:
-            at = torch.tensor([slot for slot, _ in rows], device=self.device)
-            s.state[:, at] = torch.tensor(
-                [[r[name] for _, r in rows] for name in STATE], device=self.device
-            )
-        while None in run.live:
-            hole, last = run.live.index(None), run.live.pop()
+    def _admit(self) -> None:
+        """Start waiting samples in free slots, then close the holes that are left."""
+        s, p, running, new = self.slots, self.params, self.running, []
+        free = [i for i, c in enumerate(running) if c is None]
+        free += range(len(running), self.usable)
+        while free and self.waiting:
+            slot, (prompt, sample), free = free[0], self.waiting.popleft(), free[1:]
+            if prompt not in self.prefilled:
+                self._prefill(prompt)
+            kv, hidden, delta = self.prefilled[prompt]  # (2, L, P, Hkv, D), (C,)
+            if sample == p.n - 1:
+                del self.prefilled[prompt]
+            length = kv.shape[2]
+            s.kv[:, :, slot, :length], s.hidden[slot] = kv, hidden
+            new.append((slot, length, delta, sample_key(p.seed, self.sample_ids[prompt], sample)))
+            running[slot : slot + 1] = [Completion(prompt, sample, length)]
+            self.lengths[slot : slot + 1] = [length]
+        if new:
+            slots, lengths, deltas, keys = (list(x) for x in zip(*new))
+            s.start(slots, lengths, deltas, p.max_new_tokens, keys)
+        while None in running:
+            hole, last, length = running.index(None), running.pop(), self.lengths.pop()
             if last is not None:
-                s.move(len(run.live), hole, last.length, last.length - last.prompt_tokens)
-                run.live[hole] = last
+                s.move(len(running), hole, length, length - last.prompt_tokens)
+                running[hole], self.lengths[hole] = last, length
 
-    def _step(self, run: "Run") -> None:
-        rows = len(run.live)
-        if self.graphs is not None:
-            self.graphs.replay(rows)
+    def _step(self) -> None:
+        rows = len(self.running)
+        if self.graph is not None:
+            self.graph.replay(rows)
         else:
             rows = max(rows, self.min_rows)
-            bounds = [x.length for x in run.live] + [0] * (rows - len(run.live))
-            decode_step(self.decoder, self.angles, self.slots.first(rows), run.constants, bounds)
-        for x in run.live:
-            x.length += 1
+            bounds = self.lengths + [0] * (rows - len(self.running))
+            decode_step(self.decoder, self.angles, self.slots.first(rows), self.params, bounds)
+        self.lengths = [n + 1 for n in self.lengths]
 
-    def _collect(self, run: "Run") -> None:
-        """Hand out the samples that have ended and free their slots. The one place where the host waits for the GPU."""
-        s = self.slots.first(len(run.live))
-        done, count, exit_at = torch.stack([s.done, s.count, s.exit_at]).tolist()
-        ended = [i for i, d in enumerate(done) if d]
+    def _collect(self) -> list[Completion]:
+        """Take out the samples that ended. The one place where the host waits for the GPU."""
+        s, p, rows = self.slots, self.params, len(self.running)
+        done, count, exit_at = s.state[:, :rows].cpu()[[7, 2, 6]].tolist()
+        ended = [i for i in range(rows) if done[i]]
         if not ended:
-            return
-        at, longest = torch.tensor(ended, device=self.device), max(count[i] for i in ended)
-        tokens, logprobs = (
-            s.tokens[at, :longest].cpu().numpy(),
-            s.logprobs[at, :longest].cpu().numpy(),
-        )
+            return []
+        longest = max(count[i] for i in ended)
+        tokens, logprobs = (t[ended, :longest].cpu().numpy() for t in (s.tokens, s.logprobs))
+        stops = set() if p.stop_ids is None else set(p.stop_ids.tolist())
+        completions = []
         for i, t, l in zip(ended, tokens, logprobs):
-            run.finish(run.live[i], t[: count[i]], l[: count[i]], exit_at[i])
-            self.slots.ended(i, run.live[i].length)
-            run.live[i] = None
-
-
-class Run:
-    """Where a call of `generate` stands."""
-
-    def __init__(
-        self,
-        prompts,
-        params: SamplingParams,
-        ids: list[int],
-        constants: SimpleNamespace,
-        on_finish,
-        bar,
-    ):
-        self.prompts, self.params, self.ids, self.constants = prompts, params, ids, constants
-        self.on_finish, self.bar = on_finish, bar
-        self.next_prompt = 0  # the first that has not been prefilled
-        self.staged: deque[Staged] = deque()
-        self.live: list[Live | None] = []  # by slot; None: ended, to be refilled or closed
-        self.finished: list[Rollout] = []
-        self.start = time.perf_counter()
-        self.prefill_seconds = self.decode_seconds = 0.0
-        self.prefill_tokens = self.decode_tokens = 0
-
-    @property
-    def waiting(self) -> bool:
-        """Is there a sample that has not started?"""
-        return bool(self.staged) or self.next_prompt < len(self.prompts)
-
-    @property
-    def unfinished(self) -> bool:
-        return self.waiting or any(x is not None for x in self.live)
-
-    def finish(self, live: Live, tokens: np.ndarray, logprobs: np.ndarray, exit_at: int) -> None:
-        """tokens, logprobs (count,) of an ended sample; exit_at: where its forced tokens begin, -1: none."""
-        mask = np.ones(len(tokens), dtype=bool)
-        if exit_at >= 0:
-            mask[exit_at : exit_at + len(self.params.exit_tokens)] = False
-        reason = "stop" if tokens[-1] in self.params.stop_ids and mask[-1] else "length"
-        rollout = Rollout(
-            live.prompt,
-            live.sample,
-            tokens.tolist(),
-            logprobs.copy(),
-            mask,
-            reason if exit_at < 0 else "forced+" + reason,
-            live.prompt_tokens,
-        )
-        self.finished.append(rollout)
-        self.decode_tokens += len(tokens)
-        speed = self.decode_tokens / (time.perf_counter() - self.start)
-        self.bar.set_postfix_str(f"{speed:.0f} tok/s, {len(self.live)} slots busy", refresh=False)
-        self.bar.update()
-        if self.on_finish is not None:
-            self.on_finish(rollout)
-
-    def stats(self) -> dict[str, float]:
-        return {
-            "seconds": time.perf_counter() - self.start,
-            "prefill_seconds": self.prefill_seconds,
-            "decode_seconds": self.decode_seconds,
-            "prefill_tokens": self.prefill_tokens,
-            "decode_tokens": self.decode_tokens,
-        }
+            c, self.running[i] = self.running[i], None
+            c.tokens, c.logprobs = t[: count[i]].tolist(), l[: count[i]].copy()
+            if exit_at[i] >= 0:
+                inserted = min(len(p.forced_exit.tokens), count[i] - exit_at[i])
+                c.forced_at, c.forced_tokens = exit_at[i], inserted
+            stopped = c.tokens[-1] in stops and c.mask[-1]
+            c.finish_reason = "forced+" * (exit_at[i] >= 0) + ("stop" if stopped else "length")
+            s.free(i, self.lengths[i])
+            completions.append(c)
+        return completions

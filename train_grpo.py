@@ -1,914 +1,696 @@
 """Stage two of X-Reasoner: GRPO on text-only problems with an exact 1/0 reward.
 
     torchrun --nproc_per_node=8 train_grpo.py --model runs/sft/final --data orz57k.jsonl --out runs/grpo
-    python train_grpo.py --model DIR --data problems.jsonl --out runs/try --steps 20 --prompts 8 --max_new_tokens 256
+    python train_grpo.py --model DIR --data problems.jsonl --out runs/try --steps 20 --prompts 8
 
-One step: take `prompts` problems → `group` rollouts of each, graded while others still decode → advantages within each
-group → clipped loss over all sampled tokens of the step → AdamW → the new weights sample the next step.
+A step: `prompts` problems → `group` rollouts of each, graded while others still decode → advantages
+within each group → clipped loss over all sampled tokens → AdamW → the next step samples from the new
+weights. Defaults are the paper's (arXiv 2505.03981, section 2.3, appendix B.2); where it is silent
+or contradicts itself, --help says what we took.
 
-The defaults are the paper's recipe (arXiv 2505.03981, section 2.3 and appendix B.2). Where it is silent or contradicts
-itself the field's own --help says what we took. Read in this order: `group_advantages` (advantage), `policy_loss`
-(ratio and clip), `kl_estimate`, `token_weights` (the normaliser), `micro_batch_loss` (all of them together), `update`,
-`train`. Where the rollouts come from: roller.py.
+OUT/final           the trained model            OUT/metrics.jsonl   one line a step
+OUT/best            best on --eval_data          OUT/eval.jsonl      evaluations during training
+OUT/export/step_N   see --export_every           OUT/rollouts        every sample, a file a step
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import ClassVar, Iterator, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
 from core import attention, optim
-from core.checkpoint import require_space, save_state
-from core.checkpoint import resume as resume_state
-from core.parallel import World, all_any, all_gather_objects, all_max, all_sum, init
+from core.checkpoint import require_space, resume, save_state
+from core.parallel import World, all_any, all_gather_objects, all_max, all_sum, gathered, init
 from core.run import (
     Run,
     StopRequest,
     hash_files,
     header,
+    memory_gib,
     option,
     parse_config,
     quiet_garbage_collection,
     run_and_exit,
     script,
 )
+from core.samples import Sample, generate_and_grade, problem_seed, write_samples
 from core.vision import ImageConfig
 from core.weights import export_hf
 from data import (
-    attention_cost,
-    balance,
+    RolloutBatch,
     image_token_count,
     load_problems,
     load_tokenizer,
-    pack_plan,
     prompt_tokens,
+    render_problem,
+    rollout_batches,
 )
 from model import Model, build_model, resolve_model_dir
 from rewards import Grader
-from roller import Roller, Rollouts, rollout_figures, speed
-from rollouts import (
-    RolloutBatch,
-    Sample,
-    banned_token_ids,
-    collate_samples,
-    empty_rollouts,
-    write_samples,
+from sampler import ForcedExit, Sampler, SamplingParams, banned_token_ids, stop_token_ids
+
+DATA, GOAL, SAMPLE, OPTIM, MEMORY, RUN = (
+    partial(option, group=g)
+    for g in ("data", "objective", "sampling", "optimizer", "memory and speed", "run")
 )
+MOST_BATCHES = 8  # sampled for one step at most under --zero_variance refill
 
 
 @dataclass
 class Config:
-    CHANGEABLE: ClassVar[set[str]] = {
-        "epochs",
-        "steps",
-        "graders",
-        "offload_optimizer",
-        "keep_sampler",
-        "save_every",
-        "keep_last",
-        "max_bad_steps",
-        "max_reward_errors",
-        "reward_deadline",
-        "eval_every",
-    }  # in a resumed run
+    CHANGEABLE: ClassVar[set[str]] = {  # on resume: what does not change the method
+        *("epochs", "steps", "micro_tokens", "checkpointing", "compile", "slots", "kv_gb"),
+        *("graders", "reward_deadline", "max_reward_errors", "offload_optimizer", "keep_sampler"),
+        *("save_every", "keep_last", "export_every", "eval_data", "eval_every", "eval_n"),
+        *("max_bad_steps", "resume"),
+    }
 
-    model: str = option(
-        MISSING, "model directory or hub id to start from, usually OUT/final of train_sft.py"
+    model: str = DATA(MISSING, "model directory or hub id to start from, often SFT's OUT/final")
+    data: list[str] = DATA(MISSING, "jsonl file(s) of problems, see `python -m tools.check`")
+    out: str = DATA(MISSING, "run directory")
+    eval_data: list[str] = DATA([], "problems to evaluate on; the best model goes to OUT/best")
+    prompt_style: str = DATA("train", "train: the paper's; kind: its evaluation prompts; plain")
+    max_prompt_tokens: int = DATA(2048, "longer prompts are left out and counted", ge=1)
+    skip_bad_rows: bool = DATA(False, "train without the rows that fail the check")
+    reward: str = DATA("", "module:function(problem, completion, finish_reason) → number")
+
+    advantage: Literal["grpo", "mean_only", "rloo"] = GOAL(
+        "grpo", "grpo: (r - mean) / std (paper); mean_only: Dr. GRPO; rloo: leave-one-out mean"
     )
-    data: list[str] = option(MISSING, "jsonl file(s) of problems, see `python -m tools.check`")
-    out: str = option(
-        MISSING, "run directory; OUT/final is the trained model, OUT/rollouts every sample"
+    loss: Literal["ppo_clip", "gspo", "cispo"] = GOAL(
+        "ppo_clip", "gspo: with --aggregation seq_mean_token_mean and clips around 3e-4"
     )
-    epochs: int = option(
-        3, "passes over the problems (paper: 3 in the text, 'until convergence' in its appendix)"
+    clip_low: float = GOAL(0.2, "clip the ratio below 1 - clip_low", ge=0, le=1)
+    clip_high: float = GOAL(0.2, "clip above 1 + clip_high (paper: 0.2; DAPO: 0.28)", ge=0)
+    dual_clip: float = GOAL(3.0, "bound of the loss at A < 0, 0: none (verl: 3)", ge=0)
+    aggregation: Literal["token_mean", "seq_mean_token_mean", "constant"] = GOAL(
+        "token_mean", "normaliser, see the equation in train_grpo.py; constant: Dr. GRPO"
     )
-    steps: int = option(-1, "steps, overrides --epochs; -1: by epochs")
-    prompts: int = option(128, "problems a step (paper: batch 128, taken as prompts, not samples)")
-    group: int = option(8, "rollouts of each problem (paper: 8)")
-    max_new_tokens: int = option(4096, "longest completion (paper: 4096)")
-    max_prompt_tokens: int = option(
-        2048, "longer prompts are left out and counted (paper: not stated)"
+    kl_coef: float = GOAL(0.01, "weight of the KL (paper: 0.01); 0: no reference model", ge=0)
+    kl: Literal["k1", "k2", "k3"] = GOAL("k3", "KL estimator; k1 has no gradient on average")
+    entropy_coef: float = GOAL(0.0, "weight of an entropy bonus", ge=0)
+    tis_cap: float = GOAL(0.0, "importance weight of trainer/sampler, at most this; 0: off", ge=0)
+    old_logprobs: Literal["trainer", "sampler"] = GOAL("trainer", "denominator of the ratio")
+    overlong_masking: bool = GOAL(False, "leave truncated samples out of the loss")
+    overlong_buffer: int = GOAL(
+        0, "reward falls to -1 over this many tokens before the limit (DAPO); 0: off", ge=0
     )
-    prompt_style: str = option(
-        "train",
-        "instruction before each question: train (the paper's), kind (the paper's for "
-        "evaluation), plain (none)",
+    zero_variance: Literal["keep", "drop", "refill"] = GOAL(
+        "keep", "groups of equal rewards; refill: replace them (DAPO's dynamic sampling)"
     )
-    temperature: float = option(
-        1.0, "of sampling and of every log-probability (paper: 1); no top-p or top-k here"
+
+    prompts: int = SAMPLE(128, "problems a step (paper: batch 128)", ge=1)
+    group: int = SAMPLE(8, "rollouts of each problem (paper: 8)", ge=2)
+    max_new_tokens: int = SAMPLE(4096, "longest completion (paper: 4096)", ge=1, le=131_072)
+    temperature: float = SAMPLE(1.0, "of sampling and of every log-probability", gt=0)
+    think_budget: int = SAMPLE(0, "force </think> after this many tokens; 0: never", ge=0)
+    graders: int = SAMPLE(2, "grading processes a rank", ge=1)
+    reward_deadline: float = SAMPLE(5.0, "seconds until a reward is killed and counts 0", gt=0)
+    max_reward_errors: float = SAMPLE(
+        0.5, "stop when more than this share of a step's rewards fails; 1: never", ge=0, le=1
     )
-    think_budget: int = option(
-        0, "force </think> after so many tokens, 0: never (paper: at evaluation only)"
-    )
-    # objective
-    advantage: Literal["grpo", "mean_only", "batch_std", "rloo"] = option(
-        "grpo",
-        "grpo: (r - mean) / std of the group (paper); mean_only: Dr. GRPO; batch_std: std over the step; rloo: "
-        "leave-one-out mean",
-    )
-    loss: Literal["ppo_clip", "gspo", "cispo"] = option(
-        "ppo_clip",
-        "policy loss (paper: ppo_clip); use gspo with "
-        "--aggregation seq_mean_token_mean and clips around 3e-4",
-    )
-    clip_low: float = option(0.2, "ratio is clipped below 1 - clip_low (paper: 0.2)")
-    clip_high: float = option(
-        0.2,
-        "ratio is clipped above 1 + clip_high (paper: 'higher' in the text, value never "
-        "given; 0.2 in its appendix. DAPO: 0.28)",
-    )
-    dual_clip: float = option(
-        3.0,
-        "ppo_clip: bound of the loss at negative advantage, 0: off (paper: silent; verl, "
-        "which it forked, has 3)",
-    )
-    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = (
-        option(
-            "token_mean",
-            "token_mean: over all tokens of the step (paper's text; its equation shows "
-            "seq_mean_token_mean); constant: sum / (samples × max_new_tokens), Dr. GRPO",
-        )
-    )
-    kl_coef: float = option(
-        0.01,
-        "weight of the KL to the starting model in the loss; 0: no reference model is loaded "
-        "(paper: 0.01 in its appendix, 'reduced or removed' in the text)",
-    )
-    kl: Literal["k1", "k2", "k3"] = option(
-        "k3",
-        "KL estimator (paper: silent; verl's default is k3). k1's gradient in "
-        "the loss is zero on average; k2 has the gradient of KL(policy || reference)",
-    )
-    entropy_coef: float = option(0.0, "weight of an entropy bonus (paper: none mentioned)")
-    tis_cap: float = option(
-        0.0, "truncated importance sampling of the sampler/trainer gap: weight min(w, cap), 0: off"
-    )
-    tis_mask: bool = option(
-        False, "with --tis_cap: drop tokens with w outside [1/cap, cap] instead of truncating"
-    )
-    old_logprobs: Literal["trainer", "sampler"] = option(
-        "trainer",
-        "denominator of the ratio: the trainer's own forward "
-        "(free when --updates is 1), or the sampler's (bypass)",
-    )
-    updates: int = option(
-        1, "optimizer steps per batch of rollouts (paper: silent); 1 is exactly on-policy"
-    )
-    overlong_masking: bool = option(
-        False, "leave truncated samples out of the loss and of its denominator"
-    )
-    overlong_buffer: int = option(
-        0,
-        "soft overlong penalty (DAPO): reward falls linearly to -1 over the last so many "
-        "tokens before max_new_tokens, 0: off",
-    )
-    zero_variance: Literal["keep", "drop", "refill"] = option(
-        "keep",
-        "groups with equal rewards: keep in the denominator (paper: nothing else mentioned), drop, or refill: "
-        "drop, and sample further problems until --prompts groups have spread (dynamic sampling)",
-    )
-    # optimizer
-    lr: float = option(3e-6, "learning rate (paper: 3e-6)")
-    schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "after warmup (paper: silent)"
-    )
-    warmup_ratio: float = option(0.1, "share of steps with linearly rising lr (paper: 0.1)")
-    weight_decay: float = option(0.01, "AdamW weight decay on matrices (paper: 0.01)")
-    grad_clip: float = option(1.0, "clip the global gradient norm (paper: 1)")
-    seed: int = option(
-        0, "order of the problems and, with (step, problem, sample), every sampled token"
-    )
-    # machinery
-    micro_tokens: int = option(
-        16384, "tokens of one packed micro-batch, or those of the longest sample, if more"
-    )
-    slots: int = option(0, "samples decoded at once on a rank, 0: by --kv_gb")
-    kv_gb: float = option(0.0, "memory for the KV cache in GB a rank, 0: a share of what is free")
-    keep_sampler: bool = option(
-        False,
-        "keep KV memory and CUDA graphs while training: saves setting them up each "
-        "step (always so on CPU)",
-    )
-    reward: str = option(
-        "",
-        "module:function(problem, completion, finish_reason) → number, instead of the built-in one",
-    )
-    reward_deadline: float = option(
-        5.0, "seconds after which a grading process is killed; its sample gets 0"
-    )
-    max_reward_errors: float = option(
-        1.0,
-        "stop before training on a step of which more than this share of the rewards "
-        "raised, hung or were no number (each is a reward of 0 and counted); 1: never",
-    )
-    graders: int = option(2, "grading processes a rank")
-    dtype: Literal["auto", "bf16", "fp32"] = option(
-        "auto", "compute dtype; auto: bf16 on CUDA, fp32 on CPU"
-    )
-    adam_dtype: Literal["fp32", "bf16"] = option("fp32", "AdamW moments; bf16 saves 28 GiB at 7B")
-    offload_optimizer: bool = option(
-        False, "keep optimizer states in host memory while sampling (GPU)"
-    )
-    checkpointing: Literal["none", "matmul", "full"] = option(
-        "full", "activation checkpointing, as in SFT"
-    )
-    compile: bool = option(False, "torch.compile each decoder block")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
-    save_every: int = option(10, "save resumable state every n steps, 0: only when stopped")
-    keep_last: int = option(2, "checkpoints to keep")
-    max_bad_steps: int = option(5, "stop after this many non-finite steps in a row")
-    skip_bad_rows: bool = option(False, "train without the rows that fail the check")
-    eval_data: list[str] = option(
-        [], "problems to evaluate on, before the first step and every --eval_every"
-    )
-    eval_every: int = option(20, "evaluate every n steps")
-    eval_n: int = option(0, "samples a problem for avg@n beside greedy, 0: greedy only")
-    replay: str = option(
-        "",
-        "train on the rollouts that another run saved (its OUT), without sampling; with other "
-        "settings than that run's they are off-policy: pass --old_logprobs sampler",
-    )
-    rollout_only: bool = option(False, "sample and save rollouts, train nothing, save no model")
+
+    epochs: int = OPTIM(3, "passes over the problems (paper: 3)", ge=1)
+    steps: int | None = OPTIM(None, "steps, instead of --epochs", ge=1)
+    updates: int = OPTIM(1, "optimizer steps per batch of rollouts; 1: on-policy", ge=1)
+    lr: float = OPTIM(3e-6, "learning rate (paper: 3e-6)", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = OPTIM("constant", "after warmup")
+    warmup_ratio: float = OPTIM(0.1, "share of steps with rising lr (paper: 0.1)", ge=0, le=1)
+    weight_decay: float = OPTIM(0.01, "AdamW weight decay on matrices (paper: 0.01)", ge=0)
+    grad_clip: float = OPTIM(1.0, "clip the global gradient norm (paper: 1)", ge=0)
+
+    micro_tokens: int = MEMORY(16384, "tokens of a micro-batch, or its one longer sample's", ge=1)
+    slots: int | None = MEMORY(None, "samples decoded at once on a rank, default by --kv_gb", ge=1)
+    kv_gb: float | None = MEMORY(None, "GB of KV cache a rank, default 80% of what is free", gt=0)
+    keep_sampler: bool = MEMORY(False, "keep KV memory and CUDA graphs while training")
+    dtype: Literal["auto", "bf16", "fp32"] = MEMORY("auto", "auto: bf16 on CUDA, fp32 on CPU")
+    adam_dtype: Literal["fp32", "bf16"] = MEMORY("fp32", "AdamW moments; bf16 saves 28 GiB at 7B")
+    offload_optimizer: bool = MEMORY(False, "optimizer states in host memory while sampling")
+    checkpointing: Literal["none", "matmul", "full"] = MEMORY("full", "activations, as in SFT")
+    compile: bool = MEMORY(False, "torch.compile each decoder block")
+    device: Literal["auto", "cpu", "cuda"] = MEMORY("auto", "where to run")
+
+    seed: int = RUN(0, "order of problems; with (step, problem, sample) every sampled token")
+    resume: str = RUN("auto", "checkpoint to start from when OUT has none")
+    save_every: int = RUN(10, "save resumable state every n steps; 0: only at the end", ge=0)
+    keep_last: int = RUN(2, "checkpoints to keep", ge=1)
+    export_every: int = RUN(0, "write a model directory every n steps; 0: never", ge=0)
+    max_bad_steps: int = RUN(5, "stop after this many non-finite steps in a row", ge=1)
+    eval_every: int = RUN(20, "evaluate every n steps, and at both ends", ge=1)
+    eval_n: int = RUN(0, "samples a problem for avg@n beside greedy; 0: greedy only", ge=0)
 
     def __post_init__(self):
-        for name in (
-            "prompts",
-            "group",
-            "max_new_tokens",
-            "temperature",
-            "lr",
-            "updates",
-            "micro_tokens",
-            "graders",
-            "reward_deadline",
-            "keep_last",
-            "max_bad_steps",
-            "eval_every",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive")
         if self.prompts % self.updates:
-            raise ValueError(
-                f"--prompts {self.prompts} must be a multiple of --updates {self.updates}"
-            )
+            raise ValueError(f"--prompts {self.prompts}: no multiple of --updates {self.updates}")
         if self.tis_cap and self.old_logprobs == "sampler":
-            raise ValueError(
-                "--tis_cap corrects old (trainer) against sampler log-probabilities; with --old_logprobs "
-                "sampler the ratio already does, and the correction would count twice"
-            )
-        if self.tis_mask and self.tis_cap <= 1:
-            raise ValueError(
-                "--tis_mask keeps weights in [1/cap, cap]: it needs a --tis_cap above 1"
-            )
-        if self.group < 2 and self.advantage != "batch_std":
-            raise ValueError(
-                "--group 1 has nothing to compare with: every advantage would be 0; sample 2 or more"
-            )
+            raise ValueError("--tis_cap with --old_logprobs sampler: the ratio already corrects")
         if self.overlong_buffer > self.max_new_tokens:
-            raise ValueError("--overlong_buffer cannot be longer than --max_new_tokens")
-        if self.rollout_only and (self.replay or self.zero_variance == "refill"):
-            raise ValueError(
-                "--rollout_only samples every group once: leave --replay and --zero_variance refill out"
-            )
+            raise ValueError("--overlong_buffer: longer than --max_new_tokens")
 
 
-# --------------------------------------------------------------------------------------------------- the objective
+# -------------------------------------------------------------------------------- the objective
+#   J = E[ Σ_i Σ_t w_it ( min(r_it A_i, clip(r_it, 1-ε_low, 1+ε_high) A_i) - β KL_it ) ]
+#
+#   A_i   (R_i - mean of its group) / std of its group: how much better than its group sample i did
+#   r_it  π(o_it | q, o_i<t) / π_old(o_it | q, o_i<t), the probability ratio of its token t
+#   KL_it ρ - log ρ - 1 with ρ = π_ref / π at that token (k3)
+#   w_it  the normaliser; n_i = |o_i|, S samples, sums over all ranks and micro-batches:
+#         1 / Σ_j n_j (token_mean), 1 / (S n_i) (seq_mean_token_mean), 1 / (S max_new_tokens)
+#         (constant). Losses [1,1,1,1] and [3]: token_mean 7/5, a mean of rank means would be 2.
 def group_advantages(rewards: torch.Tensor, kind: str, eps: float = 1e-6) -> torch.Tensor:
-    """rewards (P, G), one row a problem → advantages (P, G): how much better than its group each sample did.
+    """rewards (P, G), a row a problem → advantages (P, G).
 
-    grpo: (r - mean) / (std + eps), std unbiased (arXiv 2402.03300); mean_only: r - mean (Dr. GRPO, 2503.20783);
-    batch_std: the std of all rewards of the step (2508.08221); rloo: r - mean of the others (2402.14740).
-    A group of equal rewards gets exactly 0, found by its range: a std of rounding noise would be blown up.
-    [[1, 0, 0]] → grpo [[1.1547, -0.5774, -0.5774]], mean_only [[2/3, -1/3, -1/3]], rloo [[1, -1/2, -1/2]].
+    grpo: (r - mean) / (std + eps), std unbiased (arXiv 2402.03300); mean_only: r - mean (Dr. GRPO,
+    2503.20783); rloo: r - mean of the others (2402.14740). Groups of equal rewards get exactly 0.
+    [[1, 0, 0]] → grpo [[1.1547, -.5774, -.5774]], mean_only [[2/3, -1/3, -1/3]], rloo [[1, -.5, -.5]]
     """
     size = rewards.shape[1]
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if kind == "grpo" and size > 1:
+    if kind == "grpo":
         centred = centred / (rewards.std(dim=1, keepdim=True) + eps)
-    elif kind == "batch_std" and rewards.numel() > 1:
-        centred = centred / (rewards.std() + eps)
     elif kind == "rloo":
         centred = centred * (size / (size - 1))
-    return centred.masked_fill(no_spread(rewards)[:, None], 0.0)
-
-
-def no_spread(rewards: torch.Tensor) -> torch.Tensor:
-    """(P, G) → (P,) bool: groups whose samples all got the same reward and teach nothing."""
-    return rewards.amax(dim=1) == rewards.amin(dim=1)
-
-
-def policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    sequence: torch.Tensor,
-    *,
-    kind: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-) -> tuple[torch.Tensor, dict]:
-    """Loss of each token, to be minimised, and what was clipped. All inputs (R,); sequence: which sample each token is
-    of, counted from 0. Also returned: {"clip_low", "clip_high": whose gradient is cut, "ratio"}, each (R,).
-
-    ratio = exp(logprobs - old_logprobs)
-    ppo_clip: -min(ratio · A, clip(ratio, 1 - clip_low, 1 + clip_high) · A), arXiv 1707.06347; at A < 0 never above
-              -dual_clip · A (1912.09729)
-    gspo:     the same with the ratio of the whole sample, exp(mean over its tokens of the log-ratio), 2507.18071
-    cispo:    -detach(clip(ratio)) · A · logprobs: clips the weight, never the gradient (2506.13585)
-    """
-    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
-    if kind == "gspo":
-        zeros = torch.zeros_like(
-            log_ratio, requires_grad=False
-        )  # an entry a sample, of which there are at most R
-        totals = zeros.index_add(0, sequence, log_ratio.detach())
-        counts = zeros.index_add(0, sequence, torch.ones_like(zeros))
-        # value: the sample's mean; gradient: through each token
-        log_ratio = (totals / counts.clamp(min=1))[sequence] + logprobs - logprobs.detach()
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    if kind == "cispo":
-        loss = -clipped.detach() * advantages * logprobs
-    else:
-        loss = -torch.minimum(ratio * advantages, clipped * advantages)
-        if dual_clip and kind == "ppo_clip":
-            loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
-    return loss, {
-        "clip_low": ((ratio < 1 - clip_low) & (advantages < 0)).float(),
-        "clip_high": ((ratio > 1 + clip_high) & (advantages > 0)).float(),
-        "ratio": ratio.detach(),
-    }
-
-
-def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str) -> torch.Tensor:
-    """Per-token estimate of the KL to the reference, d = logprobs - ref_logprobs: k1 = d, k2 = d²/2, k3 = e^-d + d - 1.
-
-    In the loss their gradients differ (on-policy): k1's is zero on average, k2's is that of KL(policy || reference),
-    k3's that of KL(reference || policy).
-    """
-    d = logprobs - ref_logprobs
-    if kind == "k1":
-        return d
-    return 0.5 * d**2 if kind == "k2" else (-d).clamp(max=20).exp() + d - 1
-
-
-def importance_weights(
-    old_logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, cap: float, mask: bool
-) -> torch.Tensor:
-    """w = exp(trainer - sampler log-probability), detached: corrects for sampling with slightly other numerics.
-    Truncated at `cap`, or with `mask` zero outside [1/cap, cap]. Multiplies the policy loss only."""
-    w = (old_logprobs - sampler_logprobs).detach().clamp(-20, 20).exp()
-    return w * ((w >= 1 / cap) & (w <= cap)) if mask else w.clamp(max=cap)
-
-
-def token_weights(lengths: np.ndarray, kind: str, max_length: int) -> np.ndarray:
-    """The normaliser: the weight of each token of each sample, so that loss = Σ weight · token loss over ALL samples of
-    an update, on whatever rank and in whatever micro-batch they are. lengths (S,) trained tokens; 0: sample left out.
-
-    token_mean 1/Σn; seq_mean_token_mean 1/(S·n); seq_mean_token_sum 1/S; constant 1/(S·max_length).
-    Losses [1,1,1,1] and [3]: token_mean gives 7/5 = 1.4; a mean of micro-batch means would give 2.
-    """
-    counted = lengths > 0
-    sequences, tokens = max(1, int(counted.sum())), max(1, int(lengths.sum()))
-    per_sequence = {
-        "token_mean": np.full(len(lengths), 1 / tokens),
-        "seq_mean_token_mean": 1 / (sequences * np.maximum(lengths, 1)),
-        "seq_mean_token_sum": np.full(len(lengths), 1 / sequences),
-        "constant": np.full(len(lengths), 1 / (sequences * max_length)),
-    }[kind]
-    return np.where(counted, per_sequence, 0.0)
+    # by their range: a std of rounding noise would be blown up
+    return centred.masked_fill((rewards.amax(1) == rewards.amin(1))[:, None], 0.0)
 
 
 def soft_overlong_penalty(length: int, max_length: int, buffer: int) -> float:
-    """0 up to max_length - buffer, then linearly down to -1 at max_length (DAPO, arXiv 2503.14476).
+    """0 up to max_length - buffer, then linearly down to -1 at max_length (DAPO, 2503.14476).
     max 20, buffer 4: 16 → 0, 17 → -0.25, 20 → -1."""
     return -min(1.0, max(0, length - (max_length - buffer)) / buffer) if buffer else 0.0
 
 
-# ------------------------------------------------------------------------------------------------------ the update
-def set_advantages(samples: list[Sample], config: Config) -> None:
-    """Give every sample that is trained on its advantage, from its reward and the overlong penalty."""
-    trained = [s for s in samples if s.trained]
-    if not trained:
+def set_advantages(samples: list[Sample], c: Config) -> None:
+    """From reward and overlong penalty; samples: whole groups, one after the other."""
+    if not samples:
         return
     shaped = [
-        s.reward
-        + soft_overlong_penalty(len(s.tokens), config.max_new_tokens, config.overlong_buffer)
-        for s in trained
+        s.reward + soft_overlong_penalty(len(s.tokens), c.max_new_tokens, c.overlong_buffer)
+        for s in samples
     ]
-    advantages = group_advantages(
-        torch.tensor(shaped, dtype=torch.float64).view(-1, config.group), config.advantage
-    )
-    for s, a in zip(trained, advantages.flatten().tolist()):
+    rewards = torch.tensor(shaped, dtype=torch.float64).view(-1, c.group)
+    for s, a in zip(samples, group_advantages(rewards, c.advantage).flatten().tolist()):
         s.advantage = a
 
 
-def micro_batches(
-    chosen: list[int],
-    samples: list[Sample],
-    prompts: list,
-    config: Config,
-    model: Model,
-    world: World,
-) -> list[RolloutBatch]:
-    """This rank's packed micro-batches of one update on the samples `chosen`, with the weight of every token. Every rank
-    gets equally many; none when no token is trained (then there is no update)."""
-    trained = np.array(
-        [
-            0 if config.overlong_masking and samples[i].truncated else samples[i].trained_tokens
-            for i in chosen
-        ],
-        dtype=np.int64,
-    )
-    weights = dict(zip(chosen, token_weights(trained, config.aggregation, config.max_new_tokens)))
-    chosen = [i for i in chosen if weights[i] > 0]
-    if not chosen:
-        return []
-    lengths = np.array(
-        [len(prompts[samples[i].problem].tokens) + len(samples[i].tokens) for i in chosen]
-    )
-    packs = pack_plan(lengths, max(config.micro_tokens, lengths.max()), seed=0, epoch=0)
-    shares = balance([attention_cost(lengths[p]) for p in packs], world.size)
-    merge = model.config.vision.spatial_merge_size if model.config.vision else 1
-    mine = [
-        collate_samples(
-            [chosen[i] for i in packs[p]],
-            samples,
-            weights,
-            prompts,
-            model.config.image_token_id,
-            merge,
-        )
-        for p in shares[world.rank]
-    ]
-    return mine + [empty_rollouts() for _ in range(max(map(len, shares)) - len(mine))]
-
-
-def score(model: Model, b: RolloutBatch, config: Config, entropy: bool = False):
-    """Log-probabilities (R,) of a micro-batch's trained tokens at the sampling temperature, and entropies or None."""
-    logprobs, entropies = model(
-        b.tokens,
-        b.position_ids,
-        b.cu_seqlens,
-        targets=b.targets,
-        entropy=entropy,
-        temperature=config.temperature,
-        pixel_values=b.pixel_values,
-        grid_thw=b.grid_thw,
-    )
-    rows = (b.targets != -100).nonzero().squeeze(1).to(logprobs.device)
-    return logprobs[rows], entropies[rows] if entropy else None
-
-
-@torch.no_grad()
-def score_before_updates(
-    model: Model, reference: Model | None, updates: list[list[RolloutBatch]], config: Config
-) -> None:
-    """Fill in old_logprobs (when more than one update follows, or the sampler's stand in) and ref_logprobs."""
-    for b in (b for batches in updates for b in batches):
-        if config.old_logprobs == "sampler":
-            b.old_logprobs = b.sampler_logprobs
-        elif len(updates) > 1:
-            b.old_logprobs = score(model, b, config)[0]
-        if reference is not None:
-            b.ref_logprobs = score(reference, b, config)[0]
-
-
-def micro_batch_loss(
-    model: Model, b: RolloutBatch, config: Config, device: torch.device
+def grpo_loss(
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    b: RolloutBatch,
+    tokens: int,
+    samples: int,
+    c: Config,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """This micro-batch's part of the update's loss, and its figures, one (R,) tensor each. Parts add up to the loss over
-    all ranks and micro-batches: the weights' denominator is global, no rank's or micro-batch's own mean."""
-    logprobs, entropy = score(model, b, config, entropy=True)
-    sampler, advantages, weights, sequence = (
-        t.to(device, non_blocking=True)
-        for t in (b.sampler_logprobs, b.advantages, b.weights, b.sequence)
-    )
-    # without old_logprobs this is the policy that sampled: its ratio is 1, and the ratio's gradient is not 0
-    old = logprobs.detach() if b.old_logprobs is None else b.old_logprobs.to(device)
-    policy, clips = policy_loss(
-        logprobs,
-        old,
-        advantages,
-        sequence,
-        kind=config.loss,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
-    )
-    if config.tis_cap:
-        policy = policy * importance_weights(old, sampler, config.tis_cap, config.tis_mask)
-    loss, kl = policy, torch.zeros_like(policy)
+    """-J of a micro-batch: its part of the update's loss (parts add up), and its metrics by token.
+
+    logprobs, entropy (R,): of its sampled tokens; tokens, samples: counts of the whole update.
+    """
+    A, n = b.advantages, b.counts[b.sequence].double()  # (R,): of the token's sample
+    # without old_logprobs this is the policy that sampled: ratio 1, whose gradient is not 0
+    old = logprobs.detach() if b.old_logprobs is None else b.old_logprobs
+    log_ratio = (logprobs - old).clamp(-20, 20)
+    if c.loss == "gspo":  # 2507.18071: exp(mean over the sample); gradient through each token
+        sums = torch.zeros_like(log_ratio).index_add(0, b.sequence, log_ratio.detach())
+        mean = sums[b.sequence] / n.float()
+        log_ratio = mean + logprobs - logprobs.detach()
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
+    if c.loss == "cispo":  # 2506.13585: clips the weight, never the gradient
+        loss = -clipped.detach() * A * logprobs
+    else:
+        loss = -torch.minimum(ratio * A, clipped * A)
+    if c.loss == "ppo_clip" and c.dual_clip:  # 1912.09729
+        loss = torch.where(A < 0, torch.minimum(loss, -c.dual_clip * A), loss)
+    if c.tis_cap:  # corrects for sampling with slightly other numerics
+        loss = loss * (old - b.sampler_logprobs).clamp(-20, 20).exp().clamp(max=c.tis_cap)
+    policy, kl = loss, torch.zeros_like(loss)
     if b.ref_logprobs is not None:
-        kl = kl_estimate(logprobs, b.ref_logprobs, config.kl)
-        loss = loss + config.kl_coef * kl
-    if config.entropy_coef:
-        loss = loss - config.entropy_coef * entropy
-    trainer = logprobs if config.old_logprobs == "sampler" else old
-    gap = (trainer - sampler).detach()
-    figures = {
-        "policy_loss": policy * weights,
-        "tokens": torch.ones_like(policy),
+        d = logprobs - b.ref_logprobs
+        kl = {"k1": d, "k2": 0.5 * d**2, "k3": (-d).clamp(max=20).exp() + d - 1}[c.kl]
+        loss = loss + c.kl_coef * kl
+    if c.entropy_coef:
+        loss = loss - c.entropy_coef * entropy
+    weight = {
+        "token_mean": torch.full_like(n, 1 / tokens),
+        "seq_mean_token_mean": 1 / (samples * n),
+        "constant": torch.full_like(n, 1 / (samples * c.max_new_tokens)),
+    }[c.aggregation].float()
+    difference = ((logprobs if c.old_logprobs == "sampler" else old) - b.sampler_logprobs).detach()
+    metrics = {
+        "policy_loss": policy * weight,
         "entropy": entropy,
         "kl": kl,
-        **clips,
-        "gap": gap.abs(),
-        "gap_k3": gap.exp() - 1 - gap,
+        "clip_ratio/low_mean": ((ratio < 1 - c.clip_low) & (A < 0)).float(),
+        "clip_ratio/high_mean": ((ratio > 1 + c.clip_high) & (A > 0)).float(),
+        "ratio": ratio,
+        "sampling/logp_difference_mean": difference.abs(),
     }
-    return (loss * weights).sum(), {k: v.detach() for k, v in figures.items()}
+    return (loss * weight).sum(), {k: v.detach() for k, v in metrics.items()}
+
+
+# ----------------------------------------------------------------------------------- the update
+def score(
+    model: Model, b: RolloutBatch, c: Config, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities (R,) of a micro-batch's sampled tokens, and entropies (R,) or None."""
+    inputs, rows = b.stream.inputs(), b.stream.supervised_rows
+    logprobs, entropies = model(**inputs, entropy=entropy, temperature=c.temperature)
+    return logprobs[rows], entropies[rows] if entropy else None
 
 
 def update(
     model: Model,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     batches: list[RolloutBatch],
     samples: list[Sample],
-    config: Config,
     lr: float,
+    c: Config,
     world: World,
-) -> tuple[dict, bool]:
-    """One optimizer step. Returns the update's figures, summed over its tokens and ranks, and whether it stepped."""
-    tally = Tally()
-    for b in batches:
-        loss, figures = micro_batch_loss(model, b, config, world.device)
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step on `batches`, this rank's share of `samples`. Returns sums of metrics over
+    the update's tokens on all ranks, and whether the step was taken (the loss was finite)."""
+    tokens = sum(int(s.mask.sum()) for s in samples)
+    sums, most, differences = [], [torch.zeros(2)], {}
+    for b in (b.to(world.device) for b in batches):
+        logprobs, entropy = score(model, b, c, entropy=True)
+        loss, m = grpo_loss(logprobs, entropy, b, tokens, len(samples), c)
         (loss * world.size).backward()  # FSDP averages over ranks
-        tally.add(b, loss.detach(), figures)
-    sums = tally.over_ranks(samples)
+        sums.append(torch.stack([loss.detach(), *(v.sum() for v in m.values())]).double())
+        if len(difference := m["sampling/logp_difference_mean"]):
+            most.append(torch.stack([difference.max(), (m["ratio"] - 1).abs().max()]).cpu())
+            total = difference.new_zeros(len(b.samples)).index_add(0, b.sequence, difference)
+            differences |= zip(b.samples, (total / b.counts).tolist())
+    metrics = dict(zip(["loss", *m], all_sum(*torch.stack(sums).sum(0).tolist())))
+    most = all_max(*torch.stack(most).amax(0).tolist())
+    for part in all_gather_objects(differences):  # rank 0 writes every sample's to disk
+        for i, value in part.items():
+            samples[i].logp_difference = value
     norm, stepped = optim.guarded_step(
-        model, optimizer, lr=lr, max_norm=config.grad_clip, loss=sums["loss"]
+        model, optimizer, lr=lr, max_norm=c.grad_clip, loss=metrics["loss"]
     )
-    return {**sums, "grad_norm": norm}, stepped
-
-
-class Tally:
-    """An update's figures, summed over its micro-batches on the device; read once, at its end."""
-
-    def __init__(self):
-        self.sums, self.most, self.gaps = [], [], []
-
-    def add(self, b: RolloutBatch, loss: torch.Tensor, figures: dict[str, torch.Tensor]) -> None:
-        self.names = ["loss", *figures]
-        self.sums.append(torch.stack([loss, *(v.sum() for v in figures.values())]).double())
-        gap = figures["gap"]
-        if len(gap):
-            self.most.append(torch.stack([gap.max(), (figures["ratio"] - 1).abs().max()]).double())
-            self.gaps.append(
-                (
-                    b.samples,
-                    gap.new_zeros(len(b.samples)).index_add(0, b.sequence.to(gap.device), gap),
-                )
-            )
-
-    def over_ranks(self, samples: list[Sample]) -> dict:
-        """Sums and maxima over micro-batches and ranks; each sample gets its mean |trainer - sampler| as `gap`."""
-        sums = all_sum(*torch.stack(self.sums).sum(0).tolist())
-        most = all_max(*(torch.stack(self.most).amax(0).tolist() if self.most else [0.0, 0.0]))
-        mine = {i: t for chosen, totals in self.gaps for i, t in zip(chosen, totals.tolist())}
-        for part in all_gather_objects(
-            mine
-        ):  # rank 0 writes every sample's gap to the rollout file
-            for i, total in part.items():
-                samples[i].gap = total / samples[i].trained_tokens
-        return {**dict(zip(self.names, sums)), "gap_max": most[0], "ratio_off_one_max": most[1]}
+    maxima = dict(zip(("sampling/logp_difference_max", "ratio_off_one_max"), most))
+    return {**metrics, **maxima, "tokens": tokens, "grad_norm": norm}, stepped
 
 
 def train_on(
     model: Model,
     reference: Model | None,
-    optimizer,
-    rollouts: Rollouts,
+    optimizer: torch.optim.Optimizer | None,
+    samples: list[Sample],
+    prompts: list,
     lr: float,
-    config: Config,
+    c: Config,
     world: World,
-) -> tuple[dict, bool]:
-    """All updates on the rollouts of a step. Returns (figures, every update stepped)."""
-    samples, begin = rollouts.samples, time.perf_counter()
-    groups = np.array([i for i, s in enumerate(samples) if s.trained], dtype=np.int64).reshape(
-        -1, config.group
-    )
-    updates = [
-        micro_batches(part.flatten().tolist(), samples, rollouts.prompts, config, model, world)
-        for part in np.array_split(groups, config.updates)
-    ]
-    updates = [
-        batches for batches in updates if batches
-    ]  # an empty one would still move the weights, by momentum
-    if not updates:
+) -> tuple[dict[str, float], bool]:
+    """All updates on a step's trained samples → (metrics, every update was taken)."""
+    begin, parts, vision = time.perf_counter(), [], model.config.vision
+    images = (model.config.image_token_id, vision.spatial_merge_size if vision else 2)
+    for groups in np.array_split(np.arange(len(samples)).reshape(-1, c.group), c.updates):
+        chosen = [samples[i] for i in groups.flat]
+        chosen = [s for s in chosen if s.mask.any() and not (c.overlong_masking and s.truncated)]
+        if chosen:  # an update on nothing would still move the weights, by momentum
+            parts.append((chosen, rollout_batches(chosen, prompts, c.micro_tokens, world, *images)))
+    if not parts:
         return {}, True
-    score_before_updates(model, reference, updates, config)
+    with torch.no_grad():
+        for b in (b for _, batches in parts for b in batches):
+            if c.old_logprobs == "sampler":
+                b.old_logprobs = b.sampler_logprobs
+            elif len(parts) > 1:
+                b.old_logprobs = score(model, b.to(world.device), c)[0]
+            if reference is not None:
+                b.ref_logprobs = score(reference, b.to(world.device), c)[0]
     scored = time.perf_counter()
-    results = [update(model, optimizer, batches, samples, config, lr, world) for batches in updates]
-    every = [figures for figures, _ in results]
-    tokens = sum(f["tokens"] for f in every)
-    mean = {k: sum(f[k] for f in every) / len(every) for k in ("loss", "policy_loss", "grad_norm")}
-    per_token = {
-        k: sum(f[k] for f in every) / tokens
-        for k in ("entropy", "kl", "clip_low", "clip_high", "ratio", "gap", "gap_k3")
+    done = [update(model, optimizer, batches, s, lr, c, world) for s, batches in parts]
+    sums = [m for m, _ in done]
+    tokens, metrics = sum(m["tokens"] for m in sums), {}
+    for k in sums[0]:
+        values = [m[k] for m in sums]
+        if k.endswith("_max"):
+            metrics[k] = max(values)
+        elif k in ("loss", "policy_loss", "grad_norm"):
+            metrics[k] = sum(values) / len(values)  # a mean over updates
+        else:
+            metrics[k] = sum(values) / tokens
+    seconds = {"logprob_s": scored - begin, "update_s": time.perf_counter() - scored}
+    metrics |= {"trained_tokens": tokens} | {k: round(v, 3) for k, v in seconds.items()}
+    del metrics["tokens"]
+    return metrics, all(stepped for _, stepped in done)
+
+
+# --------------------------------------------------------------------------------- the rollouts
+@lru_cache(maxsize=2)
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """(size,): the problems of an epoch in random order."""
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def stream_problem(problems: list[dict], position: int, seed: int) -> dict:
+    """The problem at a position of the endless stream, epoch after epoch."""
+    epoch, i = divmod(position, len(problems))
+    return problems[epoch_order(len(problems), seed, epoch)[i]]
+
+
+class Roller:
+    """Samples and grades on all ranks. What is sampled depends on the weights, the seed and the
+    position in the stream; not on the number of ranks, nor on where a run was stopped."""
+
+    def __init__(self, c: Config, sampler: Sampler, exit, grader, tokenizer, images, world: World):
+        self.c, self.sampler, self.grader, self.world = c, sampler, grader, world
+        self.tokenizer, self.images, self.exit = tokenizer, images, exit
+        self.seconds = {"sample_s": 0.0, "reward_s": 0.0}  # of this rank in this step
+
+    def sample(
+        self, problems: list[dict], salts: list[int], n: int, temperature: float
+    ) -> tuple[list[Sample], list]:
+        """n graded samples of each problem in order of (problem, sample), and the prompts; the same
+        on every rank. salts: with the problem's id they seed its samples. Collective."""
+        c, mine = self.c, list(range(self.world.rank, len(problems), self.world.size))
+        begin = time.perf_counter()
+        prompts = [
+            render_problem(p, self.tokenizer, self.images, style=c.prompt_style) for p in problems
+        ]
+        params = SamplingParams(
+            n=n,
+            temperature=temperature,
+            max_new_tokens=c.max_new_tokens,
+            stop_ids=stop_token_ids(self.tokenizer),
+            seed=c.seed,
+            forced_exit=self.exit,
+        )
+        with gathered(self.sampler.model):  # whole weights: no collective while decoding
+            samples, waited = generate_and_grade(
+                self.sampler,
+                self.grader,
+                self.tokenizer,
+                [problems[i] for i in mine],
+                [prompts[i] for i in mine],
+                params,
+                seeds=[problem_seed(problems[i], salts[i]) for i in mine],
+            )
+            if not c.keep_sampler and self.world.device.type == "cuda":
+                self.sampler.release()
+        self.seconds["sample_s"] += time.perf_counter() - begin - waited
+        self.seconds["reward_s"] += waited  # grading that was not hidden behind decoding
+        for s in samples:
+            s.problem = mine[s.problem]
+        everyone = [s for part in all_gather_objects(samples) for s in part]
+        return sorted(everyone, key=lambda s: (s.problem, s.sample)), prompts
+
+    def step(self, problems: list[dict], cursor: int) -> tuple[list[Sample], list, int]:
+        """The rollouts of one step from `cursor` of the stream on → (samples, prompts, new cursor).
+
+        drop: groups of equal rewards are not trained on. refill: more problems are sampled until
+        `prompts` groups differ in reward, at most MOST_BATCHES batches; groups beyond those needed
+        are sampled again by the next step, so no problem is passed over.
+        """
+        c, samples, prompts, used, end = self.c, [], [], 0, cursor
+        while used < c.prompts and len(prompts) < MOST_BATCHES * c.prompts:
+            seen, n = len(prompts), c.prompts
+            if seen:  # as many as the share of useful groups so far asks for
+                n = min(n, math.ceil((c.prompts - used) * seen / max(used, 1)))
+            salts = list(range(cursor + seen, cursor + seen + n))
+            batch = [stream_problem(problems, position, c.seed) for position in salts]
+            new, new_prompts = self.sample(batch, salts, c.group, c.temperature)
+            for i, position in enumerate(salts):
+                group, wanted = new[i * c.group : (i + 1) * c.group], used < c.prompts
+                useful = c.zero_variance == "keep" or len({s.reward for s in group}) > 1
+                for s in group:
+                    s.problem, s.trained = seen + i, wanted and useful
+                used += wanted and useful
+                end = position + 1 if wanted else end
+            samples, prompts = samples + new, prompts + new_prompts
+            if c.zero_variance != "refill":
+                break
+        return samples, prompts, end
+
+    def evaluate(self, problems: list[dict], step: int) -> dict:
+        """Greedy accuracy and avg@n, with the same random numbers at every step. Collective."""
+        salts = [-1] * len(problems)
+        greedy, _ = self.sample(problems, salts, 1, 0.0)
+        result = {
+            "step": step,
+            "n": len(problems),
+            "greedy": float(np.mean([s.reward for s in greedy])),
+            "truncated": float(np.mean([s.truncated for s in greedy])),
+        }
+        if self.c.eval_n:
+            several, _ = self.sample(problems, salts, self.c.eval_n, self.c.temperature)
+            result[f"avg@{self.c.eval_n}"] = float(np.mean([s.reward for s in several]))
+        return result
+
+
+def rollout_metrics(samples: list[Sample], group: int) -> dict:
+    """What all samples of a step say, those that are not trained on too."""
+    rewards = np.array([s.reward for s in samples]).reshape(-1, group)
+    lengths, right = np.array([len(s.tokens) for s in samples]), rewards.flatten() > 0
+
+    def share(test) -> float:
+        return float(np.mean([test(s) for s in samples]))
+
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "frac_reward_zero_std": float((rewards.max(1) == rewards.min(1)).mean()),
+        "solved": float(right.mean()),
+        "solved_all": float((rewards.min(1) > 0).mean()),
+        "solved_any": float((rewards.max(1) > 0).mean()),
+        "samples": len(samples),
+        "trained_samples": sum(s.trained for s in samples),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": int(lengths.max()),
+        "completions/mean_length_right": float(lengths[right].mean()) if right.any() else None,
+        "completions/mean_length_wrong": float(lengths[~right].mean()) if not right.all() else None,
+        "completions/clipped_ratio": share(lambda s: s.truncated),
+        "forced": share(lambda s: s.forced_at is not None),
+        "no_answer": share(lambda s: s.status == "no_answer"),
+        "reward_timeouts": share(lambda s: s.status == "timeout"),
+        "reward_errors": share(lambda s: s.status == "error"),
+        "tokens": int(lengths.sum()),
     }
-    figures = {
-        **mean,
-        **per_token,
-        "ratio_off_one_max": max(f["ratio_off_one_max"] for f in every),
-        "gap_max": max(f["gap_max"] for f in every),
-        "trained_tokens": int(tokens),
-        "logprob_s": round(scored - begin, 3),
-        "update_s": round(time.perf_counter() - scored, 3),
-    }
-    return figures, all(stepped for _, stepped in results)
 
 
-# ----------------------------------------------------------------------------------------------------------- the run
-@dataclass
-class Parts:
-    """What a run is made of."""
-
-    model_dir: Path
-    tokenizer: object
-    problems: list[dict]
-    evaluation: list[dict]
-    longest_prompt: int  # tokens
-    images: ImageConfig | None
-    model: Model
-    reference: Model | None  # None: no KL term
-    optimizer: torch.optim.Optimizer | None  # None: --rollout_only
-
-
-def set_up(config: Config, world: World, run: Run) -> Parts:
-    """Everything that can fail before the first sample: problems that fit, tokenizer, models, optimizer."""
-    model_dir = resolve_model_dir(config.model, world)
+# --------------------------------------------------------------------------------------- the run
+def load_data(c: Config, model_dir: Path, run: Run) -> tuple[list, list, int, ImageConfig | None]:
+    """Problems whose prompts fit, problems for evaluation, longest prompt, image settings."""
     tokenizer = load_tokenizer(model_dir)
-    problems, faults = load_problems(config.data, skip_bad_rows=config.skip_bad_rows)
-    evaluation = (
-        load_problems(config.eval_data, skip_bad_rows=config.skip_bad_rows)[0]
-        if config.eval_data
-        else []
-    )
-    with_images = any(p.get("images") for p in problems + evaluation)
+    problems, faults = load_problems(c.data, skip_bad_rows=c.skip_bad_rows)
+    held_out = load_problems(c.eval_data, skip_bad_rows=c.skip_bad_rows)[0] if c.eval_data else []
+    with_images = any(p.get("images") for p in problems + held_out)
     images = ImageConfig.from_dir(model_dir) if with_images else None
 
     def length(p: dict) -> int:
         counts = [image_token_count(f, images) for f in p.get("images") or []]
-        return len(prompt_tokens(p, tokenizer, counts, config.prompt_style))
+        return len(prompt_tokens(p, tokenizer, counts, c.prompt_style))
 
-    lengths = {p["id"]: n for p in problems if (n := length(p)) <= config.max_prompt_tokens}
-    fitting = [p for p in problems if p["id"] in lengths]
+    lengths = [length(p) for p in problems]
+    fitting = [p for p, n in zip(problems, lengths) if n <= c.max_prompt_tokens]
     run.say(
         f"{len(fitting)} problems ({len({(f.file, f.line) for f in faults})} bad rows skipped, "
-        f"{len(problems) - len(fitting)} prompts over {config.max_prompt_tokens} tokens left out), "
-        f"{len(evaluation)} for evaluation"
+        f"{len(problems) - len(fitting)} prompts over {c.max_prompt_tokens} tokens left out), "
+        f"{len(held_out)} for evaluation"
     )
-    if not fitting:
+    eval_lengths = [length(p) for p in held_out]
+    if not fitting or max(eval_lengths, default=0) > c.max_prompt_tokens:
+        what = "a problem of --eval_data has" if fitting else "all problems have"
         raise ValueError(
-            f"no problem has a prompt of ≤ {config.max_prompt_tokens} tokens; raise --max_prompt_tokens"
+            f"{what} more than {c.max_prompt_tokens} tokens; raise --max_prompt_tokens"
         )
-    eval_lengths = {p["id"]: length(p) for p in evaluation}
-    if too_long := [i for i, n in eval_lengths.items() if n > config.max_prompt_tokens]:
-        raise ValueError(
-            f"{len(too_long)} problems of --eval_data have prompts of more than {config.max_prompt_tokens} "
-            f"tokens, the first is {too_long[0]!r}; raise --max_prompt_tokens, none is left out silently"
-        )
-    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and world.device.type == "cuda")
+    longest = max(n for n in lengths + eval_lengths if n <= c.max_prompt_tokens)
+    return fitting, held_out, longest, images
+
+
+def build(
+    c: Config, model_dir: Path, tokenizer, with_images: bool, world: World
+) -> tuple[Model, Model | None, torch.optim.Optimizer]:
+    """Model, reference model (None without a KL term), optimizer."""
+    bf16 = c.dtype == "bf16" or (c.dtype == "auto" and world.device.type == "cuda")
     compute = torch.bfloat16 if bf16 else torch.float32
-    options = dict(with_vision=with_images, compute_dtype=compute)
-    model = build_model(
-        model_dir,
-        world,
-        checkpointing=config.checkpointing,
-        compile_blocks=config.compile,
-        **options,
-    )
-    reference = optimizer = None
-    if config.kl_coef and not config.rollout_only:
-        reference = build_model(model_dir, world, master_dtype=compute, **options)
+    load = partial(build_model, model_dir, world, with_vision=with_images, compute_dtype=compute)
+    model = load(checkpointing=c.checkpointing, compile_blocks=c.compile)
+    reference = load(master_dtype=compute) if c.kl_coef else None
     for m in (model, reference):  # the same probabilities 0 in sampler, trainer and reference
         if m is not None:
             m.set_banned_ids(banned_token_ids(tokenizer, m.config.vocab_size))
-    if not config.rollout_only:
-        optimizer = optim.adamw(
-            model,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            state_dtype=torch.bfloat16 if config.adam_dtype == "bf16" else torch.float32,
-        )
-    longest = max(*lengths.values(), *eval_lengths.values(), 1)
-    return Parts(
-        model_dir, tokenizer, fitting, evaluation, longest, images, model, reference, optimizer
-    )
+    moments = torch.bfloat16 if c.adam_dtype == "bf16" else torch.float32
+    optimizer = optim.adamw(model, lr=c.lr, weight_decay=c.weight_decay, state_dtype=moments)
+    return model, reference, optimizer
 
 
-def resume(parts: Parts, config: Config, run: Run, world: World, hashes: dict[str, str]) -> dict:
-    """Fill model and optimizer from the newest whole checkpoint and return where it stood, else the beginning. Rollout
-    files of steps that will be done again are removed."""
-    at = {"step": 0, "cursor": 0, "bad_steps": 0, "bad_in_a_row": 0}
-    folder = run.out / "rollouts"
-    if config.rollout_only:  # nothing is trained: whole files are all there is to go on from
-        while (folder / f"step_{at['step'] + 1}.jsonl").is_file():
-            at = {**at, "step": at["step"] + 1, "cursor": at["cursor"] + config.prompts}
-    else:
-        root = run.out / "checkpoints"
-        at = resume_state(root, "auto", parts.model, parts.optimizer, world, hashes) or at
-        require_space(
-            root,
-            parts.model,
-            parts.optimizer,
-            world,
-            copies=config.keep_last + 1 if config.save_every else 1,
-            export_bytes=sum(f.stat().st_size for f in parts.model_dir.glob("*.safetensors")),
-        )
+def restore(c: Config, run: Run, hashes, model: Model, optimizer, world: World) -> dict:
+    """Fill model and optimizer from this run's newest checkpoint, else from --resume, and return
+    where it stood. Rollout files of steps that will be done again are removed."""
+    at = resume(run.out / "checkpoints", c.resume, model, optimizer, world, hashes)
+    at = at or {"step": 0, "cursor": 0, "bad_steps": 0, "bad_in_a_row": 0}
     if world.is_main:
-        for file in folder.glob("step_*.jsonl"):
+        for file in (run.out / "rollouts").glob("step_*.jsonl"):
             if int(file.stem[5:]) > at["step"]:
                 file.unlink()
     return at
 
 
-@contextmanager
-def optimizer_in_host_memory(parts: Parts, config: Config, world: World) -> Iterator[None]:
-    """With --offload_optimizer: AdamW's moments leave the GPU to the sampler for as long as the context lasts."""
-    if config.offload_optimizer and parts.optimizer:
-        optim.move_states(parts.optimizer, "cpu")
-    yield
-    if config.offload_optimizer and parts.optimizer:
-        optim.move_states(parts.optimizer, world.device)
-
-
-def evaluate_once(roller: Roller, parts: Parts, run: Run, step: int) -> None:
-    """Evaluate the weights after `step` steps into eval.jsonl, unless a run that was killed later has done so."""
-    if not run.has("eval", step):
-        run.log_evaluation(roller.evaluate(parts.evaluation, step))
-
-
-def train(config: Config) -> int:
+def train(c: Config) -> int:
     """Run to the end, or to a signal. Returns the exit code."""
-    world = init(config.device)
-    run = Run(config.out, config, world)
+    world = init(c.device)
+    run = Run(c.out, c, world)
     if run.complete:
         return run.finished()
-    parts = set_up(config, world, run)
-    total = (
-        config.steps
-        if config.steps >= 0
-        else -(-config.epochs * len(parts.problems) // config.prompts)
+    model_dir = resolve_model_dir(c.model, world)
+    tokenizer = load_tokenizer(model_dir)
+    problems, held_out, longest, images = load_data(c, model_dir, run)
+    model, reference, optimizer = build(c, model_dir, tokenizer, images is not None, world)
+    total = c.steps or -(-c.epochs * len(problems) // c.prompts)
+    hashes = hash_files(c.data) if world.is_main else {}
+    at = restore(c, run, hashes, model, optimizer, world)
+    copies = c.keep_last + 1 if c.save_every else 1
+    exported = sum(f.stat().st_size for f in model_dir.glob("*.safetensors"))
+    require_space(
+        run.out / "checkpoints", model, optimizer, world, copies=copies, export_bytes=exported
     )
-    hashes = hash_files(config.data) if world.is_main else {}
-    at = resume(parts, config, run, world, hashes)
-    saved = at["step"]  # the newest checkpoint; at 0 there is nothing to save
+    saved, stop = at["step"], StopRequest()
+    exit = None
+    if c.think_budget:
+        exit = ForcedExit.from_tokenizer(tokenizer, model.config.vocab_size, c.think_budget)
+    export = partial(export_hf, model, model_dir, world=world)
+    sampler = Sampler(model, max_len=longest + c.max_new_tokens, slots=c.slots, kv_gb=c.kv_gb)
+    grader = Grader(workers=c.graders, deadline=c.reward_deadline, reward=c.reward)
+    backend = attention.backend(world.device, torch.bfloat16)
     run.start(
         header(
             world_size=world.size,
-            data=hashes | hash_files(config.eval_data),
-            model=str(parts.model_dir),
-            attention=attention.backend(world.device, torch.bfloat16),
+            data=hashes | hash_files(c.eval_data),
+            model=str(model_dir),
+            attention=backend,
         ),
-        at["step"],
+        saved,
     )
-    run.progress(total, at["step"])
-    stop = StopRequest()
+    run.progress(total, saved)
     quiet_garbage_collection()
-    with Grader(
-        workers=config.graders, deadline=config.reward_deadline, reward=config.reward
-    ) as grader:
-        roller = Roller(config, parts, grader, world)
+    with grader:
+        roller = Roller(c, sampler, exit, grader, tokenizer, images, world)
         for step in range(at["step"], total + 1):
-            if parts.evaluation and (step == total or step % config.eval_every == 0):
-                with optimizer_in_host_memory(parts, config, world):
-                    evaluate_once(roller, parts, run, step)
+            if held_out and (step == total or step % c.eval_every == 0):
+                if not run.has("eval", step):
+                    result = roller.evaluate(held_out, step)
+                    run.keep_best(step, result["greedy"], export)
+                    run.log_evaluation(result)
             if step == total:
                 break
-            at, metrics, error = one_step(at, roller, parts, total, config, run, world)
-            last = at["step"] == total
-            stop_asked = all_any(stop.requested)
-            due = (
-                last
-                or stop_asked
-                or error
-                or (config.save_every and at["step"] % config.save_every == 0)
-            )
-            if due and at["step"] > saved and not config.rollout_only:
-                save_state(
-                    run.out / "checkpoints",
-                    at["step"],
-                    parts.model,
-                    parts.optimizer,
-                    at,
-                    world,
-                    config.keep_last,
-                    hashes,
+            begin, roller.seconds = time.perf_counter(), dict.fromkeys(roller.seconds, 0.0)
+            if c.offload_optimizer:
+                optim.move_states(optimizer, "cpu")
+            samples, prompts, cursor = roller.step(problems, at["cursor"])
+            if c.offload_optimizer:
+                optim.move_states(optimizer, world.device)
+            rollout_s = time.perf_counter() - begin
+
+            trained = [s for s in samples if s.trained]
+            set_advantages(trained, c)
+            metrics, stepped = rollout_metrics(samples, c.group), True
+            error = too_many_failed(metrics, samples, step + 1, c, run)
+            lr = learning_rate(step, total, c)
+            if not error:
+                more, stepped = train_on(
+                    model, reference, optimizer, trained, prompts, lr, c, world
                 )
-                saved = at["step"]
+                metrics |= more
+            if world.is_main:
+                write_samples(run.out / "rollouts" / f"step_{step + 1}.jsonl", samples)
             if error:
                 raise ValueError(error)
+
+            bad = 0 if stepped else at["bad_in_a_row"] + 1
+            at |= {"step": step + 1, "cursor": cursor, "bad_in_a_row": bad}
+            at["bad_steps"] += not stepped
+            seconds = time.perf_counter() - begin
+            memory, *slowest = all_max(memory_gib(), *roller.seconds.values())
+            metrics = {
+                "step": step + 1,
+                "epoch": round(cursor / len(problems), 4),
+                "learning_rate": lr,
+                **metrics,
+                "prompt_tokens": sum(len(p.tokens) for p in prompts),
+                "tok_per_s": round(metrics["tokens"] / seconds, 1),
+                "sample_tok_per_s": round(metrics["tokens"] / max(rollout_s, 1e-9), 1),
+                "step_time": round(seconds, 3),
+                "rollout_s": round(rollout_s, 3),
+                **{k: round(v, 3) for k, v in zip(roller.seconds, slowest)},
+                "memory_gib": round(memory, 3),
+                "bad_steps": at["bad_steps"],
+            }
+            run.log(metrics)
             run.say(describe(metrics, total))
             run.advance()
+            stop_asked, last = all_any(stop.requested), step + 1 == total
+            too_bad = bad >= c.max_bad_steps
+            due = c.save_every and (step + 1) % c.save_every == 0
+            if last or stop_asked or too_bad or due:
+                root = run.out / "checkpoints"
+                save_state(root, step + 1, model, optimizer, at, world, c.keep_last, hashes)
+            if c.export_every and (step + 1) % c.export_every == 0:
+                export(run.out / "export" / f"step_{step + 1}")
+            if too_bad:
+                raise ValueError(
+                    f"loss or gradient was not finite in {bad} steps in a row (now step {step + 1}); "
+                    f"the weights are those before them. Lower --lr, or look at {run.out}/rollouts"
+                )
             gc.collect(0)  # what this step left behind; automatic collection is off
             if stop_asked and not last:
-                return run.stopped(at["step"])
-    if config.rollout_only:
-        return run.finished(
-            f"rollouts of {total} steps are in {run.out / 'rollouts'}; train on them with "
-            f"--replay {run.out}"
-        )
-    export_hf(parts.model, parts.model_dir, run.out / "final", world)
+                return run.stopped(step + 1)
+    export(run.out / "final")
     return run.finished()
 
 
-def one_step(
-    at: dict, roller: Roller, parts: Parts, total: int, config: Config, run: Run, world: World
-) -> tuple[dict, dict, str]:
-    """Sample, grade, update, and write down step at["step"]. Returns (where the run stands now, the step's metrics, why
-    the run must end or "")."""
-    begin, step = time.perf_counter(), at["step"]
-    roller.reset_clock()
-    with optimizer_in_host_memory(parts, config, world):
-        rollouts = roller.replay(step) if config.replay else roller.step(at["cursor"])
-    rolled = time.perf_counter()
-    samples = rollouts.samples
-    set_advantages(samples, config)
-    figures, stepped, error = rollout_figures(rollouts, config.group), True, ""
-    failed = figures["reward_timeouts"] + figures["reward_errors"]
-    lr = optim.lr_at(
+def learning_rate(step: int, total: int, c: Config) -> float:
+    return optim.lr_at(
         step,
-        lr=config.lr,
+        lr=c.lr,
         total_steps=total,
         steps_per_epoch=total,
-        schedule=config.schedule,
-        warmup_steps=int(config.warmup_ratio * total),
+        schedule=c.schedule,
+        warmup_steps=int(c.warmup_ratio * total),
     )
-    if failed > config.max_reward_errors:
-        error = (
-            f"step {step + 1}: {failed:.0%} of the rewards raised, hung or were no number, more than "
-            f"--max_reward_errors; nothing was trained on them. Mend the reward (the samples are in "
-            f"{run.out / 'rollouts'}), then run the same command again"
-        )
-    elif not config.rollout_only:
-        more, stepped = train_on(
-            parts.model, parts.reference, parts.optimizer, rollouts, lr, config, world
-        )
-        figures.update(more)
-    if world.is_main:
-        write_samples(
-            run.out / "rollouts" / f"step_{step + 1}.jsonl",
-            samples,
-            rollouts.problems,
-            [parts.tokenizer.decode(p.tokens) for p in rollouts.prompts],
-        )
-    if error:
-        return at, {}, error
-    at = {
-        "step": step + 1,
-        "cursor": rollouts.cursor,
-        "bad_steps": at["bad_steps"] + (not stepped),
-        "bad_in_a_row": 0 if stepped else at["bad_in_a_row"] + 1,
-    }
-    metrics = {
-        "step": step + 1,
-        "epoch": round(rollouts.cursor / len(parts.problems), 4),
-        "lr": lr,
-        **figures,
-        **speed(rollouts, begin, rolled, roller),
-        "bad_steps": at["bad_steps"],
-    }
-    run.log(metrics)
-    if at["bad_in_a_row"] >= config.max_bad_steps:
-        error = (
-            f"loss or gradient was not finite in {at['bad_in_a_row']} steps in a row (now step {step + 1}); the "
-            f"weights are as before them. Lower --lr, or look at {run.out / 'rollouts'}"
-        )
-    return at, metrics, error
+
+
+def too_many_failed(metrics: dict, samples: list[Sample], step: int, c: Config, run: Run) -> str:
+    """Name the first failed reward of a step; returns an error where too many failed, else ""."""
+    failed = [s for s in samples if s.status in ("timeout", "error")]
+    if not failed:
+        return ""
+    first = f"problem {failed[0].id}: {failed[0].status}, {failed[0].why}"
+    run.say(f"{len(failed)} of {len(samples)} rewards failed; the first, of {first}")
+    if metrics["reward_timeouts"] + metrics["reward_errors"] <= c.max_reward_errors:
+        return ""
+    return (
+        f"step {step}: {len(failed)} of {len(samples)} rewards failed, more than --max_reward_errors "
+        f"{c.max_reward_errors} allows; nothing was trained on them. Fix the reward (the samples are "
+        f"in {run.out / 'rollouts'}), then rerun the command. The first, of {first}"
+    )
 
 
 def describe(m: dict, total: int) -> str:
-    """A step's figures on one line."""
+    """A step's metrics on one line."""
     parts = [
         f"step {m['step']}/{total}",
-        f"reward {m['reward_mean']:.3f}",
-        f"no spread {m['zero_variance']:.0%}",
-        f"length {m['length_mean']:.0f} (max {m['length_max']})",
-        f"truncated {m['truncated']:.0%}",
+        f"reward {m['reward']:.3f}",
+        f"zero variance {m['frac_reward_zero_std']:.0%}",
+        f"length {m['completions/mean_length']:.0f} (max {m['completions/max_length']})",
+        f"truncated {m['completions/clipped_ratio']:.0%}",
     ]
     if "loss" in m:
-        parts += [
-            f"loss {m['loss']:+.4f}",
-            f"entropy {m['entropy']:.3f}",
-            f"kl {m['kl']:.4f}",
-            f"norm {m['grad_norm']:.3f}",
-            f"gap {m['gap']:.1e}",
-            f"lr {m['lr']:.1e}",
-        ]
-    parts += [
-        f"{m['tok_per_s']:.0f} tok/s",
-        f"rollouts {m['rollout_s']:.1f} s of {m['step_s']:.1f} s",
-    ]
-    if failed := m["reward_timeouts"] + m["reward_errors"]:
-        parts.append(f"rewards failed {failed:.1%}")
+        difference = m["sampling/logp_difference_mean"]
+        parts += [f"loss {m['loss']:+.4f}", f"entropy {m['entropy']:.3f}", f"kl {m['kl']:.4f}"]
+        parts += [f"norm {m['grad_norm']:.3f}", f"logp difference {difference:.1e}"]
+    parts += [f"lr {m['learning_rate']:.1e}", f"{m['tok_per_s']:.0f} tok/s"]
+    parts += [f"rollouts {m['rollout_s']:.1f} s of {m['step_time']:.1f} s"]
     return " | ".join(parts + ([f"bad steps {m['bad_steps']}"] if m["bad_steps"] else []))
 
 

@@ -416,8 +416,7 @@ def grpo(b: Bench) -> None:
     import numpy as np
 
     import train_grpo
-    from roller import Rollouts
-    from rollouts import Sample
+    from core.samples import Sample
 
     config = train_grpo.Config(
         model="-",
@@ -463,22 +462,21 @@ def grpo(b: Bench) -> None:
             sampler.release()
         samples = [
             Sample(
-                r.prompt_index,
-                r.sample_index,
-                list(r.tokens),
-                np.asarray(r.logprobs),
-                np.asarray(r.mask),
-                r.finish_reason,
-                "",
-                float(rng.integers(2)),
+                id=str(r.prompt_index),
+                problem=r.prompt_index,
+                sample=r.sample_index,
+                tokens=r.tokens,
+                logprobs=r.logprobs,
+                finish_reason=r.finish_reason,
+                text="",
+                reward=float(rng.integers(2)),
             )
             for r in rollouts
         ]
         train_grpo.set_advantages(samples, config)
-        rolled = Rollouts([], prompts, samples, 0)
         b.synchronize()
         parts["sample"] = time.perf_counter() - begin
-        train_grpo.train_on(model, None, optimizer, rolled, 1e-6, config, b.world)
+        train_grpo.train_on(model, None, optimizer, samples, prompts, 1e-6, config, b.world)
         parts["tokens"] = sum(len(s.tokens) for s in samples)
 
     with profiler(b, "grpo"):

@@ -163,12 +163,12 @@ def trl(args, folder: Path) -> None:
             ours = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             a, b = (
                 statistics.median(theirs["step_s"][1:]),
-                statistics.median(m["step_s"] for m in ours[1:]),
+                statistics.median(m["step_time"] for m in ours[1:]),
             )
             ratios.append(a / b)
             print(
                 f"{args.prompts} prompts × {args.group}, ≤ {length} tokens, pair {pair + 1}: TRL {a:.3f} s a step (mean "
-                f"length {np.mean(theirs['length']):.0f}), ours {b:.3f} s ({np.mean([m['length_mean'] for m in ours]):.0f})"
+                f"length {np.mean(theirs['length']):.0f}), ours {b:.3f} s ({np.mean([m['completions/mean_length'] for m in ours]):.0f})"
                 f": {a / b:.1f} ×",
                 flush=True,
             )

@@ -177,7 +177,7 @@ class Split:
         self.seconds, self.calls = Counter(), Counter()
         for owner, name in (
             (sampler_module, "decode_step"),
-            (sampler_module, "choose"),
+            (sampler_module, "sample_next_token"),
             (Sampler, "_prefill"),
         ):
             setattr(owner, name, self.timed(name, getattr(owner, name)))
@@ -216,8 +216,8 @@ def sampled(sampler: Sampler, split: Split, samples: int, limit: int = LIMIT) ->
         "tok_a_wall_s": tokens / wall,
         "us_a_step": part["decode_step"] / steps * 1e6,
         "prefill": part["_prefill"],
-        "forward": part["decode_step"] - part["choose"],
-        "choose": part["choose"],
+        "forward": part["decode_step"] - part["sample_next_token"],
+        "choose": part["sample_next_token"],
         "host": host,
         "host_us_a_sample": host / samples * 1e6,
         "host_us_a_step": host / steps * 1e6,

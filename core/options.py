@@ -201,7 +201,7 @@ def _out_of_range(field: dataclasses.Field, value: Any) -> str | None:
     """What is wrong with a number, as a sentence; None when it is in its range."""
     for kind, bound in field.metadata.get("bounds", {}).items():
         words, holds = BOUNDS[kind]
-        if not holds(value, bound):
+        if value is not None and not holds(value, bound):
             return f"--{field.name} {value}: must be {words} {bound}"
     if isinstance(value, float) and not math.isfinite(value):
         return f"--{field.name} {value}: must be a finite number"

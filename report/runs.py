@@ -174,7 +174,7 @@ def load_run(name: str, path: Path) -> RunDir:
         "group" in run.config
         or "train_grpo" in command
         or (path / "rollouts").exists()
-        or "reward_mean" in run.series
+        or "reward" in run.series
     )
     run.kind = "grpo" if grpo else "sft" if run.config or run.series else "unknown"
     run.status = describe_status(path, steps)
@@ -342,7 +342,7 @@ class Store:
         images = row.get("images") if isinstance(row.get("images"), list) else []
         numbers = {
             k: row[k]
-            for k in ("length", "advantage", "gap", "mean_logprob", "forced_at")
+            for k in ("advantage", "logp_difference", "forced_at")
             if is_number(row.get(k))
         }
         if isinstance(row.get("tokens"), list):
@@ -385,23 +385,19 @@ class Store:
         if pieces is None or len(text) > self.text_limit:
             return {"text": self.shorten(text)}
         try:
-            ids, logprobs = (
-                unpack(row[k], code) for k, code in (("tokens", "i"), ("logprobs", "f"))
-            )
-            mask = unpack(row["mask"], "B") if "mask" in row else [1] * len(ids)
+            ids, logprobs = [int(i) for i in row["tokens"]], [float(v) for v in row["logprobs"]]
+            forced_at, forced = row.get("forced_at") or 0, row.get("forced_tokens") or 0
         except (KeyError, ValueError, TypeError):
             return {"text": text}
         parts = pieces.split(ids)
         spelt = "".join(parts)
-        if not spelt.startswith(text.rstrip("\ufffd")) or not len(ids) == len(logprobs) == len(
-            mask
-        ):
+        if not spelt.startswith(text.rstrip("\ufffd")) or len(ids) != len(logprobs):
             return {"text": text}
         return {
             "text": spelt,
             "n": [len(p.encode("utf-16-le", "surrogatepass")) // 2 for p in parts],
             "l": [round(10 * v) if math.isfinite(v) else None for v in logprobs],
-            "f": [i for i, m in enumerate(mask) if not m],
+            "f": list(range(forced_at, min(forced_at + forced, len(ids)))),
         }
 
     def image(self, name: str, run: RunDir) -> int | None:
@@ -431,11 +427,6 @@ def as_text(value: Any) -> str | None:
     return (
         value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     )
-
-
-def unpack(text: str, code: str) -> list:
-    """The numbers of `rollouts.write_samples`: base64 of little-endian i(nt32), f(loat32) or B(yte)."""
-    return memoryview(base64.b64decode(text, validate=True)).cast(code).tolist()
 
 
 def encode_image(file: Path) -> dict | None:

@@ -18,7 +18,7 @@ from real_data import REAL, needs_real
 import data
 import eval as ev
 import rewards
-import sampling
+from sampler import ForcedExit, close_table, exit_positions
 from scoring import metrics
 
 ROOT = Path(ev.__file__).parent
@@ -282,12 +282,11 @@ def test_exit_positions():
     """Prevents a cut inside the model's own `</think>`, a second exit after it, and cuts beyond what was sampled. Held
     to the sampler's rule on pieces that share characters with the close."""
     pieces = ["a", "</", "think", ">", "/think>", "<"]
-    table = sampling.close_table(pieces, "</think>")
+    table = close_table(pieces, "</think>")
 
     def at(text: str, budget: int, forced_at=None, cut_off=False):
         tokens = [pieces.index(p) for p in text.split()][:forced_at]
-        exit = {"exit_tokens": [0], "close_table": table}
-        return ev.exit_positions([tokens], [cut_off], budget, exit)[0]
+        return exit_positions([tokens], [cut_off], ForcedExit(budget, [0], table))[0]
 
     natural = "a a </ think > a a"
     assert [at(natural, b) for b in range(7)] == [

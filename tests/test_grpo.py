@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tiny_model import make_tiny_vl
 
 import train_grpo
-from rollouts import Sample, empty_rollouts, read_samples
-from train_grpo import Config, micro_batch_loss, micro_batches, score, set_advantages, token_weights
+from core.samples import Sample, read_samples
+from data import collate_samples, rollout_batches
+from train_grpo import Config, Roller, grpo_loss, score, set_advantages, stream_problem
 
 
 def config(**more):
@@ -34,22 +35,38 @@ def made_up(seed=0, group=4, prompts=4):
     for p in range(prompts):
         for i in range(group):
             n = int(g.integers(1, 25))
-            mask = np.ones(n, bool)
-            mask[n // 2 : n // 2 + 2] = i != 1
             samples.append(
                 Sample(
-                    p,
-                    i,
-                    g.integers(0, 290, n).tolist(),
-                    -g.random(n).astype(np.float32) * 3,
-                    mask,
-                    "length" if i == 2 else "stop",
-                    "",
+                    id=str(p),
+                    sample=i,
+                    problem=p,
+                    tokens=g.integers(0, 290, n).tolist(),
+                    logprobs=-g.random(n).astype(np.float32) * 3,
+                    finish_reason="length" if i == 2 else "stop",
+                    text="",
                     reward=float(g.random() < 0.5),
+                    trained=True,
                 )
             )
-    samples[3].mask[:] = False
+            if i == 1:
+                samples[-1].forced_at, samples[-1].forced_tokens = n // 2, min(2, n - n // 2)
+    samples[3].forced_at, samples[3].forced_tokens = 0, len(samples[3].tokens)
     return prompt_list, samples
+
+
+def trainable(samples, c):
+    """What `train_on` leaves of a step's samples."""
+    return [s for s in samples if s.mask.any() and not (c.overlong_masking and s.truncated)]
+
+
+def batches_of(samples, prompts, c, world):
+    return rollout_batches(samples, prompts, c.micro_tokens, world)
+
+
+def loss_of(model, b, samples, c):
+    """The loss of a micro-batch of an update on `samples`, and its metrics."""
+    tokens = sum(int(s.mask.sum()) for s in samples)
+    return grpo_loss(*score(model, b, c, entropy=True), b, tokens, len(samples), c)
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +111,12 @@ def update_gradient(model, reference, world, samples, prompts, c):
     real, train_grpo.optim.guarded_step = train_grpo.optim.guarded_step, capture
     try:
         set_advantages(samples, c)
-        batches = micro_batches(list(range(len(samples))), samples, prompts, c, model, world)
+        samples = trainable(samples, c)
+        batches = batches_of(samples, prompts, c, world)
         for b in batches:  # ratios other than 1, so that clipping takes part
             b.old_logprobs = b.sampler_logprobs.clone() * 0.97
             b.ref_logprobs = score(reference, b, c)[0].detach() * 0.9
-        figures, _ = train_grpo.update(model, None, batches, samples, c, 1.0, world)
+        figures, _ = train_grpo.update(model, None, batches, samples, 1.0, c, world)
     finally:
         train_grpo.optim.guarded_step = real
     return seen, figures
@@ -114,7 +132,7 @@ def gradients_on_ranks(world, model_dir, out, *budgets):
         grads, figures = update_gradient(
             model, model, world, samples, prompts, config(micro_tokens=int(budget), **OBJECTIVE)
         )
-        results.append((grads, figures, [s.gap for s in samples]))
+        results.append((grads, figures, [s.logp_difference or 0 for s in samples]))
     if world.is_main:
         torch.save(results, out)
 
@@ -177,18 +195,17 @@ def test_one_gradient_for_any_ranks_and_micro_batches(tmp_path, place, model_dir
 
 def test_a_left_out_sample_is_as_if_it_had_never_been(model, world):
     """Truncated samples that stay in the denominator lower the learning rate unnoticed."""
-    c = config(overlong_masking=True, aggregation="seq_mean_token_mean")
+    c = config(overlong_masking=True)
     prompts, samples = made_up()
-    set_advantages(samples, c)
-    whole = micro_batches(list(range(16)), samples, prompts, c, model, world)
-    without = micro_batches(
-        [i for i in range(16) if not samples[i].truncated], samples, prompts, c, model, world
-    )
-    a, b = (
-        sum(micro_batch_loss(model, x, c, world.device)[0] for x in xs).item()
-        for xs in (whole, without)
-    )
-    assert a == b
+    for s in samples:
+        s.advantage = 1.0
+    seen = []
+    for left in (samples, [s for s in samples if not s.truncated]):
+        left = trainable(left, c)
+        seen.append(
+            [loss_of(model, b, left, c)[0].item() for b in batches_of(left, prompts, c, world)]
+        )
+    assert seen[0] == seen[1] and len(trainable(samples, c)) == 11
 
 
 def test_nothing_to_train_on_is_no_update(model, world):
@@ -196,46 +213,41 @@ def test_nothing_to_train_on_is_no_update(model, world):
     prompts, samples = made_up()
     for s in samples:
         s.finish_reason = "length"
-    assert (
-        micro_batches(
-            list(range(16)), samples, prompts, config(overlong_masking=True), model, world
-        )
-        == []
-    )
-    rollouts = SimpleNamespace(samples=samples, prompts=prompts)
-    assert train_grpo.train_on(
-        model, None, None, rollouts, 1.0, config(overlong_masking=True), world
-    ) == ({}, True)
+    c = config(overlong_masking=True)
+    assert train_grpo.train_on(model, None, None, samples, prompts, 1.0, c, world) == ({}, True)
+    assert train_grpo.train_on(model, None, None, [], prompts, 1.0, c, world) == ({}, True)
+    set_advantages([], c)
 
 
 def test_an_empty_micro_batch_has_loss_zero_and_finite_gradients(model, world):
     """A rank that has no samples must still call backward, or the others wait for it for ever."""
     for kind in ("ppo_clip", "gspo", "cispo"):
-        loss, figures = micro_batch_loss(model, empty_rollouts(), config(loss=kind), world.device)
+        loss, metrics = loss_of(model, collate_samples([], [], []), made_up()[1], config(loss=kind))
         loss.backward()
-        assert loss.item() == 0 and all(len(v) == 0 for v in figures.values())
+        assert loss.item() == 0 and all(len(v) == 0 for v in metrics.values())
     assert all(p.grad is None or (p.grad.full_tensor() == 0).all() for p in model.parameters())
     model.zero_grad()
 
 
 def test_the_ratio_is_one_when_the_old_forward_was_packed_otherwise(model, world):
-    """Old log-probabilities from another micro-batching make ratios differ from 1 and clip tokens of an on-policy step."""
+    """Old log-probabilities from another micro-batching make ratios differ from 1 and clip tokens
+    of an on-policy step."""
     prompts, samples = made_up()
-    small, large = (
-        micro_batches(list(range(16)), samples, prompts, config(micro_tokens=n), model, world)
-        for n in (1, 10**6)
-    )
+    set_advantages(samples, config())
+    samples = trainable(samples, config())
+    small, large = (batches_of(samples, prompts, config(micro_tokens=n), world) for n in (1, 10**6))
     with torch.no_grad():
         for b in small:
             logprobs = score(model, b, config())[0]
             for n, i in enumerate(b.samples):
                 samples[i].logprobs[samples[i].mask] = logprobs[b.sequence == n].numpy()
-        (b,) = micro_batches(list(range(16)), samples, prompts, config(), model, world)
+        (b,) = batches_of(samples, prompts, config(), world)
         b.old_logprobs = b.sampler_logprobs
-        _, figures = micro_batch_loss(model, b, config(), world.device)
+        _, metrics = loss_of(model, b, samples, config())
     assert len(small) > 5 and len(large) == 1
-    assert (figures["ratio"] - 1).abs().max() <= 1e-5 and figures["gap"].max() <= 1e-5
-    assert figures["clip_low"].sum() == figures["clip_high"].sum() == 0
+    assert (metrics["ratio"] - 1).abs().max() <= 1e-5
+    assert metrics["sampling/logp_difference_mean"].max() <= 1e-5
+    assert metrics["clip_ratio/low_mean"].sum() == metrics["clip_ratio/high_mean"].sum() == 0
 
 
 def norm_gradient(model, loss):
@@ -245,87 +257,47 @@ def norm_gradient(model, loss):
     return gradient
 
 
-def test_bypass_still_reports_the_gap_and_is_importance_weighted_reinforce(model, world):
-    """With the sampler's log-probabilities as `old`, gap = old - sampler would be 0 by construction; and the correction
-    must enter once, as the ratio: gradient -w·A·∇logprob."""
+def test_bypass_reports_the_difference_and_is_importance_weighted_reinforce(model, world):
+    """With the sampler's log-probabilities as `old`, old - sampler would be 0 by construction; and
+    the correction must enter once, as the ratio: gradient -w·A·∇logprob."""
     prompts, samples = made_up()
     c = config(old_logprobs="sampler", clip_low=1.0, clip_high=1e9, dual_clip=0)
     set_advantages(samples, c)
-    (b,) = micro_batches(list(range(16)), samples, prompts, c, model, world)
+    samples = trainable(samples, c)
+    (b,) = batches_of(samples, prompts, c, world)
     b.old_logprobs = b.sampler_logprobs
-    loss, figures = micro_batch_loss(model, b, c, world.device)
-    assert figures["gap"].max() > 0.1
+    loss, metrics = loss_of(model, b, samples, c)
+    assert metrics["sampling/logp_difference_mean"].max() > 0.1
     ours = norm_gradient(model, loss)
     logprobs, _ = score(model, b, c)
     w = (logprobs - b.sampler_logprobs).exp().detach()
-    theirs = norm_gradient(model, (-w * b.advantages * logprobs * b.weights).sum())
+    theirs = norm_gradient(model, (-w * b.advantages * logprobs).sum() / len(w))
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
-def test_updates_share_the_groups_and_see_each_sample_once(model, world):
+def test_updates_share_the_groups_and_see_each_sample_once(model, world, monkeypatch):
     """Mini-batches that cut a group or drop the rest would train on other data than was sampled."""
     prompts, samples = made_up(prompts=5)
-    for s in samples[4:8]:
-        s.trained = False
+    set_advantages(samples, config())
+    trained = samples[:4] + samples[8:]
     seen = []
-    real, train_grpo.update = (
-        train_grpo.update,
-        lambda m, o, batches, *a: (
-            seen.append(sorted(i for b in batches for i in b.samples))
-            or dict.fromkeys(
-                (
-                    "loss",
-                    "policy_loss",
-                    "grad_norm",
-                    "entropy",
-                    "kl",
-                    "clip_low",
-                    "clip_high",
-                    "ratio",
-                    "gap",
-                    "gap_k3",
-                    "ratio_off_one_max",
-                    "gap_max",
-                ),
-                0.0,
-            )
-            | {"tokens": 1.0},
-            True,
-        ),
-    )
-    try:
-        rollouts = SimpleNamespace(samples=samples, prompts=prompts)
-        train_grpo.train_on(
-            model, None, None, rollouts, 1.0, config(updates=2, old_logprobs="sampler"), world
-        )
-    finally:
-        train_grpo.update = real
+
+    def fake(model, optimizer, batches, chosen, *_):
+        seen.append(sorted(samples.index(chosen[i]) for b in batches for i in b.samples))
+        return {"loss": 0.0, "entropy": 0.0, "tokens": 1}, True
+
+    monkeypatch.setattr(train_grpo, "update", fake)
+    c = config(updates=2, old_logprobs="sampler")
+    train_grpo.train_on(model, None, None, trained, prompts, 1.0, c, world)
     assert seen == [[0, 1, 2, *range(8, 12)], [*range(12, 20)]]  # sample 3 has nothing sampled
-
-
-def test_the_length_bias_is_where_it_is_said_to_be():
-    """Weight of one token by its sample's length: equal under token_mean and constant, 1/n under seq_mean_token_mean."""
-    n = np.array([10, 1000])
-    for kind, ratio in (
-        ("token_mean", 1),
-        ("constant", 1),
-        ("seq_mean_token_sum", 1),
-        ("seq_mean_token_mean", 100),
-    ):
-        w = token_weights(n, kind, 4096)
-        assert w[0] / w[1] == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize(
     "flags, named",
     [
         (dict(updates=3), "--updates"),
-        (dict(tis_cap=2.0, old_logprobs="sampler"), "count twice"),
-        (dict(group=1), "--group"),
-        (dict(tis_mask=True), "--tis_cap"),
-        (dict(temperature=0), "--temperature"),
+        (dict(tis_cap=2.0, old_logprobs="sampler"), "already corrects"),
         (dict(overlong_buffer=5000), "overlong"),
-        (dict(rollout_only=True, zero_variance="refill"), "--rollout_only"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(flags, named):
@@ -371,13 +343,13 @@ def test_advantages_and_loss_equal_trls(tmp_path, trl_trainer, loss_type, aggreg
             )
         samples.append(
             Sample(
-                i // 4,
-                i % 4,
-                t[:n].tolist(),
-                np.zeros(n, np.float32),
-                np.ones(n, bool),
-                "stop",
-                "",
+                id=str(i // 4),
+                sample=i % 4,
+                problem=i // 4,
+                tokens=t[:n].tolist(),
+                logprobs=np.zeros(n, np.float32),
+                finish_reason="stop",
+                text="",
                 reward=trainer.seen_rewards[i],
             )
         )
@@ -393,16 +365,14 @@ def test_advantages_and_loss_equal_trls(tmp_path, trl_trainer, loss_type, aggreg
         dual_clip=0,
         max_new_tokens=trainer.max_completion_length,
     )
-    (b,) = micro_batches(
-        list(range(len(samples))), samples, prompts, c, ours, train_grpo.init("cpu")
-    )
+    (b,) = batches_of(samples, prompts, c, train_grpo.init("cpu"))
     rows = [(i, t) for i in b.samples for t in range(len(samples[i].tokens))]
     b.old_logprobs, b.ref_logprobs = (
         torch.stack([inputs[k][i, t] for i, t in rows])
         for k in ("old_per_token_logps", "ref_per_token_logps")
     )
-    loss, figures = micro_batch_loss(ours, b, c, torch.device("cpu"))
-    assert figures["clip_low"].sum() > 0 and figures["clip_high"].sum() > 0
+    loss, metrics = loss_of(ours, b, samples, c)
+    assert metrics["clip_ratio/low_mean"].sum() > 0 and metrics["clip_ratio/high_mean"].sum() > 0
     assert abs(loss.item() - theirs) <= 1e-5
 
 
@@ -489,7 +459,7 @@ def rows(out, name="metrics.jsonl"):
 TIMES = (
     "tok_per_s",
     "sample_tok_per_s",
-    "step_s",
+    "step_time",
     "rollout_s",
     "sample_s",
     "reward_s",
@@ -560,6 +530,8 @@ def test_hostile_rewards_are_counted_and_the_run_goes_on(place):
         16,
         "--group",
         2,
+        "--max_reward_errors",
+        1,
     ]
     code, said = place.nursery.run([*flags, "--out", out])
     assert code == 0 and "24 of 32 rewards failed; the first, of problem" in said
@@ -596,35 +568,68 @@ def test_too_many_failed_rewards_stop_the_run_before_it_trains_on_them(place):
     assert not (out / "metrics.jsonl").is_file() and not (out / "final").exists()
 
 
-def test_replay_trains_as_the_run_that_sampled_did(place):
-    """What is saved must be all that training needs, bit for bit; and --rollout_only samples the first step alike."""
-    sampled, replayed, only = (place.folder / n for n in ("sampled", "replayed", "only"))
-    flags, written = [*place.common, "--lr", 1e-3, "--steps", 2, "--zero_variance", "drop"], []
-    for _ in range(
-        2
-    ):  # the second finds the run complete, and leaves a model alone that somebody may be reading
-        assert place.nursery.run([*flags, "--out", sampled])[0] == 0
-        written.append((sampled / "final" / "model.safetensors").stat().st_mtime_ns)
-    assert written[0] == written.pop()
-    code, said = place.nursery.run([*flags, "--out", replayed, "--replay", sampled])
-    assert code == 0 and trace(replayed)[3] == trace(sampled)[3], said
-    written.clear()
-    for _ in range(2):  # the second finds all there and samples nothing again
-        code, said = place.nursery.run(
-            [*flags, "--steps", 1, "--out", only, "--rollout_only", "True"]
-        )
-        assert code == 0 and "finished: rollouts of 1 steps are in" in said
-        assert (only / "status").read_text() == "finished\n" and len(rows(only)) == 1
-        written.append((only / "rollouts" / "step_1.jsonl").stat().st_mtime_ns)
+def test_a_finished_run_is_left_alone(place):
+    """Somebody may be reading its model."""
+    out, written = place.folder / "finished", []
+    for _ in range(2):
+        assert place.nursery.run([*place.common, "--steps", 1, "--out", out])[0] == 0
+        written.append((out / "final" / "model.safetensors").stat().st_mtime_ns)
     assert written[0] == written[1]
-    mine, theirs = rows(only, "rollouts/step_1.jsonl"), rows(sampled, "rollouts/step_1.jsonl")
-    assert [s["tokens"] for s in mine] == [s["tokens"] for s in theirs] and not (
-        only / "final"
-    ).exists()
-    code, said = place.nursery.run(
-        [*flags, "--steps", 3, "--out", place.folder / "beyond", "--replay", sampled]
-    )
-    assert code == 2 and "step_3.jsonl is missing" in said
+
+
+def test_another_runs_checkpoint_exports_and_the_best_model(place):
+    """--resume takes weights and stream from a checkpoint; --export_every and OUT/best leave models
+    that load; settings that don't change the method may change when a run goes on."""
+    first, second = place.folder / "first", place.folder / "second"
+    flags = [*place.common, "--lr", 3e-3, "--save_every", 2, "--eval_data", place.problems]
+    flags += ["--eval_every", 1, "--group", 16]
+    assert place.nursery.run([*flags, "--steps", 2, "--out", first])[0] == 0
+    more = [*flags, "--steps", 4, "--export_every", 3, "--out", second, "--micro_tokens", 64]
+    code, said = place.nursery.run([*more, "--resume", first / "checkpoints" / "step_2"])
+    assert code == 0 and "resuming from" in said, said
+    assert [m["step"] for m in rows(second)] == [3, 4]
+    weights = load_file(second / "export" / "step_3" / "model.safetensors")
+    assert weights.keys() == load_file(second / "final" / "model.safetensors").keys()
+    scores = [r["greedy"] for r in rows(first, "eval.jsonl")]
+    best = first / "best" / "model.safetensors"
+    assert best.is_file() == (max(scores[1:]) > scores[0])
+    code, said = place.nursery.run([*more, "--resume", first / "nope", "--out", place.folder / "x"])
+    assert code == 2 and "no whole checkpoint" in said
+
+
+def test_changed_data_are_refused_when_a_run_goes_on(place, tmp_path):
+    """Under the same name another file gives another stream: the run would mix the two."""
+    data = tmp_path / "p.jsonl"
+    data.write_text(place.problems.read_text())
+    flags = [*place.common, "--data", data, "--save_every", 1, "--out", tmp_path / "o"]
+    assert place.nursery.run([*flags, "--steps", 1])[0] == 0
+    data.write_text("".join(reversed(place.problems.read_text().splitlines(keepends=True))))
+    code, said = place.nursery.run([*flags, "--steps", 2])
+    assert code == 2 and "--data has changed" in said
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("group", 1),
+        ("clip_low", 2),
+        ("kl_coef", -1),
+        ("steps", 0),
+        ("slots", -1),
+        ("slots", 0),
+        ("max_new_tokens", 9_999_999),
+        ("warmup_ratio", 5),
+        ("temperature", 0),
+        ("max_reward_errors", 2),
+        ("lr", -1),
+    ],
+)
+def test_numbers_out_of_range_are_refused_at_once(flag, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        argv = ["--model", "m", "--data", "d", "--out", "o", f"--{flag}={value}"]
+        train_grpo.parse_config(Config, "", argv)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"--{flag} {value}" in said.replace(".0:", ":")
 
 
 def test_two_ranks_sample_and_learn_as_one(place):
@@ -638,12 +643,14 @@ def test_two_ranks_sample_and_learn_as_one(place):
     assert [(s["id"], s["sample"], s["tokens"], s["advantage"]) for s in a] == [
         (s["id"], s["sample"], s["tokens"], s["advantage"]) for s in b
     ]
-    assert len({s["tokens"] for s in a if s["problem"] == 0}) > 1, "the samples of a group differ"
+    assert len({tuple(s["tokens"]) for s in a if s["problem"] == 0}) > 1, (
+        "the samples of a group differ"
+    )
     for m in rows(one) + rows(two):
         assert (
-            m["gap_max"] <= 1e-5
+            m["sampling/logp_difference_max"] <= 1e-5
             and m["ratio_off_one_max"] == 0
-            and m["clip_low"] == m["clip_high"] == 0
+            and m["clip_ratio/low_mean"] == m["clip_ratio/high_mean"] == 0
         )
     norms = [[m["grad_norm"] for m in rows(out)] for out in (one, two)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -775,7 +782,7 @@ def test_problems_with_images_train_the_language_model_alone(place, tmp_path):
     code, said = place.nursery.run(flags)
     assert code == 0, said
     for m in rows(tmp_path / "o"):
-        assert m["gap_max"] <= 1e-5 and m["ratio_off_one_max"] == 0
+        assert m["sampling/logp_difference_max"] <= 1e-5 and m["ratio_off_one_max"] == 0
     before, after = (
         load_file(d / "model.safetensors") for d in (model_dir, tmp_path / "o" / "final")
     )
@@ -792,7 +799,112 @@ def test_problems_with_images_train_the_language_model_alone(place, tmp_path):
     sampled = {
         t
         for i in (1, 2)
-        for s in read_samples(tmp_path / "o" / "rollouts" / f"step_{i}.jsonl")[0]
+        for s in read_samples(tmp_path / "o" / "rollouts" / f"step_{i}.jsonl")
         for t in s.tokens
     }
     assert not sampled & {300, 301, 302, 303, *range(307, 320)} and len(sampled) > 150
+
+
+# ------------------------------------------------------------------------------ which problems a step samples
+def test_an_epoch_has_every_problem_once_in_an_order_of_its_own():
+    problems = [{"id": str(i)} for i in range(10)]
+    epochs = [
+        [stream_problem(problems, e * 10 + i, seed=3)["id"] for i in range(10)] for e in range(2)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [p["id"] for p in problems]
+    assert epochs[0] != epochs[1]
+
+
+PROBLEMS = [{"id": i, "task": "t"} for i in range(20)]
+
+
+@pytest.fixture
+def make_roller():
+    """A roller whose samples get the rewards of `reward(problem, sample index)`, without a model."""
+
+    def make(zero_variance, reward):
+        r = object.__new__(Roller)
+        r.c = config(zero_variance=zero_variance, group=2)
+
+        def sample(problems, salts, n, temperature):
+            samples = [
+                Sample(str(p["id"]), j, [5], "stop", "", problem=i, reward=reward(p["id"], j))
+                for i, p in enumerate(problems)
+                for j in range(n)
+            ]
+            return samples, [None] * len(problems)
+
+        r.sample = sample
+        return r
+
+    return make
+
+
+def test_refill_fills_the_batch_and_passes_no_problem_over(make_roller):
+    """Half the problems teach nothing: each step trains on 4 that do, and the stream goes on where
+    it was used up."""
+    r = make_roller("refill", lambda i, j: float(j) if i % 2 else 1.0)
+    cursor, used = 0, []
+    for _ in range(3):
+        samples, prompts, end = r.step(PROBLEMS, cursor)
+        trained = [s for s in samples if s.trained]
+        assert len(trained) == 8 and all(int(s.id) % 2 for s in trained)
+        assert len(samples) == 2 * len(prompts) and len(prompts) > 4
+        used += [int(s.id) for s in samples if s.sample == 0 and s.problem < end - cursor]
+        cursor = end
+    assert used == [stream_problem(PROBLEMS, i, 0)["id"] for i in range(cursor)]
+
+
+def test_refill_gives_up_when_all_groups_are_equal(make_roller):
+    """A solved data set must not make the step sample for ever."""
+    samples, prompts, cursor = make_roller("refill", lambda i, j: 1.0).step(PROBLEMS, 0)
+    assert len(prompts) == train_grpo.MOST_BATCHES * 4 == cursor
+    assert not any(s.trained for s in samples)
+
+
+@pytest.mark.parametrize("kind, trained", [("keep", 8), ("drop", 4)])
+def test_keep_and_drop_sample_one_batch(make_roller, kind, trained):
+    differing = [stream_problem(PROBLEMS, i, 0)["id"] for i in (0, 1)]
+    r = make_roller(kind, lambda i, j: float(j) if i in differing else 0.0)
+    samples, _, cursor = r.step(PROBLEMS, 0)
+    assert (len(samples), sum(s.trained for s in samples), cursor) == (8, trained, 4)
+
+
+# ------------------------------------------------------------------------------------------ the packed stream
+def of_tokens(problem, tokens, **more):
+    logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+    return Sample(str(problem), 0, tokens, "stop", "", problem=problem, logprobs=logprobs, **more)
+
+
+def test_the_stream_has_each_target_one_row_before_its_token():
+    """A shift by one trains on the wrong token and still learns something: nobody would notice."""
+    samples = [
+        of_tokens(0, [7, 8], advantage=0.5),
+        of_tokens(1, [9, 4, 6], forced_at=1, forced_tokens=1, advantage=-1.0),
+    ]
+    prompts = [
+        SimpleNamespace(tokens=t, pixel_values=None, grid_thw=None) for t in ([1, 2, 3], [5])
+    ]
+    b = collate_samples(samples, [0, 1], prompts)
+    no = -100
+    assert b.stream.tokens.tolist() == [1, 2, 3, 7, 8, 5, 9, 4, 6]
+    assert b.stream.targets.tolist() == [no, no, 7, 8, no, 9, no, 6, no]  # 4 was forced: no target
+    assert b.stream.cu_seqlens.tolist() == [0, 5, 9]
+    assert b.stream.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert b.sequence.tolist() == [0, 0, 1, 1] and b.counts.tolist() == [2, 2]
+    assert b.advantages.tolist() == [0.5, 0.5, -1, -1]
+    assert b.sampler_logprobs.tolist() == [-1, -2, -1, -3]
+
+
+def test_positions_go_on_behind_an_image():
+    """An image takes fewer positions than tokens: counting tokens would shift every position of the
+    completion."""
+    image = SimpleNamespace(
+        tokens=[1, 99, 99, 99, 99, 2],
+        pixel_values=torch.zeros(16, 4),
+        grid_thw=torch.tensor([[1, 4, 4]]),
+    )
+    b = collate_samples([of_tokens(0, [7, 8], advantage=0.0)], [0], [image], 99, 2).stream
+    assert b.position_ids[0].tolist() == [0, 1, 1, 1, 1, 3, 4, 5]
+    assert b.position_ids[2].tolist() == [0, 1, 2, 1, 2, 3, 4, 5]
+    assert b.pixel_values.shape == (16, 4) and b.grid_thw.tolist() == [[1, 4, 4]]

@@ -532,7 +532,8 @@ def test_the_worked_ablation_applies_and_its_test_can_fail(tmp_path):
     name = re.search(r"def (test_\w+)", test)[1]
     call = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\nimport torch\n"
-        f"from changed_grpo import policy_loss\n{test}\n{name}()"
+        "from types import SimpleNamespace\n"
+        f"from changed_grpo import Config, grpo_loss\n{test}\n{name}()"
     )
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,37 +14,37 @@ import pytest
 from PIL import Image
 from tiny import make_tiny_tokenizer
 
+from core.samples import Sample, write_samples
 from report import page as report
 from report import runs as report_data
 from report.runs import Pieces, choose_lines, evenly, find_runs, load_run
-from rollouts import Sample, write_samples
 
 ATTACK = "</script></script ><script>alert(1)</script><img src=x onerror=alert(2)><!--'\"&amp; @@TITLE@@ $\\frac$ é 🂡"
 
 
 def samples_of(n: int, text: str = "so 6·7 = 42", ids=(1, 2, 3), **more) -> list[Sample]:
-    """n samples, eight a problem."""
-    logprobs, mask = np.linspace(-1, -3, len(ids), dtype=np.float32), np.arange(len(ids)) != 1
+    """n samples, eight a problem; their second token was forced."""
     return [
         Sample(
-            i // 8,
-            i % 8,
-            list(ids),
-            logprobs,
-            mask,
-            "stop",
-            text,
-            float(i % 2),
+            id=f"q{i // 8}",
+            sample=i % 8,
+            problem=i // 8,
+            tokens=list(ids),
+            logprobs=np.linspace(-1, -3, len(ids), dtype=np.float32),
+            forced_at=1,
+            forced_tokens=1,
+            finish_reason="stop",
+            prompt="<|im_start|>user\n6·7?<|im_end|>\n",
+            text=text,
+            task="sums",
+            gold="42",
+            reward=float(i % 2),
             answer="42",
             advantage=1.0 if i % 2 else -1.0,
             **more,
         )
         for i in range(n)
     ]
-
-
-def problems_of(n: int, **more) -> list[dict]:
-    return [{"id": f"q{i}", "task": "sums", "answer": "42", **more} for i in range(n)]
 
 
 def grpo_run(path, steps: int = 3, samples: int = 16, **more):
@@ -56,17 +56,10 @@ def grpo_run(path, steps: int = 3, samples: int = 16, **more):
     with open(path / "metrics.jsonl", "w") as f:
         for step in range(1, steps + 1):
             f.write(
-                json.dumps(
-                    {"step": step, "reward_mean": 0.1 * step, "loss": None, "gap_mean": 1e-6}
-                )
+                json.dumps({"step": step, "reward": 0.1 * step, "loss": None, "gap_mean": 1e-6})
                 + "\n"
             )
-            write_samples(
-                path / "rollouts" / f"step_{step}.jsonl",
-                samples_of(samples, **more),
-                problems_of(samples),
-                ["<|im_start|>user\n6·7?<|im_end|>\n"] * samples,
-            )
+            write_samples(path / "rollouts" / f"step_{step}.jsonl", samples_of(samples, **more))
     return path
 
 
@@ -219,7 +212,7 @@ def test_a_torn_line_costs_itself_and_is_said(tmp_path):
     run = grpo_run(tmp_path / "r", steps=2)
     for file in (run / "metrics.jsonl", run / "rollouts" / "step_2.jsonl"):
         with open(file, "a") as f:
-            f.write('{"step": 3, "reward_mean": 0.')
+            f.write('{"step": 3, "reward": 0.')
     (run / "status").write_text("running\n")
     text, data = page_of(run)
     assert len(data["samples"]) == 32
@@ -239,7 +232,7 @@ def test_a_missing_file_is_said_and_the_rest_is_shown(tmp_path, gone):
     text, data = page_of(run)
     assert f"{gone}/ is missing" in text if gone == "rollouts" else f"{gone} is missing" in text
     assert (len(data["samples"]) == 0) == (gone == "rollouts")
-    assert ("reward: r reward_mean 0.1 to 0.3" in text) == (gone != "metrics.jsonl")
+    assert ("reward: r reward 0.1 to 0.3" in text) == (gone != "metrics.jsonl")
 
 
 def test_rows_of_any_shape_are_shown(tmp_path):
@@ -361,9 +354,9 @@ def test_a_resumed_step_counts_once_and_null_is_a_gap(tmp_path):
     """Rows of a step that was done again after a crash, and NaN that was logged as null."""
     run = grpo_run(tmp_path / "r", steps=2)
     with open(run / "metrics.jsonl", "a") as f:
-        f.write('{"step": 2, "reward_mean": 0.9, "kl": null}\n')
+        f.write('{"step": 2, "reward": 0.9, "kl": null}\n')
     series = load_run("r", run).series
-    assert series["reward_mean"] == {1: 0.1, 2: 0.9} and "kl" not in series and "loss" not in series
+    assert series["reward"] == {1: 0.1, 2: 0.9} and "kl" not in series and "loss" not in series
 
 
 def test_figures_show_numbers_not_markup(tmp_path):

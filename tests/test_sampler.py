@@ -1,7 +1,7 @@
 """The sampler against transformers' generate, the model's own full forward, and itself in other batches and orders."""
 
+import copy
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,13 +18,18 @@ from core.vision import mrope_positions
 from core.weights import load_hf
 from data import Prompt
 from model import Model, ModelConfig
-from sampler import STATE, Sampler, SamplingParams
-from sampling import (
+from sampler import (
+    ForcedExit,
+    Sampler,
+    SamplingParams,
+    Slots,
+    banned_token_ids,
     close_table,
+    exit_positions,
     force_exit,
     sample_key,
     sample_token,
-    think_exit,
+    stop_token_ids,
     truncate,
     uniform,
 )
@@ -211,7 +216,7 @@ def test_logprobs_equal_the_trainers(model, temperature):
 def test_bf16_weights_and_cache(model):
     """bf16: the cache, logits and log-probabilities stay close to fp32's, and log-probabilities are fp32."""
     prompts = [text_prompt(n) for n in (3, 30)]
-    s = Sampler(model, max_len=80, slots=4, dtype=torch.bfloat16)
+    s = Sampler(copy.deepcopy(model).bfloat16(), max_len=80, slots=4)
     rollouts = s.generate(prompts, SamplingParams(max_new_tokens=20))
     for p, r in zip(prompts, rollouts):
         assert r.logprobs.dtype == np.float32
@@ -300,16 +305,17 @@ def test_two_ranks_with_sharded_weights_sample_what_one_does(tiny_vl, together, 
 
 
 class Poisoning(Sampler):
-    """Fills every freed slot with NaN, as far as its sample wrote. Behind that, nothing may stand: the next sample zeroes
-    no further."""
+    """Fills what a freed slot still holds with NaN. Its KV must be zero but for position 0, which
+    the idle row goes on writing."""
 
-    def _collect(self, run):
-        super()._collect(run)
-        for slot, x in enumerate(run.live):
-            if x is None:
-                assert not self.slots.kv[:, :, slot, self.slots.reach[slot] :].any()
-                self.slots.kv[:, :, slot, : self.slots.reach[slot]] = float("nan")
+    def _collect(self):
+        ended = super()._collect()
+        for slot, c in enumerate(self.running):
+            if c is None:
+                assert not self.slots.kv[:, :, slot, 1:].any()
+                self.slots.kv[:, :, slot, 0] = float("nan")
                 self.slots.hidden[slot], self.slots.logprobs[slot] = (float("nan"),) * 2
+        return ended
 
 
 @pytest.mark.parametrize("slots, every", [(5, 1), (5, 8), (64, 8)])
@@ -356,13 +362,14 @@ def test_user_errors_come_before_any_work(model):
             s.generate([text_prompt(3), prompt], params)
     with pytest.raises(ValueError, match="sample_ids"):
         s.generate([text_prompt(3)], PARAMS, sample_ids=[1, 2])
-    for wrong in (
-        dict(n=0),
-        dict(temperature=-1),
-        dict(top_p=0),
-        dict(max_new_tokens=0),
-        dict(think_budget=3),
-    ):
+    for slots in (0, -1):
+        with pytest.raises(ValueError, match="at least 1"):
+            Sampler(model, max_len=64, slots=slots)
+    with pytest.raises(
+        ValueError, match="would fit"
+    ):  # 2 TB of address space, before torch takes it
+        Sampler(model, max_len=10**10).generate([text_prompt(3)], PARAMS)
+    for wrong in (dict(n=0), dict(temperature=-1), dict(top_p=0), dict(max_new_tokens=0)):
         with pytest.raises(ValueError):
             SamplingParams(**wrong)
 
@@ -395,7 +402,7 @@ def test_finished_rollouts_survive_an_interrupt(model, together):
 
     with pytest.raises(KeyboardInterrupt) as error:
         s.generate(MANY, PARAMS, on_finish=finished)
-    assert error.value.rollouts == seen and len(seen) == 10
+    assert error.value.completions == seen and len(seen) == 10
     expected = {(r.prompt_index, r.sample_index): r.tokens for r in together}
     assert all(expected[r.prompt_index, r.sample_index] == r.tokens for r in seen)
     assert_same(s.generate(MANY, PARAMS), together)
@@ -410,15 +417,14 @@ def test_running_out_of_memory_keeps_what_is_finished_and_says_what_helps(model,
     monkeypatch.setattr(sampler_module, "decode_step", fails)
     with pytest.raises(torch.OutOfMemoryError) as error:
         s.generate(MANY, PARAMS)
-    assert error.value.rollouts == [] and "slots=3" in error.value.__notes__[0]
+    assert error.value.completions == [] and "--slots 3" in error.value.__notes__[0]
 
 
 def test_rollouts_are_handed_out_while_others_still_run(model):
     """Grading overlaps decoding only if a rollout arrives before the last one has ended."""
     s, live = Sampler(model, max_len=80, slots=6), []
-    done = STATE.index("done")
     rollouts = s.generate(
-        MANY, PARAMS, on_finish=lambda r: live.append(6 - int(s.slots.state[done].sum()))
+        MANY, PARAMS, on_finish=lambda r: live.append(6 - int(s.slots.done.sum()))
     )
     assert len(live) == len(rollouts) == 64
     assert sum(n > 0 for n in live) > 50
@@ -427,12 +433,16 @@ def test_rollouts_are_handed_out_while_others_still_run(model):
 # ---------------------------------------------------------------------------------------------- forced exit (11)
 CLOSE = {10: "</", 11: "think", 12: ">", 13: ">\n", 14: "<", 15: "a</", 16: "</think>", 17: ""}
 PIECES = [CLOSE.get(i, "x") for i in range(VOCAB)]
-EXIT = dict(exit_tokens=[10, 11, 13], close_table=close_table(PIECES, "</think>"))
+EXIT = ForcedExit(0, [10, 11, 13], close_table(PIECES, "</think>"))
+
+
+def forced(budget, answer=None):
+    return dataclasses.replace(EXIT, budget=budget, answer_budget=answer)
 
 
 def test_close_table_follows_the_text():
     """Against the plain search in the text, for random token sequences that are rich in pieces of the close."""
-    table = EXIT["close_table"]
+    table = EXIT.close_table
     rng = np.random.default_rng(0)
     for _ in range(300):
         state, text = 0, ""
@@ -448,31 +458,23 @@ def test_close_table_follows_the_text():
             assert state == max(k for k in range(8) if text.endswith("</think>"[:k]))
 
 
-def run_script(script, **params):
-    """Feed `script` as the sampled tokens through force_exit → (tokens, forced places)."""
-    p = SimpleNamespace(
-        exit=torch.tensor(EXIT["exit_tokens"]),
-        close_table=EXIT["close_table"],
-        closed=8,
-        answer_budget=None,
-        **params,
-    )
-    s = SimpleNamespace(
-        **{k: torch.zeros(1, dtype=torch.long) for k in ("count", "close", "hold", "done")},
-        exit_at=torch.tensor([-1]),
-        limit=torch.tensor([100]),
-    )
-    tokens, forced = [], []
+def run_script(script, budget):
+    """Feed `script` as the sampled tokens through force_exit → (tokens, indices of inserted ones)."""
+    exit = dataclasses.replace(EXIT, budget=budget, tokens=torch.tensor(EXIT.tokens))
+    s = Slots(torch.zeros(9, 1, dtype=torch.long))
+    s.exit_at.fill_(-1)
+    s.limit.fill_(100)
+    tokens, inserted = [], []
     for i, t in enumerate(script):
-        token, was_forced = force_exit(s, torch.tensor([t]), p)
+        token, was_forced = force_exit(s, torch.tensor([t]), exit)
         tokens.append(int(token))
-        forced += [i] if was_forced else []
+        inserted += [i] if was_forced else []
         s.count += 1
-    return tokens, forced
+    return tokens, inserted
 
 
 @pytest.mark.parametrize(
-    "script, budget, forced",
+    "script, budget, places",
     [
         ([0] * 8, 0, [0, 1, 2]),
         ([0] * 8, 1, [1, 2, 3]),
@@ -489,10 +491,10 @@ def run_script(script, **params):
         ([0, 10, 11, 12, 0, 0, 10, 11], 5, []),  # nothing after the close counts
     ],
 )
-def test_forced_exit_waits_for_a_natural_close(script, budget, forced):
-    tokens, places = run_script(script, think_budget=budget)
-    assert places == forced
-    assert [tokens[i] for i in places] == EXIT["exit_tokens"][: len(places)]
+def test_forced_exit_waits_for_a_natural_close(script, budget, places):
+    tokens, found = run_script(script, budget)
+    assert found == places
+    assert [tokens[i] for i in places] == EXIT.tokens[: len(places)]
     assert all(tokens[i] == script[i] for i in range(len(script)) if i not in places)
 
 
@@ -502,7 +504,7 @@ def test_forced_exit_in_a_run(model, budget, answer):
     and forcing works through refills, whatever the batch."""
     stop = [*range(20, 26), 13]  # 13 is a token of the exit too: only a sampled one stops
     params = SamplingParams(
-        n=6, max_new_tokens=30, stop_ids=stop, think_budget=budget, answer_budget=answer, **EXIT
+        n=6, max_new_tokens=30, stop_ids=stop, forced_exit=forced(budget, answer)
     )
     prompts = [
         text_prompt(5),
@@ -520,8 +522,8 @@ def test_forced_exit_in_a_run(model, budget, answer):
             assert len(r.tokens) <= budget + 8 and r.mask.all()
             continue
         at = int((~r.mask).argmax())
-        assert budget <= at <= budget + 7 and r.tokens[at : at + 3] == EXIT["exit_tokens"]
-        assert r.mask.sum() == len(r.tokens) - 3 and r.sampled_tokens == len(r.tokens) - 3
+        assert budget <= at <= budget + 7 and r.tokens[at : at + 3] == EXIT.tokens
+        assert r.mask.sum() == len(r.tokens) - 3
         room = 30 if answer is None else at + 3 + answer
         assert len(r.tokens) == room if r.finish_reason == "forced+length" else r.tokens[-1] in stop
         assert len(r.tokens) <= room
@@ -530,7 +532,58 @@ def test_forced_exit_in_a_run(model, budget, answer):
 
 def test_a_budget_that_cannot_be_kept_is_refused():
     with pytest.raises(ValueError, match="at most 80"):
-        SamplingParams(max_new_tokens=100, think_budget=90, answer_budget=9, **EXIT)
+        SamplingParams(max_new_tokens=100, forced_exit=forced(90, 9))
+
+
+def test_exit_positions_are_where_the_sampler_would_have_exited(model):
+    """The budget curve of stored completions: against real forced exits with the same random
+    numbers, whose tokens up to the exit are those of the free run."""
+    params = SamplingParams(n=40, max_new_tokens=30, stop_ids=range(20, 26))
+    prompt = [Prompt([*text_prompt(9).tokens, 14, 11, 12], None, None)]
+    s = Sampler(model, max_len=64, slots=40)
+    free = s.generate(prompt, params)
+    for budget in (0, 3, 11):
+        real = s.generate(prompt, dataclasses.replace(params, forced_exit=forced(budget)))
+        unfinished = [c.finish_reason == "length" for c in free]
+        assert exit_positions([c.tokens for c in free], unfinished, forced(budget)) == [
+            c.forced_at for c in real
+        ]
+
+
+@pytest.mark.parametrize(
+    "script, budget, unfinished, at",
+    [
+        ([0, 0, 0], 2, False, 2),
+        ([0, 0, 0], 3, False, None),  # it ended by itself
+        ([0, 0, 0], 3, True, 3),  # cut off at its end
+        ([0, 0, 10], 3, True, 3),  # cut off while closing
+        ([0, 0, 10], 2, False, 2),
+        ([0, 10, 11, 12, 0, 0], 2, True, None),
+        ([0, 10, 11, 0, 0, 0], 2, True, 4),
+    ],
+)
+def test_exit_positions_at_the_end_of_a_completion(script, budget, unfinished, at):
+    others = [[0] * 9, [16]]
+    found = exit_positions([script, *others], [unfinished, True, True], forced(budget))
+    assert found == [at, budget, None]
+
+
+def test_both_ends_stop_and_no_image_token_can_be_sampled():
+    """A missing end id reads as truncated samples; a sampled image placeholder breaks the next
+    forward."""
+
+    class Tokenizer:
+        unk_token_id, eos_token_id = None, 304
+        names = {"<|im_end|>": 304, "<|endoftext|>": 305, "<|image_pad|>": 302}
+
+        def convert_tokens_to_ids(self, token):
+            return self.names.get(token)
+
+        def __len__(self):
+            return 307
+
+    assert stop_token_ids(Tokenizer()) == [304, 305]
+    assert banned_token_ids(Tokenizer(), 310) == [302, 307, 308, 309]
 
 
 def test_think_exit_from_a_tokenizer(tmp_path):
@@ -538,8 +591,8 @@ def test_think_exit_from_a_tokenizer(tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_tokenizer(tmp_path))
-    exit = think_exit(tokenizer, VOCAB)
-    assert tokenizer.decode(exit["exit_tokens"]) == "</think>\n"
+    exit = ForcedExit.from_tokenizer(tokenizer, VOCAB, 5)
+    assert tokenizer.decode(exit.tokens) == "</think>\n"
     for text, closes in [
         ("so 2 </think>\n\nthe answer", True),
         ("a</think", False),
@@ -547,7 +600,7 @@ def test_think_exit_from_a_tokenizer(tmp_path):
     ]:
         state = 0
         for i in tokenizer.encode(text, add_special_tokens=False):
-            state = int(exit["close_table"][state, i])
+            state = int(exit.close_table[state, i])
         assert (state == 8) == closes, text
 
 
@@ -639,13 +692,11 @@ def test_temperature_to_zero_is_greedy(model):
 
 
 # --------------------------------------------------------------------------------------------------- weights (15)
-@pytest.mark.parametrize("dtype", [None, torch.float64])
-def test_new_weights_are_used_at_once(tiny_vl, dtype):
-    """Any tensor kept from before the update, aliased or copied (into another dtype), would show against a fresh
-    sampler."""
+def test_new_weights_are_used_at_once(tiny_vl):
+    """Any tensor kept from before the update would show against a fresh sampler."""
     model = load(tiny_vl)
     s, params = (
-        Sampler(model, max_len=64, slots=4, dtype=dtype),
+        Sampler(model, max_len=64, slots=4),
         SamplingParams(temperature=0, max_new_tokens=20),
     )
     before = s.generate([text_prompt(9)], params)
@@ -657,9 +708,7 @@ def test_new_weights_are_used_at_once(tiny_vl, dtype):
             after = s.generate([text_prompt(9)], params)
             assert np.abs(after[0].logprobs - before[0].logprobs).max() > 0, name
             assert_same(
-                after,
-                Sampler(model, max_len=64, slots=4, dtype=dtype).generate([text_prompt(9)], params),
-                0,
+                after, Sampler(model, max_len=64, slots=4).generate([text_prompt(9)], params), 0
             )
             before = after
     s.release()
