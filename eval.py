@@ -420,7 +420,7 @@ class Engine:
                 def store(completion: Completion, chunk: list[Job] = chunk) -> None:
                     file.write(self.sample(chunk[completion.prompt_index], completion).to_json())
                     file.flush()
-                    self.tokens += completion.sampled_tokens
+                    self.tokens += int(completion.mask.sum())
 
                 sampler.generate(
                     [Prompt(j.tokens, *i) for j, i in zip(chunk, images)], params,
