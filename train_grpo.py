@@ -550,11 +550,11 @@ def train(c: Config) -> int:
     total = c.steps or -(-c.epochs * len(problems) // c.prompts)
     hashes = hash_files(c.data) if world.is_main else {}
     at = restore(c, run, hashes, model, optimizer, world)
+    exports = 1 + bool(held_out) + (total // c.export_every if c.export_every else 0)
+    exports *= sum(f.stat().st_size for f in model_dir.glob("*.safetensors"))
     copies = c.keep_last + 1 if c.save_every else 1
-    exported = sum(f.stat().st_size for f in model_dir.glob("*.safetensors"))
-    require_space(
-        run.out / "checkpoints", model, optimizer, world, copies=copies, export_bytes=exported
-    )
+    root = run.out / "checkpoints"
+    require_space(root, model, optimizer, world, copies=copies, export_bytes=exports)
     saved, stop = at["step"], StopRequest()
     exit = None
     if c.think_budget:
@@ -633,7 +633,6 @@ def train(c: Config) -> int:
             too_bad = bad >= c.max_bad_steps
             due = c.save_every and (step + 1) % c.save_every == 0
             if last or stop_asked or too_bad or due:
-                root = run.out / "checkpoints"
                 save_state(root, step + 1, model, optimizer, at, world, c.keep_last, hashes)
             if c.export_every and (step + 1) % c.export_every == 0:
                 export(run.out / "export" / f"step_{step + 1}")

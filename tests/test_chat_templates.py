@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from sampling import think_exit
 from tiny import TEMPLATES, make_tiny_tokenizer
 
 import data
-from sampling import think_exit
 
 THOUGHT, ANSWER = "Two and two.\nThat is four.", "<answer>\n4\n</answer>"
 INLINE = f"<think>\n{THOUGHT}\n</think>\n{ANSWER}"
