@@ -1,9 +1,9 @@
 """Chat data as people have it → the conversation schema: `python -m convert chat FILE --out …`.
 
-ShareGPT           {"conversations": [{"from": "human|gpt|system", "value"}], "image(s)"?, "system"?}
+ShareGPT           {"conversations": [{"from": "human|gpt", "value"}], "image(s)"?, "system"?}
 Alpaca             {"instruction", "input"?, "output", "history"?, "system"?}
 prompt/completion  {"prompt", "completion" or "response"}, texts or lists of messages (TRL)
-OpenAI messages    {"messages": [{"role", "content": text or parts}]}, images as parts, data: URLs too
+OpenAI messages    {"messages": [{"role", "content": text or parts}]}, images also as data: URLs
 
 In jsonl, json, csv or parquet. Images go to files beside the jsonl. An image that no `<image>`
 places comes before the first user turn. Tool calls have no place in the schema: dropped, counted.
@@ -113,7 +113,7 @@ def chat(row: Row, i: int, ctx: Context) -> dict:
 
 
 def on_disk(image: Any, ctx: Context) -> Any:
-    """The bytes of a path that is absolute or is relative to the user's file; anything else as it is."""
+    """The bytes of a path, absolute or relative to the user's file; anything else as it is."""
     if isinstance(image, str) and not image.startswith("data:") and len(image) < 1000:
         for root in ctx.source.roots:
             if (root / image).is_file():

@@ -78,7 +78,7 @@ def convert(
 def converted(
     spec: Spec, ctx: Context, keep: Collection[int] | None = None
 ) -> Iterator[tuple[int, str, dict]]:
-    """(number, key, row) of every published row that can be converted; why the others cannot goes to
+    """(number, key, row) of every published row that can be converted; why the others cannot is in
     ctx.dropped. keep: numbers of the rows to convert, None for all."""
     seen, forbidden = set(), control_tokens()
     for i, (table, number, published) in enumerate(ctx.source.rows()):
@@ -199,9 +199,9 @@ def download(name: str, out: str, revision: str | None = None) -> dict:
     except Exception as e:  # no connection, proxy, unknown revision, no permission: hub and httpx
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         raise ValueError(
-            f"{hub}: could not be downloaded ({type(e).__name__}: {why}). Run the same command again "
-            f"to continue, or fetch {', '.join(files)} elsewhere and pass their folder to `python "
-            f"-m convert {name} FOLDER --out FILE`"
+            f"{hub}: could not be downloaded ({type(e).__name__}: {why}). Run the same command "
+            f"again to continue, or fetch {', '.join(files)} elsewhere and pass their folder to "
+            f"`python -m convert {name} FOLDER --out FILE`"
         ) from None
     what = {"name": name, "hub": hub, "revision": revision, "files": files}
     note.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")

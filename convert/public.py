@@ -1,5 +1,5 @@
-"""One short function per data set: a published row → a row of ours. `SPECS` and `HUB` at the end are
-the registry; a new data set is a function and a line there.
+"""One short function per data set: a published row → a row of ours. `SPECS` and `HUB` at the end
+are the registry; a new data set is a function and a line there.
 
 Where the paper is silent: how OpenThoughts becomes <think>/<answer> (see `openthoughts`); which
 MMMU-Pro it used (here the standard one with ten options). A row that cannot be converted raises
@@ -56,8 +56,10 @@ def parse_list(value: Any) -> list:
 def option_texts(value: Any) -> list[str]:
     """Options as texts in the order of their letters; a list inside the list is opened (MMMU-Pro).
 
-    >>> option_texts({"B": "no", "A": "yes"}), option_texts("['1', '2']"), option_texts([["x", "y"]])
-    (['yes', 'no'], ['1', '2'], ['x', 'y'])
+    >>> option_texts({"B": "no", "A": "yes"}), option_texts("['1', '2']")
+    (['yes', 'no'], ['1', '2'])
+    >>> option_texts([["x", "y"], "z"])
+    ['x', 'y', 'z']
     >>> option_texts([{"letter": "A", "content": "x"}, {"key": "B", "value": "y"}])
     ['x', 'y']
     """
@@ -170,8 +172,8 @@ def gsm8k(row: Row, i: int, ctx: Context) -> dict:
 
 
 def orz57k(row: Row, i: int, ctx: Context) -> dict:
-    """Two turns: {"from": "human", "value"}, {…, "ground_truth": {"value", "pass_at_n"?}}; a pair, or
-    columns "0" and "1"."""
+    """Two turns: {"from": "human", "value"}, {…, "ground_truth": {"value", "pass_at_n"?}}; a pair,
+    or columns "0" and "1"."""
     human, assistant = map(Row, row["turns"] if "turns" in row else (row["0"], row["1"]))
     gold, question = Row(assistant["ground_truth"]), text_of(human["value"], "the problem")
     answer = text_of(gold["value"], "the answer")
@@ -211,7 +213,7 @@ def medqa(row: Row, i: int, ctx: Context) -> dict:
 
 # ---------------------------------------------------------------------- images
 def medxpertqa_mm(row: Row, i: int, ctx: Context) -> dict:
-    """The question ends with "Answer Choices: (A) …": removed, or the prompt would have it twice."""
+    """The question ends with "Answer Choices: (A) …": removed, else the prompt has it twice."""
     question, mark, _ = row["question"].rpartition("Answer Choices:")
     if not mark:
         question = row["question"]
@@ -228,7 +230,7 @@ def medxpertqa_mm(row: Row, i: int, ctx: Context) -> dict:
 def mmmu(row: Row, i: int, ctx: Context) -> dict:
     """MMMU and MMMU-Pro: `<image 1>` … in question and options, options a list literal.
 
-    Open questions (53 in MMMU val) have one gold, or a list literal of golds each of which is right.
+    Open questions (53 in MMMU val) have one gold, or a list literal of golds that are all right.
     """
     name = str(row.get("id", i))
     from_id = re.fullmatch(r"(?:validation|dev|test)_(.+)_\d+", name)
@@ -387,9 +389,9 @@ def openthoughts(row: Row, i: int, ctx: Context) -> dict:
 
     The paper does not say how it mapped these. Here the user turn is the paper's training prompt
     around the published one, unchanged, without the release's system prompt; the assistant turn is
-    "<think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>" with the whole solution in the answer. The line
-    breaks are for the tokenizer: after a full stop on the same line Qwen's joins ".</" into one
-    token, and most closing tags would begin with another token than the one that forced exit writes.
+    "<think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>" with the whole solution in the answer. The
+    line breaks are for the tokenizer: after a full stop on the same line Qwen's joins ".</" into
+    one token, and most closing tags would begin with another token than that of forced exit.
     """
     turns = [Row(t) for t in row["conversations"]]
     if [t["from"] for t in turns] not in (["user", "assistant"], ["human", "gpt"]):
@@ -452,9 +454,9 @@ SPECS: dict[str, Spec] = {
     "omnimedvqa": Spec(omnimedvqa, r"Open-access/[^/]*\.json$", 88996),
     "nejm": Spec(nejm, r"\.(json|parquet)$", 947),
 }
-# Where the releases are on the hub: name@commit, then the files that are read. The commits are those
-# that public evaluation code pins. For the two without one no public pin was found: the newest is
-# taken and download.json says which; pass --revision to repeat it.
+# Where the releases are on the hub: name@commit, then the files that are read. The commits are
+# those that public evaluation code pins. For the two without one no public pin was found: the
+# newest is taken and download.json says which; pass --revision to repeat it.
 HUB: dict[str, tuple[str, ...]] = {
     "openthoughts": ("open-thoughts/OpenThoughts-114k", "data/train-*"),
     "orz57k": ("Open-Reasoner-Zero/orz_math_57k_collection", "*.json", "*.parquet"),

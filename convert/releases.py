@@ -38,9 +38,8 @@ class Row(dict):
 
 
 class Source:
-    """The files of a release. Its tables are the files named outright; else those in its folders and
-    zips whose names match `pattern`. Where a file is named outright, the rest only serves images.
-    """
+    """The files of a release. Its tables are the files named outright; else those in its folders
+    and zips whose names match `pattern`. Where a file is named, the rest only serves images."""
 
     def __init__(self, paths: list[str], pattern: str):
         self.members: dict[str, Callable[[], bytes]] = {}  # name inside the release → its bytes

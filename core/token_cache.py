@@ -153,8 +153,8 @@ def join_parts(parts: Path, number: int, out: Path, pad: int | None, faults: lis
                     file.write(array.tobytes())
     if not sources:
         raise ValueError(
-            f"no document has anything to learn within max_len ({dict(stats)}); raise --max_len, or "
-            "look at the rows with `python -m tools.inspect`"
+            f"no document has anything to learn within max_len ({dict(stats)}); raise --max_len, "
+            "or look at the rows with `python -m tools.inspect`"
         )
     table, names = np.concatenate(index), sorted(set(sources))
     numbers = {name: i for i, name in enumerate(names)}

@@ -1,10 +1,12 @@
-"""What the recipes need with SMOKE=1: a tiny model, and every data set in its published form with a few made-up rows.
+"""What the recipes need with SMOKE=1: a tiny model, and a few made-up rows of every data set in its
+published form.
 
-    python recipes/smoke_data.py write FOLDER              FOLDER/base and FOLDER/releases/NAME
-    python recipes/smoke_data.py teach OUT PROBLEMS        stored samples of eval.py become a teacher's: thought, right answer
+    python recipes/smoke_data.py write FOLDER          FOLDER/base and FOLDER/releases/NAME
+    python recipes/smoke_data.py teach OUT PROBLEMS    stored samples of eval.py become a teacher's
 
-The rows are the miniature's chains (toy/world.py) in the fields of the real releases, so the same converters run. The model is
-the shipped miniature base where there is one, else random weights; neither can think, hence `teach` in the place of QwQ.
+The rows are the miniature's chains (toy/world.py) in the fields of the real releases, so the same
+converters run. The model is the shipped miniature base where there is one, else random weights;
+neither can think, hence `teach` in the place of QwQ.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ ROWS = 3  # of each table
 SHIPPED = ROOT / "toy" / "assets"
 
 
-# ------------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------- writing
 def write_parquet(path: Path, rows: list[dict]) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -48,7 +50,7 @@ def write_zip(path: Path, members: dict[str, bytes]) -> None:
             archive.writestr(name, content)
 
 
-# ---------------------------------------------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------- rows
 class Maker:
     """Random chains as questions with options, and as pictures."""
 
@@ -314,7 +316,7 @@ def write_medical_releases(out: Path, make: Maker) -> None:
         (out / f"nejm/images/IC{i}.png").write_bytes(q["picture"])
 
 
-# ---------------------------------------------------------------------------------------------- model and teacher
+# ---------------------------------------------------------------------- model and teacher
 def write_base(out: Path) -> None:
     """The shipped miniature base, or random weights in the same architecture."""
     aside = out.with_name(out.name + ".tmp")
@@ -356,23 +358,21 @@ def write(folder: Path) -> None:
 
 
 def teach(out: Path, problems: Path) -> None:
-    """Rewrite the stored samples as a teacher would have written them, and grade them by the real rule."""
+    """Rewrite the stored samples as a teacher would have written them; grade them by the rule."""
     import rewards
 
     by_id = {p["id"]: p for p in map(json.loads, problems.read_text().splitlines())}
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     for row in rows:
         problem = by_id[row["id"]]
-        row["text"] = (
-            f"<think>{problem['question']} (sample {row['sample']})</think>{toy.final_answer(problem)}"
-        )
+        thought = f"<think>{problem['question']} (sample {row['sample']})</think>"
+        row["text"] = thought + toy.final_answer(problem)
         row["finish_reason"] = "stop"
         reward = rewards.reward(problem, row["text"], "stop")
         row.update(reward=reward.score, answer=reward.answer, status=reward.status)
     write_text(out / "samples.jsonl", rows)
-    print(
-        f"{out}: {len(rows)} samples rewritten, {sum(row['reward'] for row in rows):.0f} of them right"
-    )
+    right = sum(row["reward"] for row in rows)
+    print(f"{out}: {len(rows)} samples rewritten, {right:.0f} of them right")
 
 
 def main(argv: list[str]) -> None:

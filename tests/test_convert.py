@@ -1,5 +1,6 @@
-"""Converters against small files in each release's published form, written here, and against real releases where a
-copy is in XREASONER_TEST_DATA (skipped elsewhere). Every conversion is read back with the loader of data.py."""
+"""Converters against small files in each release's published form, written here, and against real
+releases where a copy is in XREASONER_TEST_DATA (skipped elsewhere). Every conversion is read back
+with the loader of data.py."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def archive(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def run(name: str, source: Path | list[Path], tmp_path: Path, **options) -> tuple[list[dict], dict]:
-    """Convert, hold the file to what every converted file must be, read it with data.py's own loader."""
+    """Convert, hold the file to what every converted file must be, read it with data.py's own
+    loader."""
     out = tmp_path / "out" / f"{name}.jsonl"
     sources = [str(s) for s in (source if isinstance(source, list) else [source])]
     info = convert.convert(name, sources, str(out), **options)
@@ -90,7 +92,8 @@ def test_docstring_examples_are_true():
 
 
 def test_gsm8k(tmp_path):
-    """Prevents: the worked solution as gold; thousands commas and dollars left in; the socratic config read too."""
+    """Prevents: the worked solution as gold; thousands commas and dollars left in; the socratic
+    config read too."""
     rows = [
         {"question": "How many? ", "answer": "He has <<2*3=6>>6.\n#### 1,234"},
         {"question": "Cost?", "answer": "a\n#### $-5"},
@@ -113,7 +116,8 @@ def test_gsm8k(tmp_path):
 
 
 def test_rows_that_the_loader_would_refuse_are_dropped_here(tmp_path):
-    """Prevents one row that quotes the chat template (or holds half a character) from making a whole file unusable."""
+    """Prevents one row that quotes the chat template (or holds half a character) from making a
+    whole file unusable."""
     good = {"question": "Is a < |b| > c?", "answer": "#### 1"}
     source = jsonl(
         tmp_path / "test.jsonl",
@@ -135,7 +139,8 @@ def test_rows_that_the_loader_would_refuse_are_dropped_here(tmp_path):
 
 
 def test_orz_takes_the_first_human_turn_and_the_ground_truth(tmp_path):
-    """Prevents pass_at_n, which is absent or null in a part of the rows, from stopping the conversion."""
+    """Prevents pass_at_n, which is absent or null in a part of the rows, from stopping the
+    conversion."""
     path = tmp_path / "orz_math_57k_collected.json"
     path.write_text(
         json.dumps(
@@ -164,7 +169,8 @@ def test_orz_takes_the_first_human_turn_and_the_ground_truth(tmp_path):
 
 
 def test_mmlu_pro_strips_padding_and_marks_the_health_slice(tmp_path):
-    """Prevents N/A as an option that can be chosen, and a health suite that has to be run a second time."""
+    """Prevents N/A as an option that can be chosen, and a health suite that has to be run a second
+    time."""
     base = {
         "question_id": 5,
         "question": "Which?",
@@ -203,7 +209,8 @@ def test_mmlu_pro_strips_padding_and_marks_the_health_slice(tmp_path):
 
 
 def test_medqa_knows_its_two_releases_apart(tmp_path):
-    """Prevents a 4-option score printed as the paper's 5-option MedQA: the files have the same fields."""
+    """Prevents a 4-option score printed as the paper's 5-option MedQA: the files have the same
+    fields."""
     row = {
         "question": "Dx?",
         "answer": "gout",
@@ -238,7 +245,8 @@ def test_medqa_knows_its_two_releases_apart(tmp_path):
 
 
 def test_medxpertqa_does_not_repeat_its_options(tmp_path):
-    """Prevents options twice in the prompt (the question ends with them), and lost or reordered images."""
+    """Prevents options twice in the prompt (the question ends with them), and lost or reordered
+    images."""
     mm = {
         "id": "MM-26",
         "question": "See A and B.\nAnswer Choices: (A) one (B) two",
@@ -281,7 +289,8 @@ def mmmu_row(**changes) -> dict:
 
 
 def test_mmmu_images_follow_the_text_through_question_and_options(tmp_path):
-    """Prevents the loss of repeats and of order, and `<image N>` in options left as text (lmms-eval has had both)."""
+    """Prevents the loss of repeats and of order, and `<image N>` in options left as text
+    (lmms-eval has had both)."""
     three = {"image_1": embedded(1), "image_2": embedded(2), "image_3": embedded(3)}
     parquet(
         tmp_path / "raw/Pharmacy/validation-00000-of-00001.parquet",
@@ -316,7 +325,8 @@ def test_mmmu_images_follow_the_text_through_question_and_options(tmp_path):
 
 
 def test_mmmu_open_questions_are_open_and_may_have_several_golds(tmp_path):
-    """Prevents open items scored as a choice between the gold and nothing, and list golds taken as one string."""
+    """Prevents open items scored as a choice between the gold and nothing, and list golds taken as
+    one string."""
     parquet(
         tmp_path / "raw/Art/validation-0.parquet",
         [
@@ -388,7 +398,8 @@ def test_mmmu_pro_is_the_form_with_ten_options(tmp_path):
 
 
 def test_mmstar_options_leave_the_question_where_they_can_be_read(tmp_path):
-    """Prevents options shown twice, options cut at a comma inside them, and `<image 1>` of its sources left as text."""
+    """Prevents options shown twice, options cut at a comma inside them, and `<image 1>` of its
+    sources left as text."""
     base = {
         "index": 0,
         "image": embedded(1)["bytes"],
@@ -438,7 +449,8 @@ def mathvista_row(**changes) -> dict:
 
 
 def test_mathvista_gold_text_becomes_a_letter_and_precision_an_integer(tmp_path):
-    """Prevents a choice scored against its text; round(x, 1.0), which fails; a right answer in two options."""
+    """Prevents a choice scored against its text; round(x, 1.0), which fails; a right answer in two
+    options."""
     choices = {"question_type": "multi_choice", "answer_type": "text"}
     parquet(
         tmp_path / "raw/data/testmini-00000-of-00001-x.parquet",
@@ -464,7 +476,8 @@ def test_mathvista_gold_text_becomes_a_letter_and_precision_an_integer(tmp_path)
 
 
 def test_mathvista_questions_carry_unit_and_form_of_the_answer(tmp_path):
-    """Prevents a right value marked wrong because the prompt kept the gold's rounding or unit to itself."""
+    """Prevents a right value marked wrong because the prompt kept the gold's rounding or unit to
+    itself."""
     rows = [
         mathvista_row(),
         mathvista_row(pid="2", answer="1.2", answer_type="float", precision=1.0, unit="cm"),
@@ -482,7 +495,8 @@ def test_mathvista_questions_carry_unit_and_form_of_the_answer(tmp_path):
 
 
 def test_mathvision_has_one_picture_whatever_its_tags_say(tmp_path):
-    """Prevents tag counts that no image meets, and options that are bare letters of the picture rejected."""
+    """Prevents tag counts that no image meets, and options that are bare letters of the picture
+    rejected."""
     base = {
         "id": "1",
         "question": "Which of <image1> and <image2>?",
@@ -545,7 +559,8 @@ def omnimedvqa_row(i: int, **changes) -> dict:
 
 
 def test_omnimedvqa_reads_the_zip_and_finds_the_gold_among_two_to_four_options(tmp_path):
-    """Prevents nearest-string golds, empty options C and D offered, and the entry with `modality` lost."""
+    """Prevents nearest-string golds, empty options C and D offered, and the entry with `modality`
+    lost."""
     odd = omnimedvqa_row(1, option_C=None, option_D="", gt_answer="flu", modality="X-Ray")
     del odd["modality_type"]
     path = omnimedvqa_zip(
@@ -579,7 +594,8 @@ def test_omnimedvqa_reads_the_zip_and_finds_the_gold_among_two_to_four_options(t
 
 
 def test_a_sample_is_in_proportion_seeded_and_independent_of_file_order(tmp_path):
-    """Prevents a subset that is only the first file, changes between machines, or drags all images along."""
+    """Prevents a subset that is only the first file, changes between machines, or drags all images
+    along."""
     rows = [omnimedvqa_row(i, modality_type="CT" if i % 4 else "MRI") for i in range(40)]
     one = omnimedvqa_zip(tmp_path / "one.zip", {"a": rows[:25], "b": rows[25:]}, 40)
     two = omnimedvqa_zip(tmp_path / "two.zip", {"a": rows[30:], "b": rows[:30]}, 40)
@@ -597,7 +613,8 @@ def test_a_sample_is_in_proportion_seeded_and_independent_of_file_order(tmp_path
 
 
 def test_nejm_from_the_users_own_files(tmp_path):
-    """Prevents the challenge's json (letters) and parquet (texts or letters) forms read differently."""
+    """Prevents the challenge's json (letters) and parquet (texts or letters) forms read
+    differently."""
     base = {
         "image_id": 1,
         "date": "may-02-2013",
@@ -648,7 +665,8 @@ def test_nejm_from_the_users_own_files(tmp_path):
 
 
 def test_images_keep_their_bytes_and_get_the_extension_of_those_bytes(tmp_path):
-    """Prevents re-encoding (other pixels than everyone else's), and a png called .jpg from being refused later."""
+    """Prevents re-encoding (other pixels than everyone else's), and a png called .jpg from being
+    refused later."""
     forms = {"PNG": "png", "JPEG": "jpg", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp"}
     rest = {"question": "?", "answer": "a", "options": []}
     rows = [
@@ -679,7 +697,8 @@ THOUGHT = (
 
 
 def test_openthoughts_gives_the_papers_turns(tmp_path):
-    """Prevents: the release's system prompt kept; its markers left in; thoughts that never end taken as examples."""
+    """Prevents: the release's system prompt kept; its markers left in; thoughts that never end
+    taken as examples."""
     default = {
         "system": "Your role as an assistant …",
         "conversations": [
@@ -701,13 +720,17 @@ def test_openthoughts_gives_the_papers_turns(tmp_path):
         "messages": [
             {
                 "role": "user",
-                "content": "You will solve a problem/request. You should provide your thoughts within <think> "
-                "</think> tags before providing the answer.\nWrite your final answer within <answer> </answer> tags. "
-                "Here is the question: Return your final response within \\boxed{}. What is {question} 1+1?",
+                "content": "You will solve a problem/request. You should provide your thoughts "
+                "within <think> "
+                "</think> tags before providing the answer.\nWrite your final answer within "
+                "<answer> </answer> tags. "
+                "Here is the question: Return your final response within \\boxed{}. What is "
+                "{question} 1+1?",
             },
             {
                 "role": "assistant",
-                "content": "<think>\nOkay, 1+1.\n\nSo 2.\n</think>\n<answer>\nIt is \\boxed{2}.\n</answer>",
+                "content": "<think>\nOkay, 1+1.\n\nSo 2.\n</think>\n<answer>\nIt is "
+                "\\boxed{2}.\n</answer>",
             },
         ]
     }
@@ -720,7 +743,8 @@ def test_openthoughts_gives_the_papers_turns(tmp_path):
 
 @needs_real
 def test_closing_tags_begin_with_the_tokens_of_forced_exit():
-    """Prevents ".</" as one token, with which most traces' closing tag would differ from the forced one."""
+    """Prevents ".</" as one token, with which most traces' closing tag would differ from the
+    forced one."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(REAL / "qwen2_5_tokenizer")
@@ -801,7 +825,8 @@ def test_an_image_path_cannot_leave_the_release(tmp_path):
 def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_came_from(
     tmp_path, capsys, monkeypatch
 ):
-    """Prevents results that cannot be traced to a revision: the download's commit goes to the conversion's report."""
+    """Prevents results that cannot be traced to a revision: the download's commit goes to the
+    conversion's report."""
 
     def snapshot_download(repo_id, *, repo_type, revision, allow_patterns, local_dir):
         assert (repo_id, repo_type, allow_patterns) == ("openai/gsm8k", "dataset", ["main/test-*"])
@@ -827,7 +852,8 @@ def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_cam
 
 
 def test_the_code_names_no_host():
-    """Prevents an address in the code that is wrong on mirrors and blocked machines: the hub client knows its host."""
+    """Prevents an address in the code that is wrong on mirrors and blocked machines: the hub
+    client knows its host."""
     for file in Path(convert.__file__).parent.glob("*.py"):
         assert not re.search(r"https?://|\bwww\.|huggingface\.co", file.read_text()), file
 
@@ -871,7 +897,7 @@ def test_real_releases_convert_without_loss(name, path, rows, tmp_path):
 
 @needs_real
 def test_real_mathvista(tmp_path):
-    """Prevents wrong letters on the real choices. The pictures are stand-ins under the real names."""
+    """Prevents wrong letters on the real choices. The pictures are stand-ins."""
     rows = json.loads((REAL / "mathvista/testmini_no_images.json").read_text())
     images = archive(
         tmp_path / "images.zip", {row["image"]: picture(i) for i, row in enumerate(rows.values())}
@@ -892,7 +918,8 @@ def test_real_mathvista(tmp_path):
 
 @needs_real
 def test_real_medxpertqa_mm(tmp_path):
-    """Prevents lost images in rows with up to six. The pictures are stand-ins under the real names."""
+    """Prevents lost images in rows with up to six. The pictures are stand-ins under the real
+    names."""
     table = REAL / "medxpertqa_mm/medxpertqa_mm_input.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     names = [image["image_path"] for row in rows for image in row["images"]]
@@ -913,7 +940,8 @@ def test_real_medxpertqa_mm(tmp_path):
 
 @needs_real
 def test_real_option_lists_of_mmmu_pro_parse():
-    """Prevents list literals of the real release (quotes, backslashes, image tags) from being dropped."""
+    """Prevents list literals of the real release (quotes, backslashes, image tags) from being
+    dropped."""
     path = REAL / "mmmu/gpt4o_standard10_cot_250.jsonl"
     for line in path.read_text().splitlines():
         row = json.loads(line)

@@ -1,4 +1,4 @@
-"""data.py, schema.py and datacheck.py: bad rows named, loss mask, token cache, packing, batches, prompts."""
+"""data.py, core/schema.py, core/token_cache.py and the tools that look at data."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def tokenize(file: str, model_dir: Path, tmp_path: Path, **settings):
     return data.tokenize_files([file], model_dir, **settings)
 
 
-# ------------------------------------------------------------------------------------------------ schemas and faults
+# ------------------------------------------------------------------------------ schemas and faults
 BAD_CONVERSATIONS = [
     ('{"messages": [', "line", "not JSON"),
     ("[1, 2]", "line", "a JSON list"),
@@ -135,7 +135,8 @@ BAD_CONVERSATIONS = [
     ),
     (conversation("a", "b<|image_pad|>"), "messages[1].content", "control token <|image_pad|>"),
     (
-        '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
+        '{"messages": [{"role": "user", "content": "\\ud800"}, '
+        '{"role": "assistant", "content": "x"}]}',
         "messages[0].content",
         "surrogate",
     ),
@@ -203,8 +204,8 @@ def folder(tmp_path):
     ],
 )
 def test_every_kind_of_bad_row_is_named_once(folder, kind, cases, good, load):
-    """Prevents a bad row that trains silently, that ends a run by a traceback, or that is reported as something else;
-    and good rows between bad ones that get lost."""
+    """Prevents a bad row that trains silently, that ends a run by a traceback, or that is reported
+    as something else; and good rows between bad ones that get lost."""
     rows = []
     for i, (bad, _, _) in enumerate(cases):
         named = bad if isinstance(bad, str) or bad.get("id") == 7 else {**bad, "id": f"bad{i}"}
@@ -222,7 +223,8 @@ def test_every_kind_of_bad_row_is_named_once(folder, kind, cases, good, load):
 
 
 def test_file_level_faults(model_dir, tmp_path):
-    """Prevents --skip_bad_rows from hiding a file that is not there, empty, or bad from end to end."""
+    """Prevents --skip_bad_rows from hiding a file that is not there, empty, or bad from end to
+    end."""
     for name, content, why in (
         ("none", None, "no such file"),
         ("empty", b"\n \n", "the file is empty"),
@@ -238,7 +240,7 @@ def test_file_level_faults(model_dir, tmp_path):
 
 
 def test_ids_must_differ_over_all_files(tmp_path):
-    """Prevents two problems that share rollout seeds and overwrite each other's result on resume."""
+    """Prevents two problems that share seeds and overwrite each other's result on resume."""
     a, b = (
         write(tmp_path / "a.jsonl", [problem()]),
         write(tmp_path / "b.jsonl", [problem(id="p/2"), problem()]),
@@ -248,8 +250,9 @@ def test_ids_must_differ_over_all_files(tmp_path):
 
 
 def test_good_rows_pass_and_image_paths_follow_the_file(folder):
-    """Prevents paths that are looked up from where the command was started; and a validator that refuses good rows:
-    several turns, a BOM, gold lists, letters beyond D, images in options or without a place in the question."""
+    """Prevents paths that are looked up from where the command was started; and a validator that
+    refuses good rows: several turns, a BOM, gold lists, letters beyond D, images in options or
+    without a place in the question."""
     rows = [
         conversation("<image> a", "b", "c <image>", "d", images=["ok.png", "ok.png"]),
         {
@@ -283,7 +286,7 @@ def test_good_rows_pass_and_image_paths_follow_the_file(folder):
     assert len(data.load_problems(write(folder / "p.jsonl", problems))[0]) == 4
 
 
-# ------------------------------------------------------------------------------------------------ rendering and mask
+# ------------------------------------------------------------------------------ rendering and mask
 def supervised_texts(tokens: np.ndarray, learned: np.ndarray, tokenizer) -> list[str]:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], learned, [False]])))
     return [tokenizer.decode(tokens[a:b]) for a, b in edges.reshape(-1, 2)]
@@ -300,8 +303,8 @@ MULTI = [
 
 
 def test_supervised_tokens_decode_to_assistant_turns_and_their_end(tokenizer):
-    """Prevents loss on user or system text, on headers or on the line break after a turn; and an end token that is
-    never learned (endless generation)."""
+    """Prevents loss on user or system text, on headers or on the line break after a turn; and an
+    end token that is never learned (endless generation)."""
     ((tokens, learned),) = data.encode_conversations([{"messages": MULTI}], tokenizer, None)
     assert tokens.dtype == np.int32 and learned.dtype == bool
     assert supervised_texts(tokens, learned, tokenizer) == [
@@ -312,7 +315,8 @@ def test_supervised_tokens_decode_to_assistant_turns_and_their_end(tokenizer):
 
 
 def test_default_system_turn_is_kept_and_not_learned(tokenizer):
-    """Prevents dropping "You are a helpful assistant.", which the published template writes where no system turn is."""
+    """Prevents dropping "You are a helpful assistant.", which the published template writes where
+    no system turn is."""
     ((tokens, learned),) = data.encode_conversations(
         [{"messages": [USER, ASSISTANT]}], tokenizer, None
     )
@@ -324,7 +328,8 @@ def test_default_system_turn_is_kept_and_not_learned(tokenizer):
 
 
 def test_mask_equals_transformers_own_generation_mask(tokenizer, model_dir):
-    """Prevents a mask that is shifted by a token: transformers finds the same one by template marks."""
+    """Prevents a mask that is shifted by a token: transformers finds the same one by template
+    marks."""
     marked = data.load_tokenizer(model_dir)
     marked.chat_template = """\
 {%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' -%}
@@ -344,7 +349,8 @@ def test_mask_equals_transformers_own_generation_mask(tokenizer, model_dir):
     )
 )
 def test_any_text_survives(tokenizer, turns):
-    """Prevents text lost or learned in the wrong place for odd characters: line breaks at a turn's ends, emoji, NUL."""
+    """Prevents text lost or learned in the wrong place for odd characters: line breaks at a turn's
+    ends, emoji, NUL."""
     turns = turns[: len(turns) // 2 * 2]
     ((tokens, learned),) = data.encode_conversations([conversation(*turns)], tokenizer, None)
     assert supervised_texts(tokens, learned, tokenizer) == [
@@ -353,8 +359,8 @@ def test_any_text_survives(tokenizer, turns):
 
 
 def test_prompt_of_a_row_has_the_tokens_of_generation(tokenizer):
-    """Prevents training on prompt tokens that generation never sees: with a leading line break in the answer, a joint
-    tokenisation would merge it with the header's."""
+    """Prevents training on prompt tokens that generation never sees: with a leading line break in
+    the answer, a joint tokenisation would merge it with the header's."""
     ((tokens, learned),) = data.encode_conversations([conversation("Hi", "\nYes")], tokenizer, None)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True
@@ -382,7 +388,8 @@ def test_prompt_of_a_row_has_the_tokens_of_generation(tokenizer):
     ],
 )
 def test_templates_that_cannot_be_trained_on_are_refused(model_dir, change, turns, why):
-    """Prevents silent nonsense with templates that strip the thoughts, or that end a turn with nothing."""
+    """Prevents silent nonsense with templates that strip the thoughts, or that end a turn with
+    nothing."""
     tokenizer = data.load_tokenizer(model_dir)
     assert change[0] in tokenizer.chat_template
     tokenizer.chat_template = tokenizer.chat_template.replace(*change)
@@ -416,7 +423,7 @@ def test_real_tokenizer_on_real_thoughts(real_tokenizer):
         ]
 
 
-# -------------------------------------------------------------------------------------------------- the token cache
+# --------------------------------------------------------------------------------- the token cache
 ROWS = [conversation("Hi", "Yes"), conversation("Hi", "Yes " * 40), conversation("Why " * 60, "No")]
 
 
@@ -459,7 +466,8 @@ def test_supervised_counts_the_targets_of_the_batches(model_dir, tmp_path):
 
 
 def test_bad_rows_stop_before_tokenising_unless_skipped(model_dir, tmp_path, monkeypatch):
-    """Prevents a run that finds its bad row after an hour of tokenising, or that skips rows without saying which."""
+    """Prevents a run that finds its bad row after an hour of tokenising, or that skips rows
+    without saying which."""
     file = write(tmp_path / "a.jsonl", [ROWS[0], conversation("x", ""), ROWS[0]])
     with monkeypatch.context() as m:
         m.setattr(data, "write_parts", lambda *a: pytest.fail("tokenised"))
@@ -492,7 +500,8 @@ def test_tokens_that_only_this_tokenizer_calls_special_are_refused(model_dir, tm
 
 
 def test_cache_is_reused_and_renewed(model_dir, tmp_path, monkeypatch):
-    """Prevents tokenising again at each start, and the worse: training on tokens of another file, tokenizer or cut."""
+    """Prevents tokenising again at each start, and the worse: training on tokens of another file,
+    tokenizer or cut."""
     built = []
     original = data.write_parts
     monkeypatch.setattr(data, "write_parts", lambda *a: (built.append(1), original(*a))[1])
@@ -557,8 +566,8 @@ def test_the_cache_knows_the_versions_and_the_data_has_a_hash(model_dir, tmp_pat
 
 
 def test_two_processes_may_build_the_cache_at_once(model_dir, tmp_path, monkeypatch):
-    """Prevents half-written tokens when a second process finds no cache while the first one writes it; and the rest
-    of a killed build from being taken for a cache."""
+    """Prevents half-written tokens when a second process finds no cache while the first one writes
+    it; and the rest of a killed build from being taken for a cache."""
     file, original, depth = write(tmp_path / "a.jsonl", ROWS), data.write_parts, []
 
     def slow(path, *rest):
@@ -579,7 +588,7 @@ def test_two_processes_may_build_the_cache_at_once(model_dir, tmp_path, monkeypa
         tokenize(file, model_dir, tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ packing, balancing
+# ------------------------------------------------------------------------------ packing, balancing
 def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
     """Room left in each pack, by trying all packs for each document."""
     rooms: list[int] = []
@@ -595,15 +604,16 @@ def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(0, 5), st.integers(0, 5))
 def test_pack_plan_is_best_fit_decreasing(lengths, seed, epoch):
-    """Prevents documents lost, doubled or cut, packs over capacity, and a fast plan that fills worse than the slow."""
+    """Prevents documents lost, doubled or cut, packs over capacity, and a fast plan that fills
+    worse than the slow."""
     packs = data.pack_plan(np.array(lengths, dtype=np.int64), 50, seed=seed, epoch=epoch)
     assert sorted(i for p in packs for i in p.tolist()) == list(range(len(lengths)))
     assert sorted(50 - sum(lengths[i] for i in p) for p in packs) == naive_best_fit(lengths, 50)
 
 
 def test_pack_plan_fills_is_pure_and_changes_by_epoch():
-    """Prevents under-filled packs on lengths like R1's, an order that a resumed run cannot rebuild, and the same
-    packs in every epoch."""
+    """Prevents under-filled packs on lengths like R1's, an order that a resumed run cannot
+    rebuild, and the same packs in every epoch."""
     lengths = np.clip(
         np.random.default_rng(0).lognormal(np.log(4800), 0.75, 5000), 50, 16384
     ).astype(int)
@@ -624,14 +634,16 @@ def test_pack_plan_fills_is_pure_and_changes_by_epoch():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0, 1e9), max_size=40), st.integers(1, 9))
 def test_balance_gives_every_item_once_and_equal_numbers(costs, world):
-    """Prevents a rank with more forwards than the others (every forward is a collective), and lost packs."""
+    """Prevents a rank with more forwards than the others (every forward is a collective), and lost
+    packs."""
     shares = data.balance(costs, world)
     assert len(shares) == world and sorted(i for s in shares for i in s) == list(range(len(costs)))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_balance_evens_out_the_work():
-    """Prevents seven ranks waiting for the one that got the longest documents: 0.5 % over the mean at most."""
+    """Prevents seven ranks waiting for the one that got the longest documents: 0.5 % over the mean
+    at most."""
     assert data.balance([9, 5, 4, 1], 2) == [[0, 3], [1, 2]]
     lengths = np.clip(
         np.random.default_rng(0).lognormal(np.log(4800), 0.75, 4000), 50, 32768
@@ -647,14 +659,14 @@ def test_balance_evens_out_the_work():
     assert data.attention_cost(np.array([1000, 1000])) < data.attention_cost(np.array([2000]))
 
 
-# ---------------------------------------------------------------------------------------------------------- batches
+# ----------------------------------------------------------------------------------------- batches
 def document(tokens: list[int], learned: list[int]) -> data.Document:
     return data.Document(np.array(tokens, np.int32), np.array(learned, bool), [], 302, "x:1")
 
 
 def test_collate_shifts_inside_documents():
-    """Prevents the last token of a document from being trained to predict the first of the next, and positions that
-    run on over documents."""
+    """Prevents the last token of a document from being trained to predict the first of the next,
+    and positions that run on over documents."""
     batch = data.collate(
         [document([10, 11, 12], [0, 1, 1]), document([13], [1]), document([14, 15], [1, 1])]
     )
@@ -666,7 +678,8 @@ def test_collate_shifts_inside_documents():
 
 
 def test_documents_with_images(model_dir, tokenizer, folder):
-    """Prevents placeholders, patches and positions that do not belong together, in training data with images."""
+    """Prevents placeholders, patches and positions that do not belong together, in training data
+    with images."""
     image(folder / "wide.png", (200, 50))
     rows = [
         conversation("a", "b"),
@@ -695,7 +708,8 @@ def test_documents_with_images(model_dir, tokenizer, folder):
 
 
 def test_a_cut_through_an_image_drops_the_document(model_dir, tokenizer, folder):
-    """Prevents a document with fewer placeholders than its image has tokens, at which the forward would fail."""
+    """Prevents a document with fewer placeholders than its image has tokens, at which the forward
+    would fail."""
     rows = [conversation("a", "b", "<image>", "x", images=["ok.png"]), conversation("a", "b" * 80)]
     file = write(folder / "i.jsonl", rows)
     kept, config = data.load_conversations(file)[0], ImageConfig.from_dir(model_dir)
@@ -706,21 +720,26 @@ def test_a_cut_through_an_image_drops_the_document(model_dir, tokenizer, folder)
     assert stats["dropped_cut_image"] == 1 and stats["documents"] == 1 and not dataset.has_images
 
 
-# ---------------------------------------------------------------------------------------------------------- prompts
+# ----------------------------------------------------------------------------------------- prompts
 def test_prompts_are_the_papers():
-    """Prevents any change to the wording that the published model was trained and evaluated with."""
+    """Prevents other words than those of the published model's training and evaluation."""
     assert data.prompt_text(problem(), "train") == (
-        "You will solve a problem/request. You should provide your thoughts within <think> </think> tags before "
-        "providing the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: "
+        "You will solve a problem/request. You should provide your thoughts within <think> "
+        "</think> tags before "
+        "providing the answer.\nWrite your final answer within <answer> </answer> tags. Here is "
+        "the question: "
         "Which? Options:\n\nA: Yes\nB: No"
     )
     assert (
         data.prompt_text(problem())
         == data.prompt_text(problem(), "mcq")
         == (
-            "You should provide your thoughts within <think> </think> tags, then answer with just one of the options below "
-            "within <answer> </answer> tags (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
-            "should answer with <think>...</think> <answer>B: No </answer>). Here is the question: Which? "
+            "You should provide your thoughts within <think> </think> tags, then answer with "
+            "just one of the options below "
+            "within <answer> </answer> tags (For example, if the question is \n'Is the earth "
+            "flat?\n A: Yes \nB: No', you "
+            "should answer with <think>...</think> <answer>B: No </answer>). Here is the "
+            "question: Which? "
             "Options:\n\nA: Yes\nB: No"
         )
     )
@@ -739,7 +758,8 @@ def test_prompts_are_the_papers():
 
 
 def test_image_places():
-    """Prevents images that move: at their place where the question has one, else between instruction and question."""
+    """Prevents images that move: at their place where the question has one, else between
+    instruction and question."""
     head = data.INSTRUCTIONS["mcq"]
     assert data.prompt_text(problem(images=["a", "b"])).startswith(head + "<image><image>Which?")
     assert data.prompt_text(problem(question="In <image>?", images=["a"])).startswith(
@@ -750,7 +770,8 @@ def test_image_places():
 
 
 def test_prompts_equal_transformers_processor(model_dir, tokenizer, folder):
-    """Prevents a prompt whose tokens or pixels are not what transformers' own processor makes of the same turn."""
+    """Prevents a prompt whose tokens or pixels are not what transformers' own processor makes of
+    the same turn."""
     from transformers import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -819,7 +840,7 @@ def test_model_directory_without_tokenizer_or_template(model_dir, tmp_path):
     assert data.load_tokenizer(tmp_path).chat_template == template
 
 
-# ----------------------------------------------------------------------------------------------- check and inspect
+# ------------------------------------------------------------------------------- check and inspect
 def plant(rows: list, rng: random.Random) -> dict[int, str]:
     """Put 37 faults into 37 rows; line → what check has to say about it."""
 
@@ -852,7 +873,8 @@ def plant(rows: list, rng: random.Random) -> dict[int, str]:
 
 
 def test_check_names_37_planted_faults_of_10000_and_nothing_else(tmp_path, capsys):
-    """Prevents bad rows that slip through among thousands, and false alarms that make people ignore the check."""
+    """Prevents bad rows that slip through among thousands, and false alarms that make people
+    ignore the check."""
     rng = random.Random(0)
     rows = [
         conversation(
@@ -886,7 +908,8 @@ def test_check_of_problems_tries_the_golds(tmp_path):
 
 
 def test_check_counts_tokens(model_dir, tmp_path):
-    """Prevents rows over max_len that nobody knew of; the count is that of the whole rendered conversation."""
+    """Prevents rows over max_len that nobody knew of; the count is that of the whole rendered
+    conversation."""
     file = write(tmp_path / "a.jsonl", ROWS)
     dataset, _ = tokenize(file, model_dir, tmp_path)
     faults = datacheck.check([file], str(model_dir), int(dataset.lengths[1]) - 1)
@@ -922,7 +945,8 @@ def test_command_line(model_dir, tmp_path, capsys):
 
 
 def test_schema_constants_agree_with_the_real_tokenizer(real_tokenizer):
-    """Prevents a control token of the published tokenizer that only the second, tokenizer-aware look would refuse."""
+    """Prevents a control token of the published tokenizer that only the second, tokenizer-aware
+    look would refuse."""
     assert set(real_tokenizer.all_special_tokens) <= set(schema.CONTROL_TOKENS)
 
 

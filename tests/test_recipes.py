@@ -1,5 +1,6 @@
-"""The recipes run as they stand, their flags exist, the made-up releases are in the published forms, the paper's numbers
-and the docs' how-tos are true. RECIPES=full also runs the smoke modes to their end (some minutes)."""
+"""The recipes run as they stand, their flags exist, the made-up releases are in the published
+forms, the paper's numbers and the docs' how-tos are true. RECIPES=full also runs the smoke modes
+to their end (some minutes)."""
 
 from __future__ import annotations
 
@@ -61,9 +62,10 @@ def run_recipe(name: str, folder: Path, *arguments: str, **env) -> str:
     return done.stdout
 
 
-# ------------------------------------------------------------------------------------------------- the scripts run
+# --------------------------------------------------------------------------------- the scripts run
 def test_one_ablation_runs_and_a_second_start_finds_it_done(tmp_path):
-    """A step that isn't skipped when it is done would train for days again; one that is skipped too early is lost."""
+    """A step that isn't skipped when it is done would train for days again; one that is skipped
+    too early is lost."""
     settings = dict(ONLY="direct", BENCHMARKS="gsm8k")
     first = run_recipe("ablations.sh", tmp_path, **settings)
     assert "+ python train_sft.py" in first and "+ python eval.py" in first
@@ -76,9 +78,9 @@ def test_one_ablation_runs_and_a_second_start_finds_it_done(tmp_path):
 
 
 def test_demo_runs_from_nothing_to_its_report_and_goes_on(tmp_path):
-    """The command that everybody tries first: base, both stages, every evaluation, table and report, by two ranks. A
-    second start does nothing again, and with --controls only what is new: their SFT without thoughts or with images, and
-    GRPO from the base."""
+    """The command that everybody tries first: base, both stages, every evaluation, table and
+    report, by two ranks. A second start does nothing again, and with --controls only what is new:
+    their SFT without thoughts or with images, and GRPO from the base."""
     first = run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch")
     table = json.loads(first.splitlines()[-1])
     assert table["vision_untouched"] is True
@@ -191,7 +193,7 @@ def test_every_flag_of_recipes_and_docs_exists(file):
     assert not wrong
 
 
-# -------------------------------------------------------------------------------------------------- made-up releases
+# --------------------------------------------------------------------------------- madeup releases
 def recipe_sets() -> list[str]:
     """Every data set that a recipe names."""
     text = "\n".join(p.read_text() for p in RECIPES)
@@ -203,7 +205,8 @@ def recipe_sets() -> list[str]:
 
 
 def test_made_up_releases_have_the_published_forms(tmp_path, monkeypatch):
-    """The recipes' converters must meet in smoke mode what they will meet in earnest: a folder for each set."""
+    """The recipes' converters must meet in smoke mode what they will meet in earnest: a folder for
+    each set."""
     monkeypatch.setattr(smoke_data, "write_base", lambda out: None)
     smoke_data.write(tmp_path)
     assert len(recipe_sets()) == 16
@@ -247,7 +250,8 @@ def test_the_train_and_test_splits_of_medqa_are_read_apart(tmp_path):
 def test_direct_rows_hold_the_question_and_the_boxed_answer_alone():
     """A thought left in would make the ablation without thoughts another one with thoughts."""
     reply = (
-        "<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nSo \\boxed{\\frac{1}{2}}.\n\n"
+        "<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nSo "
+        "\\boxed{\\frac{1}{2}}.\n\n"
         "<|end_of_solution|>"
     )
     row = releases.Row(
@@ -262,7 +266,7 @@ def test_direct_rows_hold_the_question_and_the_boxed_answer_alone():
     ]
 
 
-# ------------------------------------------------------------------------------------------------ rejection sampling
+# ------------------------------------------------------------------------------ rejection sampling
 def sample(**changes) -> dict:
     return {
         "id": "q",
@@ -304,7 +308,8 @@ def test_what_a_student_must_not_learn_is_left_out(changes, reason):
     ],
 )
 def test_kept_samples_have_the_form_of_the_first_stage(text, open_thought):
-    """QwQ's template opens the thought in the prompt, so its text has no <think>; other teachers box their answers."""
+    """QwQ's template opens the thought in the prompt, so its text has no <think>; other teachers
+    box their answers."""
     made = from_samples.as_conversation(sample(text=text), open_thought)
     assert made["messages"] == [
         {"role": "user", "content": "6·7?"},
@@ -357,7 +362,7 @@ def test_from_samples_names_what_is_missing(tmp_path):
         from_samples.from_samples(str(tmp_path), str(tmp_path / "x"))
 
 
-# ----------------------------------------------------------------------------------------------- the paper's numbers
+# ----------------------------------------------------------------------------- the paper's numbers
 def result(temperature=0, compare=None, settings=(), sets=(), **changes) -> dict:
     """A result.json under the paper's protocol, but for `changes`; sets: name → (n, mean, half)."""
     outputs = {"forced": 0.1, "truncated": 0, "unparsed": 0, "words_mean": 9}
@@ -431,7 +436,8 @@ def test_protocols_are_not_mixed(tmp_path, capsys):
     ],
 )
 def test_a_protocol_that_departs_is_named_in_the_first_line(changes, named):
-    """A run without forced exit, on 100 questions or at another temperature read as a reproduction."""
+    """A run without forced exit, on 100 questions or at another temperature read as a
+    reproduction."""
     sets = dict(mmmu=(900, 0.5, 0.03))
     assert "NOT THE PAPER" not in compare_runs.report([("base", result(sets=sets))])
     line = compare_runs.report([("base", result(sets=sets, **changes))]).splitlines()[0]
@@ -490,7 +496,7 @@ def test_the_noise_table_is_true():
         assert float(visible) == pytest.approx(100 * (1.96 + 0.8416) * (0.25 / n) ** 0.5, abs=0.06)
 
 
-# -------------------------------------------------------------------------------------------------- the docs' how-tos
+# -------------------------------------------------------------------------------- the docs' howtos
 def blocks(file: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text(), re.S)
 
@@ -518,7 +524,8 @@ def test_the_documented_data_set_converts(tmp_path, monkeypatch):
 
 
 def test_the_worked_ablation_applies_and_its_test_can_fail(tmp_path):
-    """The tutorial's diff fits the file as it is now, in the promised number of lines; its own test passes with it."""
+    """The tutorial's diff fits the file as it is now, in the promised number of lines; its own
+    test passes with it."""
     if shutil.which("patch") is None:
         pytest.skip("no patch command")
     (change,) = blocks("docs/ablation.md", "diff")

@@ -1,6 +1,7 @@
 """Real data sets for tests, outside the repository: XREASONER_TEST_DATA names their folder.
 
-Tests that need them are marked `@needs_real` and are skipped, with this reason, where it is not set.
+Tests that need them are marked `@needs_real` and are skipped, with this reason, where it is not
+set.
 """
 
 import os
