@@ -169,11 +169,11 @@ def axis_of_frequency(config: ModelConfig) -> torch.Tensor:
     section lasts, and time the rest. Text has three equal positions: there this is ordinary RoPE.
     """
     half = config.head_dim // 2
-    sections = torch.tensor(config.mrope_section or (half, 0, 0))
+    sections = config.mrope_section or (half, 0, 0)
     if not config.mrope_interleaved:
-        return torch.arange(3).repeat_interleave(sections)
+        return torch.tensor([axis for axis, n in enumerate(sections) for _ in range(n)])
     axis = torch.arange(half) % 3
-    return torch.where(torch.arange(half) < 3 * sections[axis], axis, 0)
+    return torch.where(torch.arange(half) < 3 * torch.tensor(sections)[axis], axis, 0)
 
 
 def rope_cos_sin(

@@ -23,9 +23,10 @@ from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 
 from core.optim import adamw, guarded_step  # noqa: E402
 from core.parallel import World, init, shard, shutdown  # noqa: E402
+from core.plan import GIB, Setting, plan_step  # noqa: E402
 from data import Batch  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
-from tools.memory import GIB, Setting, plan_step, published_config  # noqa: E402
+from tools.memory import meta_model, published_config  # noqa: E402
 from train_sft import accumulate_gradients  # noqa: E402
 
 
@@ -121,7 +122,7 @@ def main() -> None:
             logit_rows=4096 if gpu else 64,
         )
         plan, real = (
-            plan_step(config, setting)["peak"],
+            plan_step(meta_model(config), setting)["peak"],
             measured(config, world, mode, tokens, dtype),
         )
         print(f"| {mode} | {plan / GIB:.3f} | {real / GIB:.3f} | {plan / real:.3f} |", flush=True)

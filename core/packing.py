@@ -44,6 +44,15 @@ def pack_plan(lengths: np.ndarray, capacity: int, *, seed: int, epoch: int) -> l
     return [np.array(packs[i]) for i in rng.permutation(len(packs))]
 
 
+def repack(lengths: np.ndarray, packs: list[np.ndarray], capacity: int) -> list[np.ndarray]:
+    """The documents of these packs in packs of at most `capacity` tokens; as they are, if none is
+    larger. lengths: of all documents."""
+    if all(lengths[pack].sum() <= capacity for pack in packs):
+        return packs
+    documents = np.concatenate(packs)
+    return [documents[p] for p in pack_plan(lengths[documents], capacity, seed=0, epoch=0)]
+
+
 def attention_cost(lengths: np.ndarray) -> float:
     """Work of one pack in units of (6 · layers · hidden) FLOP: the sum of len² for causal
     attention, and 70,000 a token for the matrix products (6·N / (6·layers·hidden); 70,458 for the

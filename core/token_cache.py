@@ -60,6 +60,21 @@ class TokenizedDataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def describe(self) -> str:
+        """What became of the rows, in a sentence."""
+        s = self.stats
+        text = f"{s['rows']} rows, {s['documents']} documents of {s['tokens']} tokens, "
+        text += f"{s['supervised']} of them supervised"
+        for name, what in (
+            ("truncated", "truncated at --max_len"),
+            ("bad_rows", "bad rows skipped"),
+            ("dropped_overlong", "dropped for being longer than --max_len"),
+            ("dropped_nothing_to_learn", "dropped with nothing supervised within --max_len"),
+            ("dropped_cut_image", "dropped because --max_len cuts an image"),
+        ):
+            text += f"; {s[name]} {what}" if s[name] else ""
+        return text
+
     def get(self, i: int) -> Document:
         at, images = slice(self.offsets[i], self.offsets[i + 1]), self.images.get(int(i), [])
         tokens, loss_mask = np.asarray(self.tokens[at]), np.asarray(self.loss_mask[at])

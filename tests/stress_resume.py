@@ -135,7 +135,7 @@ def history(out: Path) -> tuple[list[tuple], list[str]]:
     """What must be equal between two runs: (step, loss, norm, lr) of every step, and the validation lines."""
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return (
-        [(m["step"], m["loss"], m["grad_norm"], m["lr"]) for m in steps],
+        [(m["step"], m["loss"], m["grad_norm"], m["learning_rate"]) for m in steps],
         (out / "validation.jsonl").read_text().splitlines(),
     )
 

@@ -5,39 +5,33 @@ import torch
 from test_model import FLAT_7B, text_stream
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from core.plan import GIB, Setting, block_activations, count_parameters, kv_bytes, plan_step
 from data import Batch
 from model import Block, ModelConfig, rope_cos_sin
 from tools import memory
-from tools.memory import (
-    GIB,
-    Setting,
-    block_activations,
-    kv_bytes,
-    parameters,
-    plan_grpo,
-    plan_step,
-    published_config,
-)
+from tools.memory import meta_model, plan_grpo, published_config
 
-SEVEN = published_config("7B")
+SEVEN = meta_model(published_config("7B"))
 
 
 # ------------------------------------------------------------------------------------------------ the 7B in numbers
 def test_published_sizes_have_the_published_numbers():
     """Counts of the released checkpoints; the 7B's also from its own config.json."""
-    counts = parameters(SEVEN)
+    counts = count_parameters(SEVEN)
     assert (counts["total"], counts["block"], counts["embedding"], counts["head"]) == (
         7_615_616_512,
         233_057_792,
         544_997_376,
         544_997_376,
     )
-    assert parameters(ModelConfig.from_dict(FLAT_7B), with_vision=True)["vision"] == 676_550_144
-    assert parameters(published_config("3B"))["total"] == 3_085_938_688
-    assert [round(parameters(published_config(n))["total"] / 1e9, 1) for n in ("32B", "72B")] == [
-        32.8,
-        72.7,
-    ]
+    assert (
+        count_parameters(meta_model(ModelConfig.from_dict(FLAT_7B), True))["vision"] == 676_550_144
+    )
+    assert count_parameters(meta_model(published_config("3B")))["total"] == 3_085_938_688
+    assert [
+        round(count_parameters(meta_model(published_config(n)))["total"] / 1e9, 1)
+        for n in ("32B", "72B")
+    ] == [32.8, 72.7]
 
 
 @pytest.mark.parametrize(
@@ -58,19 +52,19 @@ def test_states_of_the_7b(ranks, adam_bytes, gib):
 def test_activations_of_the_7b(mode, gib, tokens):
     """Independent arithmetic: boundaries 3.06 GiB at 16k, attention's output and statistics 3.11, q, k, v, o 7.0, gate
     and up 32.4, to which down's output (3.06), kept but never read, is added; twice that at 32k."""
-    kept = 28 * block_activations(SEVEN, tokens, mode, 2) / GIB
+    kept = 28 * block_activations(SEVEN.config, tokens, mode, 2) / GIB
     assert kept == pytest.approx(gib * tokens / 16384, rel=0.005)
 
 
 def test_gathered_copies_and_kv_cache_of_the_7b():
     """Root 2.03 GiB and two blocks 0.87, all blocks 13.1 more or less without resharding; 56 KiB of KV a token."""
-    counts = parameters(SEVEN)
+    counts = count_parameters(SEVEN)
     assert (counts["total"] - counts["blocks"]) * 2 / GIB == pytest.approx(2.03, abs=0.01)
     assert plan_step(SEVEN, Setting())["gathered"] / GIB == pytest.approx(2.03 + 0.87, abs=0.01)
     assert plan_step(SEVEN, Setting(reshard=False))["gathered"] / GIB == pytest.approx(
         14.2, abs=0.05
     )
-    assert kv_bytes(SEVEN) == 57_344
+    assert kv_bytes(SEVEN.config) == 57_344
 
 
 def test_grpo_adds_reference_cache_and_gathered_weights():
@@ -189,7 +183,7 @@ def test_the_peak_of_a_training_step_is_within_5_percent_of_the_plan(
     setting = Setting(
         1, tokens=1024, compute_bytes=dtype.itemsize, checkpointing=mode, logit_rows=64, fused=False
     )
-    assert plan_step(model.config, setting)["peak"] == pytest.approx(peak, rel=0.05)
+    assert plan_step(model, setting)["peak"] == pytest.approx(peak, rel=0.05)
 
 
 def wide_model(factory):
@@ -223,7 +217,7 @@ def test_command_line(capsys, tiny_vl):
     memory.main(["--model", "7B", "--ranks", "8", "--grpo"])
     assert "KV cache" in capsys.readouterr().out
     memory.main(["--model", str(tiny_vl)])
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 4 * len(memory.MACHINES)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 6 * len(memory.MACHINES)
     with pytest.raises(SystemExit):
         memory.main(["--model", "nowhere"])
     assert "config.json: not found" in capsys.readouterr().err

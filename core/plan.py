@@ -1,0 +1,220 @@
+"""How much memory a training step takes on each GPU, from the numbers of the model.
+
+Counted, for one rank: its shards of fp32 master weights, gradients and Adam moments; the weights
+gathered in the compute dtype; what each block keeps for its backward pass; and the largest of three
+working sets (output head, backward pass of one block, reduction of the root's gradient). Not
+counted: the CUDA context and NCCL (about 1.5 GiB), and what the allocator loses (5 to 10 %, less
+with PYTORCH_ALLOC_CONF=expandable_segments:True).
+
+`model` is a `model.Model`, on the meta device if it has no other use. `python -m tools.memory`
+prints these plans for published sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from core.parallel import World, all_max
+
+GIB = 2**30
+FASTEST_FIRST = ("none", "matmul", "full")  # checkpointing modes by how little they recompute
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the memory of a training step depends on, beside the model."""
+
+    ranks: int = 8
+    replicas: int = 1  # HSDP: weights are sharded over ranks / replicas
+    tokens: int = 16384  # of one packed micro-batch
+    compute_bytes: int = 2  # bf16; 4: fp32
+    adam_bytes: int = 4  # of each moment
+    checkpointing: str = "full"
+    reshard: bool = True
+    train_vision: bool = False
+    logit_rows: int = 4096  # rows of one chunk of the output head
+    fused: bool = True  # the CUDA kernels; False: what torch does on the CPU
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which each weight is divided."""
+        return max(1, self.ranks // self.replicas)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """{"block" (one), "blocks", "embedding", "head", "norm", "vision", "total"}; a tied head has 0.
+
+    The 7B: block 233,057,792, embedding and head 544,997,376 each, total 7,615,616,512 without the
+    vision tower.
+    """
+
+    def count(module) -> int:
+        return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+    decoder = model.model
+    return {
+        "block": count(decoder.layers[0]),
+        "blocks": count(decoder.layers),
+        "embedding": count(decoder.embed_tokens),
+        "head": count(model.lm_head),
+        "norm": count(decoder.norm),
+        "vision": count(model.visual),
+        "total": count(model),
+    }
+
+
+def block_activations(
+    c, tokens: int, mode: str, compute_bytes: int = 2, *, fused: bool = True
+) -> int:
+    """Bytes that one decoder block keeps between its forward and its backward pass, with its input.
+
+    full: the input. matmul: also the outputs of attention (with its log-sum-exp) and of every
+    matrix product (q, k, v, o, gate, up, down). none: what autograd asks for: inputs and statistics
+    of both norms, normed inputs, rotated q and k, v, attention's output, four MLP tensors. On the
+    CPU (fused False) a norm also keeps fp32 copies, and attention's output exists per document and
+    joined. c: the model's configuration.
+    The 7B in bf16, 28 blocks of 16,384 tokens, GiB: full 3.06, matmul 48.6, none about 84.
+    """
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    attention = q * compute_bytes + 4 * c.num_attention_heads
+    per_token = c.hidden_size * compute_bytes
+    if mode == "matmul":
+        products = q + 2 * kv + 2 * c.hidden_size + 2 * c.intermediate_size
+        per_token += attention + products * compute_bytes
+    elif mode == "none":
+        kept = 3 * c.hidden_size + q + 2 * kv + 4 * c.intermediate_size
+        per_token += kept * compute_bytes + attention + 2 * 4
+        if not fused:  # x̂ in fp32 (and x itself, where it was bf16); attention's output joined
+            per_token += 2 * c.hidden_size * (4 + (4 - compute_bytes)) + q * compute_bytes
+    return per_token * tokens
+
+
+def working_sets(c, s: Setting, counts: dict[str, int]) -> dict[str, int]:
+    """Bytes that exist for a moment only, at three moments of which the largest counts.
+
+    head: a chunk of logits in fp32 and a copy (its exponentials, or a cast of its gradient), the
+    head's gradient in fp32 and in the compute dtype, and hidden states with theirs. block: backward
+    of the last block: what was recomputed, two MLP-sized and two hidden-sized gradients, its weight
+    gradients, and the fp32 buffer in which the previous ones are being reduced; the head's gradient
+    waits meanwhile. root: gradients of embedding and head on their way.
+    """
+    b, matrix = s.compute_bytes, c.vocab_size * c.hidden_size
+    chunk = min(s.logit_rows, s.tokens) * c.vocab_size * 8
+    recomputed = block_activations(c, s.tokens, "none", b, fused=s.fused)
+    recomputed -= block_activations(c, s.tokens, s.checkpointing, b, fused=s.fused)
+    gradients = s.tokens * b * (2 * c.intermediate_size + 2 * c.hidden_size)
+    in_flight = counts["block"] * (4 + b if s.ranks > 1 or b < 4 else b)
+    root = counts["embedding"] + counts["head"] + counts["norm"]
+    root += counts["vision"] if s.train_vision else 0
+    return {
+        "head": chunk + matrix * (4 + (b if b < 4 else 0)) + 4 * s.tokens * c.hidden_size * b,
+        "block": recomputed + gradients + in_flight + matrix * b,
+        "root": root * (b + 4),
+    }
+
+
+def plan_step(model: nn.Module, s: Setting) -> dict[str, int]:
+    """Bytes on one rank while it trains: each item, and "peak", with the largest working set."""
+    c, counts = model.config, count_parameters(model)
+    trained = counts["total"] - (0 if s.train_vision else counts["vision"])
+    blocks = min(2, c.num_hidden_layers) * counts["block"] if s.reshard else counts["blocks"]
+    gathered = counts["total"] - counts["blocks"] + blocks
+    block = block_activations(c, s.tokens, s.checkpointing, s.compute_bytes, fused=s.fused)
+    kept = c.num_hidden_layers * block
+    sets = working_sets(c, s, counts)
+    plan = {
+        "weights": counts["total"] * 4 // s.shards,
+        "gradients": trained * 4 // s.shards,
+        "optimizer": trained * 2 * s.adam_bytes // s.shards,
+        "gathered": gathered * s.compute_bytes,
+        "activations": kept,
+        **{f"working set: {k}": v for k, v in sets.items()},
+    }
+    steady = sum(plan[k] for k in ("weights", "gradients", "optimizer", "gathered"))
+    # the root's gradient is reduced last, when no block keeps anything any more
+    return {**plan, "peak": steady + max(kept + max(sets["head"], sets["block"]), sets["root"])}
+
+
+def fits(plan: dict[str, int], free: int) -> bool:
+    """Whether a plan fits into this many bytes, with 8 % and 1.5 GiB to spare."""
+    return plan["peak"] * 1.08 + 1.5 * GIB <= free
+
+
+def fastest_setting(model: nn.Module, s: Setting, free: int, tokens: list[int]) -> Setting:
+    """The setting that recomputes least and fits into `free` bytes. s.checkpointing "auto" tries
+    every mode, each with these numbers of tokens; the last of them is taken if none fits.
+
+    The 7B on 8 GPUs of 79 GiB, tokens [16384, 8192]: matmul with 8,192 tokens, 49 GiB.
+    """
+    modes = FASTEST_FIRST if s.checkpointing == "auto" else (s.checkpointing,)
+    tries = [replace(s, checkpointing=mode, tokens=n) for mode in modes for n in tokens]
+    return next((x for x in tries if fits(plan_step(model, x), free)), tries[-1])
+
+
+def compute_dtype(name: str, on_gpu: bool) -> torch.dtype:
+    """What --dtype auto, bf16 or fp32 means: auto is bf16 on a GPU."""
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and on_gpu) else torch.float32
+
+
+def choose_setting(
+    model: nn.Module,
+    world: World,
+    tokens: list[int],
+    *,
+    checkpointing: str,
+    dtype: str,
+    adam_dtype: str,
+    reshard: bool,
+    replicas: int,
+    train_vision: bool,
+    plan_ranks: int = 0,
+) -> tuple[Setting, str]:
+    """`fastest_setting` for a script's flags and this machine's memory (4 GiB a rank are assumed on
+    a CPU), and what it needs in words. plan_ranks: for this many GPUs of 80 GB instead, in detail.
+    """
+    on_gpu = world.device.type == "cuda" or plan_ranks > 0
+    setting = Setting(
+        plan_ranks or world.size,
+        replicas,
+        compute_bytes=compute_dtype(dtype, on_gpu).itemsize,
+        adam_bytes=2 if adam_dtype == "bf16" else 4,
+        checkpointing=checkpointing,
+        reshard=reshard,
+        train_vision=train_vision,
+        logit_rows=4096 if on_gpu else max(16, 2**23 // model.config.vocab_size),
+        fused=on_gpu,
+    )
+    free = 79 * GIB if plan_ranks else 4 * GIB
+    if on_gpu and not plan_ranks:  # the least that is free on any rank
+        free = -int(all_max(-torch.cuda.mem_get_info()[0])[0])
+    setting = fastest_setting(model, setting, free, tokens)
+    return setting, describe(setting, plan_step(model, setting), free, detailed=plan_ranks > 0)
+
+
+def kv_bytes(c, compute_bytes: int = 2) -> int:
+    """Bytes of keys and values of one token over all layers. 7B in bf16: 57,344 (56 KiB)."""
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * compute_bytes
+
+
+def table(plan: dict[str, int]) -> str:
+    """A plan as lines of GiB."""
+    width = max(map(len, plan))
+    return "\n".join(f"  {name:<{width}}  {size / GIB:8.2f} GiB" for name, size in plan.items())
+
+
+def describe(s: Setting, plan: dict[str, int], free: int, *, detailed: bool) -> str:
+    """The setting and its memory as text; a warning if it does not fit."""
+    text = (
+        f"memory: --checkpointing {s.checkpointing} and {s.tokens} tokens a micro-batch need "
+        f"{plan['peak'] / GIB:.2f} GiB on each of {s.ranks} {'GPU' if s.fused else 'CPU rank'}(s)"
+    )
+    text += f"\n{table(plan)}" if detailed else ""
+    if fits(plan, free):
+        return text
+    return (
+        f"{text}\nwarning: that is too much for {free / GIB:.0f} GiB; use more GPUs, a lower "
+        "--max_len and --micro_tokens, or --adam_dtype bf16 --beta2 0.95"
+    )
