@@ -1,13 +1,11 @@
-"""From a written answer to its structure: notation, guards, exact numbers, outer shape. Strings only, no
-algebra, no sympy.
+r"""Notation of written answers: one spelling, guards, exact numbers, units. Strings only, no sympy.
 
-1. `normalise` rewrites notation (`\\dfrac`, thin-space thousands, `½`, `√2`, `\\text{ or }`) to one spelling.
-2. `unfit` and `blows_up` refuse what is no answer: control characters, HTML, TeX that does things, absurd length or
-   nesting, power towers.
-3. `parse` reads the outer structure into a `Node` (lists, sets, tuples and intervals, matrices, `x = …`, chains of
-   equalities, relations, ratios, number bases, words), with exact `Number`s at the leaves.
+- `normalise` rewrites notation to one spelling: `\dfrac12\text{ or }3` → `\frac{1}{2}, 3`.
+- `unfit` and `blows_up` refuse what can't be an answer: control characters, HTML, TeX commands,
+  extreme length or nesting, power towers, huge factorials.
+- `read_number` reads an exact number in any usual notation; `split_unit` takes a unit off.
 
-Answers are short (see `unfit`), so nothing here takes more than a millisecond; `equality.py` compares the Nodes.
+Answers are short (see `unfit`), so everything here takes less than a millisecond.
 """
 
 from __future__ import annotations
@@ -18,191 +16,132 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------- 1. one spelling
-
-_UNICODE = {
-    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/",
-    "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
-    "∖": r"\setminus ", "±": r"\pm ", "∅": r"\emptyset ", "°": "", "≈": r"\approx ", "′": "'", "’": "'", "。": ".",
-    "、": ",", "€": "", "£": "", "¥": "", "￥": "", "ℝ": r"\mathbb{R}",
-    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-    "\u00a0": " ", "\u2009": " ", "\u202f": " ",
-}  # fmt: skip
-_SUPERSCRIPT = {c: d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n")}
-_VULGAR = {c: unicodedata.normalize("NFKD", c).split("⁄") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅑⅒"}
-_UNITS = (
-    "square|cubic|sq|cu|feet|foot|ft|inch(?:es)?|yards?|miles?|mi|mph|kmph|km|cm|mm|dm|nm|meters?|metres?|kilometers?|"
-    "centimeters?|millimeters?|kg|grams?|mg|lbs?|pounds?|ounces?|oz|tons?|liters?|litres?|ml|gallons?|seconds?|secs?|"
-    "minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?|yrs?|degrees?|deg|radians?|rad|dollars?|cents?|"
-    "usd|yuan|euros?|rupees?|units?|people|students?|percentage points?|per|hz|joules?|newtons?|watts?|volts?|"
-    "points?|times"
+# ------------------------------------------------------------------------------------ one spelling
+_UNICODE = str.maketrans(
+    dict(zip("−–—÷∕⁄′’。、", "---///''.,"))
+    | dict.fromkeys("°€£¥￥", "")
+    | dict.fromkeys("\u00a0\u2009\u202f", " ")
+    | {
+        char: rf"\{name} "
+        for char, name in zip(
+            "×·⋅π∞≤≥≠∪∩∈∖±∅≈θαβ",
+            "times cdot cdot pi infty le ge ne cup cap in setminus pm emptyset approx theta alpha "
+            "beta".split(),
+        )
+    }
+    | {"ℝ": r"\mathbb{R}"}
+    | {
+        c: r" \frac{%s}{%s}" % (a, b)
+        for c, a, b in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅛", "11213123411", "23344555568")
+    }
 )
-_UNIT_TAIL = re.compile(
-    rf"(?<=[\d}})\]!]) ?((?:(?:{_UNITS})\b[ ./]*)+(?:(?<=/)(?:h|s|l|m))?)(?:\^\{{?[23]\}}?)?$", re.I
-)
-_TEXT_TAIL = re.compile(
-    r"(?<=[^\s,;=+\-*/(\[{^_])\s*\\text\s*\{([^{}0-9]*)\}\s*(?:\^\s*\{?-?\d\}?)?\s*$"
-)
-# Units that contradict one another when both sides name one; every other word after a number is ignored.
-_CANON = {}
-for _row in (
-    "cm centimeter centimetre", "mm millimeter", "m meter metre", "km kilometer", "ft foot feet", "in inch inche",
-    "mi mile", "yd yard", "kg kilogram", "g gram", "mg milligram", "lb pound", "oz ounce", "s sec second",
-    "min minute", "h hr hour", "day", "week", "month", "year yr", "dollar usd", "cent", "ml milliliter",
-    "l liter litre", "gallon",
-):  # fmt: skip
-    _CANON.update(dict.fromkeys(_row.split(), _row.split()[0]))
-_MULTIPLES = {
-    "hundred": 10**2,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-_FUNCTIONS = (
-    "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|gcd|lcm"
-)
-_RULES = [
-    (re.compile(p), r)
-    for p, r in (
-        (
-            r"\\(?:displaystyle|textstyle|limits|nolimits|bigg?[lrm]?|Bigg?[lrm]?|boldsymbol|mathstrut|hfill)(?![a-zA-Z])",
-            "",
-        ),
-        (r"\\(?:left|right)\s*(?![a-zA-Z])\.?", ""),
-        (r"\\(?:left|right)(?=\\)", ""),
-        (r"\\q?quad|\\(?:thinspace|enspace|hspace\{[^{}]*\})", " "),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\dbinom|\\tbinom", r"\\binom"),
-        (r"\\(?:textnormal|textrm|textbf|textit|texttt|textsf|mbox|hbox)\s*\{", r"\\text{"),
-        (r"\\(?:mathbf|mathit|mathsf|mathcal|mathscr|bm|vec|hat)\s*\{([A-Za-z0-9])\}", r"\1"),
-        (r"\\(?:math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]{2,})\}", r"\\text{\1}"),
-        (r"\\mathrm\s*\{([^{}])\}", r"\1"),
-        (r"\\(?:underline|bm)\s*\{([^{}]*)\}", r"\1"),
-        (r"\\(?:textcolor|color)\s*\{[a-z]+\}", ""),
-        (r"[\"“”]", ""),
-        (r"\\colon(?![a-z])", ":"),
-        (r"\\\{\s*\\\}", r"\\emptyset "),
-        (r"\\(max|min)\s*\\\{(.*?)\\\}", r"\\\1(\2)"),
-        (r"\\pmod\s*\{?(\w+)\}?", r"(\\text{mod }\1)"),
-        (
-            r"(?<![A-Za-z\\])C_\{?(\d+)\}?\^\{?(\d+)\}?",
-            r"\\binom{\1}{\2}",
-        ),  # combinations as written in China and Russia
-        (r"\\text\s*\{\s*(?:,\s*)?(?:and|or)\s*\}", ","),
-        (r",?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ","),
-        (
-            r"\\text\s*\{\s*(?:percent|percentage|pct)\s*\}|\s*\b(?:percentage|percent|pct)\b(?! points)",
-            "%",
-        ),
-        (r"\\%", "%"),
-        (
-            r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-z])|\\degree|\\text\s*\{\s*degrees?\s*\}",
-            "",
-        ),
-        (r"\{,\}|,\s*\\!|\\!\s*,", "\x01"),  # a comma spelled as a thousands mark
-        (r"\\!", ""),
-        (r"(?<=\d)\\,(?=\d{3}(?!\d))", "\x01"),
-        (r"\\[,;:> ]|~", " "),
-        (r"\\(?:lbrace)(?![a-z])", r"\\{"),
-        (r"\\(?:rbrace)(?![a-z])", r"\\}"),
-        (r"\\(?:lvert|rvert|vert|mid)(?![a-z])", "|"),
-        (r"\\langle(?![a-z])", "("),
-        (r"\\rangle(?![a-z])", ")"),
-        (r"\\leqslant|\\leq(?![a-z])|\\leqq|<=", r"\\le "),
-        (r"\\geqslant|\\geq(?![a-z])|\\geqq|>=", r"\\ge "),
-        (r"\\lt(?![a-z])", "<"),
-        (r"\\gt(?![a-z])", ">"),
-        (r"\\neq(?![a-z])|!=", r"\\ne "),
-        (r"\\(?:approx|simeq)(?![a-z])|~=", r"\\approx "),
-        (r"\\(?:backslash|smallsetminus)(?![a-z])", r"\\setminus "),
-        (r"\\(?:ldots|cdots|dots|dotsc|dotsb)(?![a-z])|\.\.\.|…", r"\\ldots "),
-        (r"\\varnothing", r"\\emptyset"),
-        (r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
-        (r"\+\s*\\infty", r"\\infty"),
-        (r"\^\s*\{\s*(?:\\prime|')\s*\}|\^\s*(?:\\prime(?![a-z])|')", "'"),
-        (rf"(?<![\\a-zA-Z])({_FUNCTIONS}|pi)(?![a-zA-Z])", r"\\\1 "),
-        (r"(?<![\\a-zA-Z])(sqrt)(?=[\s(])", r"\\sqrt"),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\sqrt\s*(\d|[a-zA-Z])", r"\\sqrt{\1}"),
-        (r"\\frac\s*(\\(?:pi|theta|alpha|beta|lambda))(?![a-z])\s*", r"\\frac{\1}"),
-        (r"\\frac\s*(\d|[a-zA-Z])\s*(\d|[a-zA-Z])", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d|[a-zA-Z])\s*(?=\{)", r"\\frac{\1}"),
-        (r"\\frac\s*\{((?:[^{}]|\{[^{}]*\})*)\}\s*(\d|[a-zA-Z]|\\pi(?![a-z]))", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*\{([^{}]*)\}\s*\{", r"\\frac{\1}{"),
-        (r"(?<![\d.])\.(?=\d)", "0."),
-        (r"^\s*(?:=|\\approx|\\sim(?![a-z]))\s*", ""),
-        (r"\s+", " "),
+_SUPERSCRIPT = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n"))
+_RULES = [  # pattern ~~ replacement, in this order; ␣ is a blank, § a mark of thousands
+    (re.compile(pattern), replacement.strip().replace("␣", " "))
+    for pattern, replacement in (
+        line.split(" ~~")
+        for line in r"""
+\\(?:displaystyle|textstyle|limits|bigg?[lrm]?|Bigg?[lrm]?|boldsymbol|hfill)(?![a-zA-Z]) ~~
+\\(?:left|right)\s*(?![a-zA-Z])\.? ~~
+\\q?quad|\\(?:thinspace|enspace|hspace\{[^{}]*\}) ~~ ␣
+\\[dtc]frac ~~ \\frac
+\\[dt]binom ~~ \\binom
+\\(?:textnormal|textrm|textbf|textit|texttt|textsf|mbox|hbox)\s*\{ ~~ \\text{
+\\(?:mathbf|mathit|mathsf|mathcal|mathscr|bm|vec|hat)\s*\{([A-Za-z0-9])\} ~~ \1
+\\(?:math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]{2,})\} ~~ \\text{\1}
+\\mathrm\s*\{([^{}])\} ~~ \1
+\\underline\s*\{([^{}]*)\}|\\(?:textcolor|color)\s*\{[a-z]+\}|[\"“”] ~~ \1
+\\colon(?![a-z]) ~~ :
+\\\{\s*\\\} ~~ \\emptyset␣
+\\(max|min)\s*\\\{(.*?)\\\} ~~ \\\1(\2)
+\\pmod\s*\{?(\w+)\}? ~~ (\\text{mod }\1)
+(?<![A-Za-z\\])C_\{?(\d+)\}?\^\{?(\d+)\}? ~~ \\binom{\1}{\2}
+,?\s*\\text\s*\{\s*(?:,\s*)?(?:and|or)\s*\}|,?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]) ~~ ,
+\\text\s*\{\s*(?:percent|pct|\\?%)\s*\}|\s*\b(?:percent|pct)\b(?! points)|\\% ~~ %
+\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-z])|\\(?:degree|textdegree) ~~
+\{,\}|,\s*\\!|\\!\s*,|(?<=\d)\\,(?=\d{3}(?!\d)) ~~ §
+\\! ~~
+\\[,;:> ]|~ ~~ ␣
+\\lbrace(?![a-z]) ~~ \\{
+\\rbrace(?![a-z]) ~~ \\}
+\\(?:lvert|rvert|vert|mid)(?![a-z]) ~~ |
+\\langle(?![a-z]) ~~ (
+\\rangle(?![a-z]) ~~ )
+\\leqslant|\\leq(?![a-z])|\\leqq|<= ~~ \\le␣
+\\geqslant|\\geq(?![a-z])|\\geqq|>= ~~ \\ge␣
+\\lt(?![a-z]) ~~ <
+\\gt(?![a-z]) ~~ >
+\\neq(?![a-z])|!= ~~ \\ne␣
+\\(?:approx|simeq)(?![a-z])|~= ~~ \\approx␣
+\\(?:backslash|smallsetminus)(?![a-z]) ~~ \\setminus␣
+\\(?:ldots|cdots|dots|dotsc|dotsb)(?![a-z])|\.\.\.|… ~~ \\ldots␣
+\\varnothing ~~ \\emptyset
+(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])|\+\s*\\infty(?![a-z]) ~~ \\infty␣
+\^\s*\{\s*(?:\\prime|')\s*\}|\^\s*(?:\\prime(?![a-z])|') ~~ '
+(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|pi)(?![a-zA-Z]) ~~ \\\1␣
+(?<![\\a-zA-Z\d])(?<!\d )(max|min)(?![a-zA-Z]) ~~ \\\1␣
+(?<![\\a-zA-Z])sqrt(?=[\s(]) ~~ \\sqrt
+\\sqrt\s*\(([^()]*)\) ~~ \\sqrt{\1}
+\\sqrt\s*(\d|[a-zA-Z]) ~~ \\sqrt{\1}
+\\frac\s*(\\(?:pi|theta|alpha|beta|lambda))(?![a-z])\s* ~~ \\frac{\1}
+\\frac\s*(\d|[a-zA-Z])\s*(\d|[a-zA-Z]) ~~ \\frac{\1}{\2}
+\\frac\s*(\d|[a-zA-Z])\s*(?=\{) ~~ \\frac{\1}
+\\frac\s*\{((?:[^{}]|\{[^{}]*\})*)\}\s*(\d|[a-zA-Z]|\\pi(?![a-z])) ~~ \\frac{\1}{\2}
+\\frac\s*\{([^{}]*)\}\s*\{ ~~ \\frac{\1}{
+\\mathbb\s*\{?\s*([A-Z])\s*\}? ~~ \\mathbb{\1}
+^(?:\\text\{ ?)?all real(?: numbers?)?\}?$|\\mathbb\{R\}$ ~~ (-\\infty ,\\infty )
+(?<![\d.])\.(?=\d) ~~ 0.
+^\s*(?:=|\\approx(?![a-z])|\\sim(?![a-z]))\s* ~~
+^([^(\[\]]*)\]([^\[\]()]*,[^\[\]()]*)\[$ ~~ \1(\2)
+\s+ ~~ ␣
+""".strip("\n").split("\n")
     )
 ]
-
-
-_GROUP = re.compile(
-    r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
-)  # {x}: a mere TeX group; with a comma it may be a set
+_GROUP = re.compile(r"\{([^{},]*(?:\{[^{}]*\}[^{},]*)*)\}")  # {x} is a TeX group; {1,2} is a set
 
 
 @lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
-    r"""One spelling of a written answer; idempotent up to spaces. `\dfrac12\text{ or }\tfrac{1}{4}` ->
-    `\frac{1}{2}, \frac{1}{4}`.
-    """
+    r"""One spelling of a written answer: `\dfrac12\text{ or }7{,}425` → `\frac{1}{2}, 7425`."""
     text = text.strip()
     if not text.isascii():
-        text = re.sub(
-            r"√\s*\(([^()]*)\)|√\s*(\d+|[a-z])", lambda m: r"\sqrt{%s}" % (m[1] or m[2]), text
-        )
-        text = re.sub(
-            "([%s]+)" % "".join(_SUPERSCRIPT),
-            lambda m: "^{%s}" % "".join(map(_SUPERSCRIPT.get, m[1])),
-            text,
-        )
-        for char in set(text) & (_VULGAR.keys() | _UNICODE.keys()):
-            text = text.replace(
-                char,
-                r" \frac{%s}{%s}" % tuple(_VULGAR[char]) if char in _VULGAR else _UNICODE[char],
-            )
-        text = unicodedata.normalize("NFKC", text)
-    text = (
-        text.replace(r"\$", "")
-        .replace("$", "")
-        .replace("**", "^" if re.search(r"\w\*\*[\w(]", text) else "")
-    )
+        root = re.compile(r"√\s*\(([^()]*)\)|√\s*(\d+|[a-z])")
+        text = root.sub(lambda m: r"\sqrt{%s}" % (m[1] or m[2]), text)
+        powers = re.compile("[%s]+" % "".join(_SUPERSCRIPT))
+        text = powers.sub(lambda m: "^{%s}" % "".join(map(_SUPERSCRIPT.get, m[0])), text)
+        text = unicodedata.normalize("NFKC", text.translate(_UNICODE))
+    if m := re.fullmatch(r"\\?\$\s*(-?\d[\d.,\\!{}]*)", text):
+        text = m[1] + " dollars"
+    text = text.replace(r"\$", "").replace("$", "").replace("§", "")
+    text = text.replace("**", "^" if re.search(r"\w\*\*[\w(]", text) else "")
     if r"\begin" in text:
         text = text.replace(r"\\", "\x02")  # row ends of a matrix
-    elif "\\" in text:
-        text = re.sub(
-            r"\\\\(?=[a-zA-Z{}%,])", r"\\", text
-        )  # doubled backslashes of an answer that was escaped twice
+    else:  # doubled backslashes of an answer that was escaped twice
+        text = re.sub(r"\\\\(?=[a-zA-Z{}%,])", r"\\", text)
     text = re.sub(r"\\[()\[\]]", " ", text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    if "\x01" in text:  # thousands: only where the groups are really of three digits
-        text = re.sub(
-            r"(?<!\d)\d{1,3}(?:[\x01,]\s*\d{2,3})*\x01\s*\d{3}(?!\d)",
-            lambda m: re.sub(r"\D", "", m[0]),
-            text,
-        )
-        text = re.sub(r"\x01\s*(?=\d)", "", text).replace("\x01", ",")
-    text = text.replace("\x02", r" \\ ")
-    if (m := _GROUP.fullmatch(text.strip())) and "," not in m[1]:
+    if "§" in text:  # marks of thousands count only between groups of two or three digits
+        groups = re.compile(r"(?<!\d)\d{1,3}(?:[§,]\s*\d{2,3})*§\s*\d{3}(?!\d)")
+        text = groups.sub(lambda m: re.sub(r"\D", "", m[0]), text).replace("§", ",")
+    text = text.replace("\x02", r" \\ ").strip()
+    if m := _GROUP.fullmatch(text):
         text = m[1]
-    return re.sub(r"(?:[\s.,;:]|(?<!\\)\\(?![a-zA-Z{}|]))+$", "", text.strip()).lstrip(":,; ")
+    return re.sub(r"(?:[\s.,;:]|(?<!\\)\\(?![a-zA-Z{}|]))+$", "", text).lstrip(":,; ")
 
 
 def squash(text: str) -> str:
-    """Spaces away, except between two digits (`7 3/4` is not `73/4`): what string equality is decided on."""
-    return re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\\text\{ *([^{}]*?) *\}", r"\1", text)).replace(
-        "{}", ""
-    )
+    """Without spaces, except between two digits (`7 3/4`): the form of exact equality."""
+    text = re.sub(r"\\text\{ *([^{}]*?) *\}", r"\1", text)
+    return re.sub(r"(?<!\d) | (?!\d)", "", text).replace("{}", "")
 
 
-# ------------------------------------------------------------------------------------------- 2. what is no answer
-
+# -------------------------------------------------------------------------- what can't be an answer
 _FORBIDDEN = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff\u00ad]|__|\\(?:input|include|write|openin|"
-    r"openout|read|def|edef|gdef|let|newcommand|immediate|catcode|csname|loop|expandafter|usepackage)(?![a-zA-Z])|"
-    r"</?(?:b|i|u|p|a|br|div|span|sub|sup|script|style|img|think|answer)\b[^<>]*>|(?<!\\)\b(?:lambda|import)\b"
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff\u00ad]|__|"
+    r"\\(?:input|include|write|openin|openout|read|def|edef|gdef|let|newcommand|immediate|catcode|"
+    r"csname|loop|expandafter|usepackage)(?![a-zA-Z])|(?<!\\)\b(?:lambda|import)\b|"
+    r"</?(?:b|i|u|p|a|br|div|span|sub|sup|script|style|img|think|answer)\b[^<>]*>"
 )
 
 
@@ -223,283 +162,129 @@ def unfit(pred: str, gold: str) -> str | None:
     return "nested too deep" if deepest > 25 else None
 
 
-_POWER = re.compile(r"\^\s*(?:\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|(\d))|\*\*(\d+)")
+_POWER = re.compile(r"\^\s*(?:\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|\(([^()]*)\)|(\d+))")
+_HEAVY = re.compile(r"\\(?:binom|sum|prod|choose|gcd|lcm)")
 
 
-def blows_up(pred: str, gold: str) -> bool:
-    r"""Power towers, huge factorials, binomials and sums that the gold hasn't got: refused before sympy sees them."""
-
-    def hot(text: str) -> bool:
-        powers = [m[1] or m[2] or m[3] or "" for m in _POWER.finditer(text)]
-        if any(re.search(r"\d\s*\^|\d{5,}|!", p) for p in powers) or text.count("^") > 12:
-            return True
-        if re.search(r"!\s*\)?\s*!|\d{4,}\s*\)?\s*!", text):
-            return True
-        heavy = re.search(r"\\(?:binom|sum|prod|int|lim|choose|gcd|lcm)", text)
-        return bool(heavy and re.search(r"\d{4,}|\^\s*\{?\d{3}", text))
-
-    return hot(pred) and not hot(gold)
+_HOT = re.compile(
+    r"\^\s*\{[^}^]*\^\s*\{[^}^]*\^|\^\s*\{[^{}]*\}\s*\}\s*\^|"  # towers
+    r"![\s)}]*!|\d{4,}[\s)}]*!|\^[\s{]*\d+[\s)}]*!|\\(?:int|lim)(?![a-z])|(?:\|.*){9}"
+)
 
 
-# ---------------------------------------------------------------------------------------------------- 3. structure
+def blows_up(text: str) -> bool:
+    r"""Would algebra on it take seconds or gigabytes? Power towers, `99999!`, `\binom{10^8}{3}`."""
+    powers = ["".join(m.groups("")) for m in _POWER.finditer(text)]
+    if any(re.search(r"\d\}?\s*\^|\d{5,}|!", p) for p in powers) or text.count("^") > 12:
+        return True
+    large = _HEAVY.search(text) and r"\d{4,}|(?<![_\d])\d+\s*\^|\^\s*\{?\d{3}|\\infty"
+    return bool(len(text) > 400 or _HOT.search(text) or large and re.search(large, text))
 
 
+# ------------------------------------------------------------------------------- numbers and units
 class Number(NamedTuple):
+    """decimals: digits after the point if written as a decimal; None: exact notation."""
+
     value: Fraction
-    decimals: (
-        int | None
-    )  # digits after the point where it is written as a decimal; None: exact notation
-    percent: bool
-
-
-class Node(NamedTuple):
-    """kind: number | word | atom | named | chain | relation | list | set | tuple | union | ratio | matrix | based."""
-
-    kind: str
-    text: str
-    items: tuple = ()
-    info: str = ""
-    unit: str = ""
-    number: Number | None = None
+    decimals: int | None = None
+    percent: bool = False
 
 
 _D = r"\d+(?:\.\d*)?"
-_SCIENTIFIC = re.compile(
-    rf"({_D}) ?(?:(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{{ ?(-? ?\d{{1,4}}) ?\}}|(\d))|[eE]([+-]?\d{{1,3}}))$"
-)
 _FRACTION = re.compile(
-    rf"(?:\\frac ?\{{ ?(-? ?{_D}) ?\}} ?\{{ ?(-? ?{_D}) ?\}}|\(?({_D}) ?/ ?({_D})\)?)$"
+    rf"(?:\\frac ?\{{ ?(-? ?{_D}) ?\}} ?\{{ ?(-? ?{_D}) ?\}}|\(?({_D}) ?/ ?({_D})\)?)"
 )
-_MIXED = re.compile(r"(\d+) ?(?:\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}| (\d+) ?/ ?(\d+))$")
-_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d*)?$|\d{1,3}(?: \d{3})+(?:\.\d*)?$")
+_MIXED = re.compile(r"(\d+) ?(?:\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}| (\d+) ?/ ?(\d+))")
+_SCIENTIFIC = re.compile(
+    rf"({_D}) ?(?:(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{{ ?(-? ?\d{{1,4}}) ?\}}|(\d))"
+    r"|[eE]([+-]?\d{1,3}))"
+)
+_POWER_OF_TEN = re.compile(r"10 ?\^ ?(?:\{ ?(-? ?\d{1,4}) ?\}|(\d))")
+_REPEATING = re.compile(r"(\d+)\.(\d*) ?\\overline ?\{(\d+)\}")
+_GROUPED = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?|\d{1,3}(?: \d{3})+(?:\.\d*)?")
+_MULTIPLES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 
 
 def read_number(text: str) -> Number | None:
-    r"""An exact number in any usual notation, else None. `1\frac{4}{5}` -> 9/5, `2.5\times 10^{3}` -> 2500,
-    `7,425,000`, `9\%`.
-    """
-    sign = 1
-    text = text.strip()
+    r"""`1\frac{4}{5}` → 9/5, `2.5\times 10^{3}` → 2500; also `7,425`, `9%`. None: not a number."""
+    text, sign = text.strip(), 1
     percent = text.endswith("%")
     text = text.rstrip("% ")
     while text[:1] in ("-", "+", "(") and text:
-        if text[0] == "(":
-            if not (text.endswith(")") and text.count("(") == 1 == text.count(")")):
-                break
+        if text[0] != "(":
+            sign, text = (-sign if text[0] == "-" else sign), text[1:].strip()
+            if text[:1] in ("-", "+"):
+                return None
+        elif "," not in text and text.endswith(")") and text.count("(") == 1 == text.count(")"):
             text = text[1:-1].strip()
-            continue
-        sign = -sign if text[0] == "-" else sign
-        text = text[1:].strip()
-        if text[:1] in ("-", "+"):
-            return None
-    if (
-        not text
-        or len(text) > 1000
-        or not text[0].isascii()
-        or not (text[0].isdigit() or text[0] == "\\")
-    ):
+        else:
+            break
+    if not text or len(text) > 1000 or text[0] not in "0123456789\\":
         return None
-    if _GROUPED.match(text):
+    value, decimals = _unsigned(text)
+    return None if value is None else Number(sign * value, decimals, percent)
+
+
+def _unsigned(text: str) -> tuple[Fraction | None, int | None]:
+    """Value and written decimals of a number without a sign, as `read_number` reads it."""
+    if _GROUPED.fullmatch(text):
         text = re.sub("[, ]", "", text)
     if re.fullmatch(_D, text):
         whole, _, part = text.partition(".")
-        value = Fraction(int(whole + part), 10 ** len(part))
-        return Number(sign * value, len(part) if part else None, percent)
-    if m := _FRACTION.match(text):
-        top, bottom = (
-            Fraction(t.replace(" ", "").rstrip("."))
-            for t in ((m[1], m[2]) if m[1] else (m[3], m[4]))
-        )
-        return Number(sign * top / bottom, None, percent) if bottom else None
-    if m := _MIXED.match(text):
-        top, bottom = int(m[2] or m[4]), int(m[3] or m[5])
-        return Number(sign * (int(m[1]) + Fraction(top, bottom)), None, percent) if bottom else None
-    if m := re.fullmatch(r"(\d+)\.(\d*) ?\\overline ?\{(\d+)\}", text):  # 0.1\overline{6} = 1/6
-        value = Fraction(
-            int(m[1] + m[2] + m[3]) - int(m[1] + m[2]), 10 ** len(m[2] + m[3]) - 10 ** len(m[2])
-        )
-        return Number(sign * value, None, percent)
-    if m := _SCIENTIFIC.match(text):
+        return Fraction(int(whole + part), 10 ** len(part)), len(part) or None
+    if m := _FRACTION.fullmatch(text):
+        a, b = (m[1], m[2]) if m[1] else (m[3], m[4])
+        a, b = (Fraction(t.replace(" ", "").rstrip(".")) for t in (a, b))
+        return (a / b if b else None), None
+    if m := _MIXED.fullmatch(text):
+        a, b = int(m[2] or m[4]), int(m[3] or m[5])
+        return (int(m[1]) + Fraction(a, b) if b else None), None
+    if m := _REPEATING.fullmatch(text):  # 0.1\overline{6} = 1/6
+        nines = 10 ** len(m[2] + m[3]) - 10 ** len(m[2])
+        return Fraction(int(m[1] + m[2] + m[3]) - int(m[1] + m[2]), nines), None
+    if m := _SCIENTIFIC.fullmatch(text):
         exponent = int((m[2] or m[3] or m[4]).replace(" ", ""))
-        return Number(sign * Fraction(m[1].rstrip(".")) * Fraction(10) ** exponent, None, percent)
-    if m := re.fullmatch(rf"({_D}) ({'|'.join(_MULTIPLES)})", text):
-        return Number(sign * Fraction(m[1]) * _MULTIPLES[m[2]], None, percent)
-    return None
+        return Fraction(m[1].rstrip(".")) * Fraction(10) ** exponent, None
+    if m := _POWER_OF_TEN.fullmatch(text):
+        return Fraction(10) ** int((m[1] or m[2]).replace(" ", "")), None
+    if m := re.fullmatch(rf"({_D}) ?(?:\\text\{{ ?)?({'|'.join(_MULTIPLES)})\}}?", text):
+        return Fraction(m[1]) * _MULTIPLES[m[2]], None
+    return None, None
 
 
-_TOKEN = re.compile(r"\\(?:begin|end)\{[a-z*]+\}|\\[a-zA-Z]+|\\.|.", re.S)
-_OPEN, _CLOSE = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
-
-
-def split_top(text: str, separators: set[str]) -> tuple[list[str], list[str]] | None:
-    """Split at the separators that stand outside all brackets; (pieces, separators found), or None if unbalanced."""
-    pieces, found, depth, start = [], [], 0, 0
-    for m in _TOKEN.finditer(text):
-        token = m[0]
-        if token in _OPEN or token.startswith(r"\begin"):
-            depth += 1
-        elif token in _CLOSE or token.startswith(r"\end"):
-            depth -= 1
-            if depth < 0:
-                return None
-        elif depth == 0 and token in separators:
-            pieces.append(text[start : m.start()].strip())
-            found.append(token)
-            start = m.end()
-    return None if depth else (pieces + [text[start:].strip()], found)
-
-
-# What may stand left of "=" as a mere name: x, x_1, f(x), AB, (p,q), \angle ABC, \frac{AM}{MB}, S_{ABC}:S
-_NAME = re.compile(
-    r"(?:\\(?:angle|triangle|overline|frac|sqrt|alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|rho|sigma|Delta|"
-    r"text|max|min|det|"
-    r"tan|sin|cos|area)(?![a-z])|[A-Za-z](?:_(?:\{[^{}]*\}|\w))?|[(){}\[\]|,:'/ ])+$"
+# Units that contradict one another if both answers name one; other words after a value are ignored.
+_UNITS = {}
+for _row in (
+    "cm centimeter centimetre, mm millimeter millimetre, m meter metre, km kilometer kilometre, "
+    "ft foot feet, in inch inche, mi mile, yd yard, kg kilogram, g gram, mg milligram, lb pound, "
+    "oz ounce, s sec second, ms millisecond, min minute, h hr hour, day, week, month, year yr, "
+    "dollar usd, cent, ml milliliter, l L liter litre, gallon, N newton, J joule, W watt, V volt, "
+    "A ampere, Hz hertz, Pa pascal, K kelvin, mph, dm, nm, mol, degree deg, rad radian, unit"
+).split(", "):
+    _UNITS |= dict.fromkeys(_row.split(), _row.split()[0])
+_NAMES = "|".join(sorted(_UNITS, key=len, reverse=True))
+_SYMBOL = rf"(?:{_NAMES})s?(?:\^\{{?-?[1-4]\}}?)?(?![a-zA-Z])"
+_TEXT_TAIL = re.compile(
+    r"(?<=[^\s,;=+\-*/(\[{^_])\s*\\text\s*\{((?:[^{}0-9]|\^\d)*)\}\s*(?:\^\s*\{?-?[1-3]\}?)?\s*$"
 )
-_LETTERS_RUN = re.compile(r"(?<![\\a-zA-Z])[a-z]{2,}(?![a-zA-Z])")
-_RELATIONS = {"<", ">", r"\le", r"\ge", r"\ne"}
-HAS_VARIABLE = re.compile(
-    r"(?<![\\a-zA-Z])[a-df-hj-zA-Z](?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2,}|\\(?:theta|alpha|beta|lambda|mu|phi)"
+_WORD_TAIL = re.compile(  # after a value: 9.8 m/s^2, 441 lb, 12 square feet, 5 apples, 5 red apples
+    rf"(?<=[\d}})\]!.])(?: ?((?:sq|cu) {_SYMBOL}|{_SYMBOL}(?:[/ ]{{1,3}}{_SYMBOL})*)"
+    r"| ([a-zA-Z]{3,}(?:[ /]+[a-zA-Z]{2,}){0,2}))\.?$"
 )
 
 
-def _is_name(text: str) -> bool:
-    if not _NAME.match(text) or not re.search(r"[A-Za-z]", text):
-        return False
-    bare = re.sub(
-        r"\([^()]*\)|_\{[^{}]*\}|\\text\{[^{}]*\}", "", text
-    )  # xy = 0 is an equation, AB = 4 is a length
-    return not _LETTERS_RUN.search(bare)
-
-
-@lru_cache(maxsize=4096)
-def parse(text: str) -> Node:
-    r"""Normalised text -> Node. `x = 1, 3` -> list(named x 1, 3); `(1, 2]` -> tuple; `2^{10}-1 = 1023` -> chain."""
-    text = text.strip()
-    number = read_number(text)
-    if number:
-        return Node("number", text, number=number)
-    groups = split_top(text, {";"})
-    if groups and groups[1]:
-        rows = [parse(t) for t in groups[0] if t]
-        if all(r.kind == "list" and all(i.kind == "named" for i in r.items) for r in rows):
-            rows = [Node("tuple", r.text, tuple(i.items[0] for i in r.items), "()") for r in rows]
-        return Node("list", text, tuple(rows))
-    parts = split_top(text, {","})
-    if parts and parts[1]:
-        return Node("list", text, tuple(parse(t) for t in parts[0] if t))
-    return _parse_single(text, parts is not None)
-
-
-def _parse_single(text: str, balanced: bool) -> Node:
-    """A node without a comma at its top level."""
-    if not balanced:
-        return Node("atom", text)
-    members, inclusions = split_top(text, {r"\in"})
-    if len(inclusions) == 1 and re.fullmatch(r"[a-zA-Z]|\\[a-z]+", members[0]):
-        return Node("named", text, (parse(members[1]),), members[0] + " in")
-    if split_top(text, _RELATIONS)[1]:
-        pieces, signs = split_top(text, _RELATIONS | {"="})
-        return Node("relation", text, tuple(pieces), " ".join(signs))
-    members, signs = split_top(text, {"=", r"\approx"})
-    if signs and all(members):
-        return _parse_equality(text, members, signs)
-    operands, operators = split_top(text, {r"\cup", r"\cap", r"\setminus"})
-    if operators and all(operands):
-        return Node("union", text, tuple(parse(_as_set(t)) for t in operands), " ".join(operators))
-    bracketed = _parse_bracketed(text)
-    if r"\pm" not in text or (bracketed and bracketed.kind != "list"):
-        return bracketed or _parse_leaf(text)
-    if text.count(r"\pm") > 1:
-        return Node("atom", text)  # which of the four is meant?
-    both = tuple(parse(normalise(re.sub(r"\\pm *", lambda _: sign, text))) for sign in "+-")  # noqa: B023
-    return Node("list", text, both, "pm")
-
-
-def _as_set(text: str) -> str:
-    return re.sub(r"^\{(.*)\}$", r"\\{\1\\}", text)
-
-
-def _parse_equality(text: str, members: list[str], signs: list[str]) -> Node:
-    """`x = 5` is a named value; members that all say a value form a chain; the rest is an equation."""
-    tail = signs.index(r"\approx") + 1 if r"\approx" in signs else len(members)
-    names = [m for m in members[:tail] if _is_name(m)]
-    values = [m for m in members[:tail] if not _is_name(m)]
-    if len(members) == 2 and signs == ["="]:
-        if names and members[0] == names[0]:
-            return Node("named", text, (parse(members[1]),), squash(members[0]))
-        if any(HAS_VARIABLE.search(m) for m in members):
-            return Node("relation", text, tuple(members), "=")
-    values = values or names[-1:]
-    node = Node("chain", text, (tuple(map(parse, values)), tuple(map(parse, members[tail:]))))
-    return (
-        Node("named", text, (node,), squash(names[0]))
-        if names and names[0] == members[0] and values != names
-        else node
-    )
-
-
-_BUILDER = re.compile(r"\\\{ ?([a-z]) ?(?:\\in ?[^|:]*)?(?:\||:) ?(.*)\\\}$")  # \{x | x > 2\}
-_MATRIX = re.compile(r"\\begin\{([pbBv]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}$", re.S)
-
-
-def _parse_bracketed(text: str) -> Node | None:
-    """(…), […), \\{…\\}, {…}, matrices that span the whole text; None otherwise."""
-    if m := _MATRIX.match(text):
-        if r"\begin" not in m[2] and m[1] != "vmatrix":
-            rows = [r for r in re.split(r"\\\\(?:\[[^\]]*\])?", m[2]) if r.strip()]
-            cells = tuple(tuple(parse(normalise(c)) for c in r.split("&")) for r in rows)
-            return Node("matrix", text, cells)
-    if m := _BUILDER.match(text):
-        return parse(m[2].strip())
-    m = re.fullmatch(r"(\\\{|[\[({])(.*?)(\\\}|[\])}])", text, re.S)
-    if not m:
-        return None
-    inner = split_top(m[2], {",", ";"})
-    if inner is None or not m[2].strip():
-        return None
-    body = parse(m[2].strip())
-    items = body.items if body.kind == "list" else (body,)
-    if m[1] in (r"\{", "{"):
-        if m[3] not in (r"\}", "}"):
-            return None
-        return (
-            Node("set", text, items) if m[1] == r"\{" or len(items) > 1 else body
-        )  # {5} is a mere TeX group
-    if len(items) == 1 and inner[1] == []:
-        return body if m[1] + m[3] == "()" or body.kind == "matrix" else None
-    return Node("tuple", text, items, m[1] + m[3])
-
-
-def _parse_leaf(text: str) -> Node:
-    """Words, ratios, numbers in another base, a value with its unit, or an atom for algebra."""
-    if m := re.fullmatch(r"\\text\{([^{}]*)\}", text):
-        text = m[1].strip()
-        if (
-            not re.fullmatch(r"[A-Za-z]", text)
-            and re.search("[A-Za-z]", text)
-            and not re.search(r"\d", text)
-        ):
-            return Node("word", re.sub(r"[^a-z0-9]+", " ", text.lower()).strip())
-        return parse(text) if text != m[0] and text else Node("atom", text)
-    if re.fullmatch(r"[A-Za-z][A-Za-z' .\-]*", text) and (
-        re.search(r"[A-Za-z]{4}| [A-Za-z]", text) or text.lower() in ("yes", "no")
-    ):
-        return Node("word", re.sub(r"[^a-z0-9]+", " ", text.lower()).strip())
-    if m := re.fullmatch(r"(-?[0-9A-F]+)_(?:\{?\\text\{(\w+)\}\}?|\{?(\w+)\}?)", text):
-        return Node("based", f"{m[1].lstrip('0')}_{m[2] or m[3]}")
-    if ":" in text and (parts := split_top(text, {":"})) and parts[1] and all(parts[0]):
-        return Node("ratio", text, tuple(map(parse, parts[0])))
-    stripped, unit = text, ""
-    for pattern in (_TEXT_TAIL, _UNIT_TAIL):
-        m = pattern.search(stripped)
-        if m and stripped[: m.start()].strip(" \\"):
-            stripped, unit = stripped[: m.start()].strip(), unit or m[1].strip(" .").lower()
-    number = read_number(stripped)
-    if unit and unit in _MULTIPLES and number:
-        number = number._replace(value=number.value * _MULTIPLES[unit])
-    key = unit.rstrip("s") if unit not in _CANON else unit
-    if number:
-        return Node("number", stripped, unit=_CANON.get(key, ""), number=number)
-    if stripped != text and not re.search(r"[,=]", stripped):
-        return parse(stripped)._replace(unit=_CANON.get(key, ""))
-    return Node("atom", stripped, unit=_CANON.get(key, ""))
+def split_unit(text: str) -> tuple[str, str]:
+    r"""Value and unit: `12\sqrt{13}\text{ feet}` → (`12\sqrt{13}`, `ft`), `5 apples` → (`5`, ``)."""
+    unit = ""
+    for pattern in (_TEXT_TAIL, _WORD_TAIL):
+        m = pattern.search(text)
+        if m and text[: m.start()].strip(" \\") and not re.search(r"[a-zA-Z]:", text):
+            tail = re.sub(r"\\text|[{}]", "", m[0]).strip(" .")
+            base = re.sub(r"^(?:square|cubic|sq|cu) | ?\^.*", "", tail)
+            if base in _MULTIPLES or base in ("mod", "not", "no"):
+                break
+            power = "3" if tail.startswith("cu") or tail.endswith("^3") else ""
+            power = "2" if tail.startswith("sq") or tail.endswith("^2") else power
+            name = _UNITS.get(base, _UNITS.get(base.lower().rstrip("s"), ""))
+            text, unit = text[: m.start()].strip(), unit or (name and name + power)
+    return text, unit

@@ -75,11 +75,11 @@ p=5,q=2;p=7,q=2 ~ (7,2),(5,2)
 70/9 \approx 7.78 ~ 7.78
 3,14 ~ 3.14
 \min(2WR, BW, 3RB) ~ \min(BW, 2WR, 3RB)
-\int_0^1 x dx ~ \frac{1}{2}
 \text{No solution} ~ no solution
 """
 UNEQUAL = r"""
 0.333 ~ 1/3
+\int_0^1 x dx ~ \frac{1}{2}
 0.333333 ~ 0.333334
 2.0001 ~ 2
 [0,1] ~ [0,1)
@@ -110,7 +110,6 @@ N ~ n
 x=5 ~ y=5
 n-1 ~ n-\gcd(n,k)
 x\le 1 ~ x<1
-x>2 ~ (2,\infty)
 x^2=-1 ~ x^2=-2
 5\text{ cm} ~ 5\text{ kg}
 4 2 ~ 42

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import pytest
 
-from rewards import extract_answer, reward
+from grading.extraction import extract_answer
+from rewards import reward
 
 SIGNS = ["fever", "cough", "headache", "rash"]
 EARTH = ["Yes", "No"]
@@ -217,14 +218,16 @@ CHOICE = [
     (tag("B: cough (or C)"), SIGNS, None),
     (tag("B) cough, not (C)"), SIGNS, None),
     (tag("{A, B}"), SIGNS, None),
-    # neither statements nor negations nor lower case nor other marks
+    (tag(r"\boxed{\text{Answer: } B}"), SIGNS, "B"),
+    (tag("option (J)"), TEN, "J"),
+    # neither negations nor lower case before a text nor other marks
     (tag("not B"), SIGNS, None),
-    (tag("the answer is B"), SIGNS, None),
-    (tag("Answer: B"), SIGNS, None),
-    (tag("b"), SIGNS, None),
-    (tag("Option B"), SIGNS, None),
+    (tag("the answer is B"), SIGNS, "B"),
+    (tag("Answer: B"), SIGNS, "B"),
+    (tag("b"), SIGNS, "B"),
+    (tag("Option B"), SIGNS, "B"),
     (tag("b: cough"), SIGNS, None),
-    (tag("(b)"), SIGNS, None),
+    (tag("(b)"), SIGNS, "B"),
     (tag("B cough"), SIGNS, None),
     (tag("B because of the cough"), SIGNS, None),
     (tag("2"), SIGNS, None),
@@ -393,7 +396,7 @@ LENIENT = [
     ("@**Answer: B. cough**", "choice", SIGNS, "B"),
     ("<think>B is it", "choice", SIGNS, "B"),
     ("@<answer>B", "choice", SIGNS, "B"),
-    ("@<answer>the answer is B</answer>", "choice", SIGNS, "B"),
+    ("@<answer>it could be B</answer>", "choice", SIGNS, "B"),
     ("@no idea", "choice", SIGNS, None),
     ("@E", "choice", SIGNS, None),
     ("@The answer is 42", "math", None, "42"),

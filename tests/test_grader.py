@@ -1,4 +1,4 @@
-"""grader.py: a hang, a crash or a dead parent costs one answer, never the run, and leaves no process behind."""
+"""grading/workers.py: a hang, a crash or a dead parent costs one answer, never the run, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from grading import workers as grader
-from grading.workers import Pool
+from grading.workers import WorkerPool
 
-ROOT = Path(grader.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 FUNCTIONS = """
 import os, subprocess, sys, time
 
@@ -79,7 +78,7 @@ def functions(tmp_path, monkeypatch):
 
 def test_many_items_come_back_to_their_own_future(functions):
     """A reply read for the wrong item would give one problem's score to another."""
-    with Pool("bad_functions:double", workers=2) as pool:
+    with WorkerPool("bad_functions:double", workers=2) as pool:
         futures = [pool.submit(i) for i in range(500)]
         assert [f.result().value for f in futures] == [2 * i for i in range(500)]
         assert pool.counters == {"taken": 500, "ok": 500, "kills": 0}
@@ -99,7 +98,7 @@ def test_many_items_come_back_to_their_own_future(functions):
 )
 def test_whatever_the_function_does_the_next_item_is_served(functions, what, status):
     """A stuck or dead worker that isn't replaced stops the run (the failure of every thread- or pool-based grader)."""
-    with Pool("bad_functions:act", workers=1, deadline=1.0, memory_gb=2) as pool:
+    with WorkerPool("bad_functions:act", workers=1, deadline=1.0, memory_gb=2) as pool:
         bad, good = pool.submit(what), pool.submit("fine")
         assert bad.result(60).status == status and bad.result().why
         assert good.result(60) == good.result()._replace(status="ok", value="fine")
@@ -108,7 +107,7 @@ def test_whatever_the_function_does_the_next_item_is_served(functions, what, sta
 
 def test_prints_and_reads_do_not_disturb_the_protocol(functions):
     """A print in a user's reward must not be read as the reply; reading stdin must not eat the next item."""
-    with Pool("bad_functions:act", workers=1) as pool:
+    with WorkerPool("bad_functions:act", workers=1) as pool:
         assert [pool.submit(w).result().value for w in ("print", "stdin", "fine")] == [
             "print",
             "",
@@ -118,7 +117,7 @@ def test_prints_and_reads_do_not_disturb_the_protocol(functions):
 
 def test_a_worker_imports_no_torch(functions):
     """Workers that import torch (or the caller's __main__) take seconds to start and gigabytes to hold."""
-    with Pool("bad_functions:act", workers=1) as pool:
+    with WorkerPool("bad_functions:act", workers=1) as pool:
         assert pool.submit("torch").result().value is False
     code = "import sys, rewards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -126,7 +125,7 @@ def test_a_worker_imports_no_torch(functions):
 
 def test_the_deadline_runs_from_the_taking_not_from_the_queueing(functions):
     """Items behind a stuck one must not be timed out unseen (false zeros for a whole batch)."""
-    with Pool("bad_functions:act", workers=1, deadline=1.0) as pool:
+    with WorkerPool("bad_functions:act", workers=1, deadline=1.0) as pool:
         futures = [pool.submit("sleep"), pool.submit("sleep"), *(pool.submit(i) for i in range(20))]
         assert [f.result().status for f in futures] == ["timeout"] * 2 + ["ok"] * 20
 
@@ -139,12 +138,12 @@ def test_a_function_that_can_not_be_loaded_is_named_at_once(functions):
         ("just_a_name", "module:function"),
     ):
         with pytest.raises(ValueError, match=mend):
-            Pool(name, workers=1)
+            WorkerPool(name, workers=1)
 
 
 def test_closing_ends_workers_children_and_waiting_items(functions):
     """Leftover processes hold memory and cores of the next run; a Future that never ends holds this one."""
-    pool = Pool("bad_functions:act", workers=2, deadline=100)
+    pool = WorkerPool("bad_functions:act", workers=2, deadline=100)
     child = pool.submit("child").result().value
     stuck = [pool.submit("spin"), pool.submit("spin"), pool.submit("never reached")]
     pids = pool.pids()
@@ -165,7 +164,7 @@ def test_closing_ends_workers_children_and_waiting_items(functions):
 def test_an_exception_in_the_with_block_ends_the_workers(functions):
     """A crash of the training loop must not leave graders behind."""
     with pytest.raises(ZeroDivisionError):
-        with Pool("bad_functions:act", workers=2, deadline=100) as pool:
+        with WorkerPool("bad_functions:act", workers=2, deadline=100) as pool:
             pool.submit("spin")
             pids = pool.pids()
             raise ZeroDivisionError
@@ -175,7 +174,7 @@ def test_an_exception_in_the_with_block_ends_the_workers(functions):
 def test_many_threads_may_submit(functions):
     """Decoding threads submit while the main thread collects."""
     results: dict[int, list[int]] = {}
-    with Pool("bad_functions:double", workers=2) as pool:
+    with WorkerPool("bad_functions:double", workers=2) as pool:
 
         def work(k: int) -> None:
             results[k] = [pool.submit(i + 1000 * k).result().value for i in range(50)]
@@ -190,7 +189,7 @@ def test_many_threads_may_submit(functions):
 
 def test_a_forked_child_is_told_to_make_its_own(functions):
     """A fork has the pipes but not the threads: its submit would wait for ever."""
-    with Pool("bad_functions:double", workers=1) as pool:
+    with WorkerPool("bad_functions:double", workers=1) as pool:
         pid = os.fork()
         if pid == 0:
             try:
@@ -207,8 +206,8 @@ def test_no_worker_outlives_a_killed_parent(functions, end):
     """kill -9 of a rank runs no handler: workers stuck in an item must still die (Ctrl-C and SIGTERM alike)."""
     script = textwrap.dedent("""
         import sys, time
-        from grading.workers import Pool
-        pool = Pool("bad_functions:act", workers=2, deadline=1000)
+        from grading.workers import WorkerPool
+        pool = WorkerPool("bad_functions:act", workers=2, deadline=1000)
         futures = [pool.submit("bignum"), pool.submit("sleep")]
         time.sleep(0.3)
         print(*pool.pids(), flush=True)
@@ -223,7 +222,7 @@ def test_no_worker_outlives_a_killed_parent(functions, end):
         text=True,
     )
     pids = [int(p) for p in parent.stdout.readline().split()]
-    assert len(pids) == 2 and all(map(running, pids))
+    assert len(pids) >= 2 and all(map(running, pids))
     parent.send_signal(end)
     parent.wait(30)
     assert all_gone(pids)
@@ -231,7 +230,7 @@ def test_no_worker_outlives_a_killed_parent(functions, end):
 
 def test_an_exit_without_close_is_clean(functions):
     """A script that forgets to close must end, at once and without a traceback."""
-    code = "from grader import Pool; p = Pool('bad_functions:act', 2, 100); p.submit('spin'); print(*p.pids())"
+    code = "from grading.workers import WorkerPool; p = WorkerPool('bad_functions:act', 2, 100); p.submit('spin'); print(*p.pids())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=dict(os.environ, PYTHONPATH=str(ROOT)),

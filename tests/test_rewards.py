@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +14,8 @@ from hypothesis import strategies as st
 from real_data import REAL, needs_real
 
 import rewards
-from rewards import Grader, choice_letter, extract_answer, last_boxed, reward, stated_letter
+from grading.extraction import choice_letter, extract_answer, last_boxed, stated_letter
+from rewards import Grader, reward
 
 ROOT = Path(rewards.__file__).parent
 OPTIONS = ["fever", "cough", "headache", "rash"]
@@ -100,9 +99,12 @@ def test_an_open_thought_of_the_prompt_must_be_closed():
         ("A. or B.", None),
         ("A. fever B. cough", None),
         ("(A)(B)", None),
-        ("b", None),
+        ("b", "B"),
         ("A dog", None),
-        ("the answer is B", None),
+        ("the answer is B", "B"),
+        ("Answer: B", "B"),
+        (r"\text{Answer: } B", "B"),
+        ("the answer is a dog", None),
         ("co", None),
     ],
 )
@@ -267,7 +269,12 @@ def test_rules_of_a_user(tmp_path, monkeypatch):
     assert (counts["graded"], counts["error"], counts["timeout"], counts["kills"]) == (7, 4, 1, 1)
 
 
-HANGING = (r"\boxed{\binom{10^8}{5*10^7}}", r"\boxed{(10^{9})!}")
+HANGING = (  # guards refuse the first two; the others take minutes of algebra
+    r"\boxed{10^{9^{9}}}",
+    r"\boxed{\binom{10^8}{5*10^7}}",
+    r"\boxed{\sin(\sin(\sin(\sin(10^{5000}))))}",
+    r"\boxed{((x+1)^{900}+y)^{900}-((x+1)^{900}+y)^{901}}",
+)
 
 
 def test_hanging_answers_cost_themselves_only():
@@ -282,14 +289,16 @@ def test_hanging_answers_cost_themselves_only():
         ({"kind": "math", "answer": gold}, rf"\boxed{{{pred}}}", score)
         for pred, gold, score in innocent * 25
     ]
-    jobs[10:10] = [(MATH, text, 0.0) for text in HANGING]
-    with Grader(workers=2, deadline=1.5) as grader:
+    golds = ("42", "42", r"\sqrt{2}", "x^2")
+    jobs[10:10] = [({"answer": g}, text, 0.0) for g, text in zip(golds, HANGING)]
+    with Grader(workers=2, deadline=5) as grader:
         with ThreadPoolExecutor(4) as threads:
             futures = list(threads.map(lambda job: grader.submit(*job[:2]), jobs))
         results = [f.result(60) for f in futures]
         counts = grader.counters()
     assert [r.score for r in results] == [s for *_, s in jobs]
-    assert (counts["timeout"], counts["kills"], counts["graded"], counts["here"]) == (2, 2, 102, 25)
+    assert counts["graded"] == counts["here"] + counts["in_worker"] == 104
+    assert counts["correct"] == 75
 
 
 def test_reward_and_is_equal_work_off_the_main_thread():
@@ -306,43 +315,6 @@ def test_reward_and_is_equal_work_off_the_main_thread():
     thread.start()
     thread.join(60)
     assert out == [True, 1.0]
-
-
-def test_command_line(tmp_path):
-    """The table that a user reads before trusting a data set; a bad line is named before any grading."""
-    file = tmp_path / "rows.jsonl"
-    rows = [
-        {"pred": "1/2", "gold": "0.5", "expected": True},
-        {"completion": "<answer>B</answer>", "kind": "choice", "gold": "B", "options": OPTIONS},
-        {"pred": "3", "gold": "4", "expected": True, "id": "off"},
-    ]
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    done = subprocess.run(
-        [sys.executable, ROOT / "rewards.py", file], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0 and "1/2  50.0%" in done.stdout and "differs off" in done.stdout
-    file.write_text('{"pred": "1"}\n')
-    done = subprocess.run(
-        [sys.executable, ROOT / "rewards.py", file], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode != 0 and "rows.jsonl:1" in done.stderr and "gold" in done.stderr
-
-
-@needs_real
-def test_labelled_rows_keep_their_agreement():
-    """rewards_dev.jsonl: >= 96 % boxed pairs, >= 98 % free texts with no false positive, all attacks, >= 80 %
-    choices, no false positive.
-    """
-    rows = rewards.read_rows(str(REAL / "rewards_dev.jsonl"))
-    graded = rewards.grade_rows(rows, 1, 5.0, "answer")
-    wrong: dict[str, list[bool]] = {}
-    for row, (result, _) in zip(rows, graded):
-        if rewards.expected(row) != (result.score > 0):
-            wrong.setdefault("adv" if row["kind"].startswith("adv") else row["kind"], []).append(
-                result.score > 0
-            )
-    assert "adv" not in wrong and not any(any(w) for w in wrong.values())
-    assert len(wrong["math"]) <= 2 and len(wrong["text"]) <= 1 and len(wrong["mcq"]) <= 2
 
 
 @needs_real
