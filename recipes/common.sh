@@ -5,7 +5,7 @@
 #   RUNS=runs      runs and evaluations go here      DATA=data converted jsonl, RAW=data/raw the releases
 #   SFT= RL= EVAL= flags added to every train_sft.py, train_grpo.py, eval.py
 #   NNODES=2 NODE_RANK=0|1 MASTER=host:29500         more nodes: the same command on each, on a shared file system
-#   SMOKE=1        the same lines with tiny weights and a few made-up rows, on CPU in minutes
+#   SMOKE=1        the same lines with tiny weights (of MODEL's architecture) and a few made-up rows, on CPU in minutes
 #   VENV=none      use the python on the PATH; else .venv is made and filled on first use
 set -euo pipefail
 if [ $# != 0 ]; then  # a recipe takes no arguments: --help prints its head and starts nothing
@@ -18,14 +18,14 @@ export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}  # les
 [ "${VENV:-}" = none ] || . recipes/env.sh requirements.txt
 SMOKE=${SMOKE:-0} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 if [ "$SMOKE" = 1 ]; then
-    NPROC=${NPROC:-1} RUNS=${RUNS:-runs/smoke}
+    NPROC=${NPROC:-1} RUNS=${RUNS:-runs/smoke} WANTED=${MODEL:-}
     RAW=$RUNS/raw DATA=$RUNS/data MODEL=$RUNS/base TEACHER=$RUNS/base NEJM=$RUNS/releases/nejm
     THINK=24 STEPS=2
     SFT_FLAGS=(--device cpu --max_len 768 --pack_len 1024 --batch_tokens 2048 --epochs 1 --checkpointing none)
     GRPO_FLAGS=(--device cpu --steps $STEPS --prompts 4 --group 2 --max_new_tokens 48 --slots 4 --graders 1)
     EVAL_FLAGS=(--device cpu --limit 2 --max_new_tokens 48 --answer_budget 12 --min_pixels 0 --max_pixels 0 --slots 32
                 --graders 1)
-    [ "$NODE_RANK" != 0 ] || [ -d "$MODEL" ] || python recipes/smoke_data.py write "$RUNS"
+    [ "$NODE_RANK" != 0 ] || [ -d "$MODEL" ] || python recipes/smoke_data.py write "$RUNS" "$WANTED"
     until [ -d "$MODEL" ]; do sleep 1; done
 else
     NPROC=${NPROC:-8} RUNS=${RUNS:-runs} RAW=${RAW:-data/raw} DATA=${DATA:-data}

@@ -1,12 +1,12 @@
 """What the recipes need with SMOKE=1: a tiny model, and a few made-up rows of every data set in its
 published form.
 
-    python recipes/smoke_data.py write FOLDER          FOLDER/base and FOLDER/releases/NAME
+    python recipes/smoke_data.py write FOLDER [MODEL]  FOLDER/base and FOLDER/releases/NAME
     python recipes/smoke_data.py teach OUT PROBLEMS    stored samples of eval.py become a teacher's
 
 The rows are the miniature's chains (toy/world.py) in the fields of the real releases, so the same
-converters run. The model is the shipped miniature base where there is one, else random weights;
-neither can think, hence `teach` in the place of QwQ.
+converters run. The model is the shipped miniature base where there is one, else random weights; for
+a MODEL named Qwen3-VL, a random one of that architecture. None can think, hence `teach` for QwQ.
 """
 
 from __future__ import annotations
@@ -325,23 +325,79 @@ def write_base(out: Path) -> None:
         shutil.copytree(SHIPPED, aside)
         aside.rename(out)
         return
+    toy.write_model_files(aside)
+    write_random_weights(aside)
+    aside.rename(out)
+
+
+def write_random_weights(folder: Path, prefixes: dict[str, str] | None = None) -> None:
+    """Weights for the config.json of a directory; prefixes: names of ours → keys in the file."""
     import torch
     from safetensors.torch import save_file
 
     from model import Model, ModelConfig
 
     torch.manual_seed(0)
+    model, tensors = Model(ModelConfig.from_dir(folder), with_vision=True), {}
+    for name, p in model.named_parameters():
+        first = name.split(".")[0]
+        key = name.replace(first, (prefixes or {}).get(first, first), 1)
+        tensors[key] = p.detach().to(torch.bfloat16).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_qwen3_vl(out: Path) -> None:
+    """A random Qwen3-VL, tied as the 2B and 4B are, with the miniature's tokenizer."""
+    aside = out.with_name(out.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
     toy.write_model_files(aside)
-    model = Model(ModelConfig.from_dir(aside), with_vision=True)
-    save_file(
-        {n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()},
-        aside / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    old = json.loads((aside / "config.json").read_text())
+    tower = {
+        k: old["vision_config"][k] for k in ("depth", "hidden_size", "num_heads", "in_channels")
+    }
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": True,
+        **{k: v for k, v in old.items() if k.endswith("token_id")},
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            **{k: old[k] for k in (*sizes, "num_key_value_heads", "vocab_size", "rms_norm_eps")},
+            "head_dim": 48,
+            "rope_theta": 5000000,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [10, 8, 6]},
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            **tower,
+            "intermediate_size": 128,
+            "out_hidden_size": old["hidden_size"],
+            "hidden_act": "gelu_pytorch_tanh",
+            "patch_size": 16,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [0, 1],
+        },
+    }
+    images = {
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 80 * 32 * 32},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+    }
+    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (aside / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
+    write_random_weights(aside, {"model": "model.language_model", "visual": "model.visual"})
     aside.rename(out)
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, model: str = "") -> None:
     """Everything; the model last, so that a folder with a model is whole."""
     releases, make = folder / "releases", Maker()
     shutil.rmtree(releases, ignore_errors=True)
@@ -353,7 +409,7 @@ def write(folder: Path) -> None:
             (release / "download.json").write_text(
                 json.dumps({"name": release.name, "hub": "made up"})
             )
-    write_base(folder / "base")
+    (write_qwen3_vl if "Qwen3-VL" in model else write_base)(folder / "base")
     print(f"{folder}: base and {len(list(releases.iterdir()))} releases of {ROWS} rows and more")
 
 
@@ -376,8 +432,8 @@ def teach(out: Path, problems: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) == 2 and argv[0] == "write":
-        write(Path(argv[1]))
+    if len(argv) in (2, 3) and argv[0] == "write":
+        write(Path(argv[1]), *argv[2:])
     elif len(argv) == 3 and argv[0] == "teach":
         teach(Path(argv[1]), Path(argv[2]))
     else:

@@ -11,6 +11,7 @@
 #   2 x 80 GB    NPROC=2 SFT="--adam_dtype bf16" RL="--adam_dtype bf16 --offload_optimizer --micro_tokens 8192"
 #   1 x 80 GB    NPROC=1 MODEL=Qwen/Qwen2.5-VL-3B-Instruct RL="--offload_optimizer"
 #   2 nodes      NNODES=2 NODE_RANK=0|1 MASTER=first-host:29500, the same command on both, on a shared file system
+# Today's models, 2B, 4B, 8B or 32B, the same way: MODEL=Qwen/Qwen3-VL-4B-Instruct (its KV cache takes 2.6 times the memory).
 # A smaller set of benchmarks: BENCHMARKS="gsm8k mmmu_pro"; a part of each: EVAL="--limit 300".
 # The paper spent 8 h on 8 or 32 A100 (it says both) for SFT and 56 h on 32 A100 for GRPO; RL="--steps 100" is a start.
 # What it leaves open, and what is done here: results/README.md.

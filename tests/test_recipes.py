@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from scipy.stats import binomtest
+from tiny_model import reference
 
 import data
 from convert import conversion as convert
 from convert import from_samples, public, releases
 from convert.__main__ import main as convert_main
 from core import schema
+from core.vision import ImageConfig
 from toy import table as toy_table
 from toy import world as toy
 
@@ -566,3 +568,12 @@ def test_commands_of_the_docs_can_be_split():
 
 def test_schema_letters_cover_the_made_up_options():
     assert set(smoke_data.lettered({"options": ["1", "2", "3", "4"]}, 5)) == set(schema.LETTERS[:5])
+
+
+def test_the_tiny_qwen3_vl_is_one_for_transformers_too(tmp_path):
+    """Keys, sizes or settings of another architecture: the smoke run of a Qwen3-VL would show nothing."""
+    smoke_data.write_qwen3_vl(tmp_path / "base")
+    config = reference(tmp_path / "base").config
+    assert config.model_type == "qwen3_vl" and config.text_config.head_dim == 48
+    images = ImageConfig.from_dir(tmp_path / "base")
+    assert (images.patch_size, images.image_mean) == (16, (0.5,) * 3)
