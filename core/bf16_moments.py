@@ -1,4 +1,4 @@
-"""AdamW with moments stored in bf16: computed in fp32, rounded at random so that the mean is right."""
+"""AdamW with moments in bf16: computed in fp32, rounded at random so that the mean is right."""
 
 from __future__ import annotations
 

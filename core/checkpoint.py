@@ -1,4 +1,4 @@
-"""Training state that survives a kill: fp32 master weights and optimizer, sharded, for exact resume.
+"""Training state that survives a kill: fp32 weights and optimizer, sharded, for exact resume.
 
 OUT/checkpoints/ of two ranks with keep_last 2, killed while it saved step 600:
 
@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from core.out_dir import free_bytes, gb, require_free
 from core.parallel import World, barrier, from_rank0
 
 MARKER = "complete.json"  # written last: a directory without it was cut short
@@ -51,7 +52,7 @@ def state_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     return sum(t.numel() * t.element_size() for t in _state_tensors(model, optimizer).values())
 
 
-# ------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------ writing
 def save_state(
     root: str | Path,
     step: int,
@@ -74,7 +75,7 @@ def save_state(
     def prepare() -> None:
         for left_behind in root.glob("step_*.tmp"):  # by a kill during an earlier save
             shutil.rmtree(left_behind, ignore_errors=True)
-        _require_free(root, size, f"the checkpoint of step {step}")
+        require_free(root, size, f"the checkpoint of step {step}")
         tmp.mkdir(parents=True)
 
     try:
@@ -88,7 +89,7 @@ def save_state(
             shutil.rmtree(tmp, ignore_errors=True)
         kept = _state_dirs(root)
         raise ValueError(
-            f"{final} could not be saved: {_cause(e)} ({_gb(_free(root))} free, {_gb(size)} "
+            f"{final} could not be saved: {_cause(e)} ({gb(free_bytes(root))} free, {gb(size)} "
             f"needed). "
             + (f"{kept[0]} is whole" if kept else "There is no earlier checkpoint")
             + "; make room, then rerun the command"
@@ -115,7 +116,7 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != MARKER}
 
 
-# -------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------ reading
 def resume(
     root: str | Path,
     source: str,
@@ -124,8 +125,8 @@ def resume(
     world: World,
     data: dict[str, str],
 ) -> dict | None:
-    """Fill model and optimizer from the newest whole checkpoint under `root`, else from the one that
-    `source` (--resume) names; returns its `extra`, None without either. Collective.
+    """Fill model and optimizer from the newest whole checkpoint under `root`, else from `source`
+    (--resume); returns its `extra`, or None when there is neither. Collective.
 
     data: the training files' hashes as they are now, needed on rank 0 only. Raises ValueError when
     they differ from those under `root`: a changed file gives another plan of rows, silently.
@@ -168,7 +169,7 @@ def newest_state(root: str | Path, world: World) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file that the marker lists is there in its size. Prints the first that is not."""
+    """Is every file that the marker lists there in its size? Prints the first that is not."""
     try:
         files = _marker(folder)["files"]
     except (OSError, ValueError, KeyError):
@@ -200,7 +201,7 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-# ---------------------------------------------------------------------------------------------- space
+# -------------------------------------------------------------------------------------- space
 def require_space(
     root: str | Path,
     model: nn.Module,
@@ -220,26 +221,7 @@ def require_space(
 
     def check() -> None:
         missing = max(0, copies - len(_state_dirs(Path(root))))
-        what = f"this run ({missing} × {_gb(size)} of checkpoints, {_gb(export_bytes)} of exports)"
-        _require_free(Path(root), missing * size + export_bytes, what)
+        what = f"this run ({missing} × {gb(size)} of checkpoints, {gb(export_bytes)} of exports)"
+        require_free(Path(root), missing * size + export_bytes, what)
 
     from_rank0(world, check)
-
-
-def _require_free(root: Path, need: int, what: str) -> None:
-    if need > (free := _free(root)):
-        raise ValueError(
-            f"{root}: {what} needs {_gb(need)}, {_gb(free)} are free. Make room, lower --keep_last, "
-            f"or put --out on a larger disk"
-        )
-
-
-def _free(folder: Path) -> int:
-    """Free bytes where `folder` is, or will be."""
-    while not folder.exists():
-        folder = folder.absolute().parent
-    return shutil.disk_usage(folder).free
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

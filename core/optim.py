@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from core.bf16_moments import step_with_bf16_moments
-from core.parallel import clip_grads, grad_norm
+from core.parallel import grad_norm
 
 SCHEDULES = ("epoch_decay", "constant", "linear", "cosine")
 
@@ -79,8 +79,7 @@ def guarded_step(
     max_norm: float | None,
     loss: float,
 ) -> tuple[float, bool]:
-    """Clip and step, unless loss or gradient norm is not finite: then nothing changes. Clears the
-    gradients.
+    """Clip and step; nothing changes when loss or gradient norm is not finite. Clears gradients.
 
     loss: already summed over ranks. Every rank sees the same norm, so all ranks step or none does.
     Returns (gradient norm before clipping, stepped).
@@ -89,7 +88,8 @@ def guarded_step(
     stepped = bool(torch.isfinite(norm)) and math.isfinite(loss)
     if stepped:
         if max_norm:
-            clip_grads(model, max_norm, norm)
+            trained = [p for p in model.parameters() if p.grad is not None]
+            nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if next(iter(optimizer.state.values()))["exp_avg"].dtype == torch.bfloat16:

@@ -9,7 +9,7 @@ class Config:
 python train.py --model DIR --lr 3e-6 --compile
 python train.py --lr 0          error: --lr 0.0: must be greater than 0
 python train.py --modle DIR     error: unknown option --modle; did you mean --model?
-python train.py --config runs/a/config.json --lr 3e-6      another run's settings, one of them changed
+python train.py --config runs/a/config.json --lr 3e-6      another run's settings, one changed
 """
 
 from __future__ import annotations

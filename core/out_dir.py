@@ -1,4 +1,4 @@
-"""OUT, a run's directory: whose it is, who writes to it now, whether every machine sees it.
+"""OUT, a run's directory: whose it is, who writes to it, does every node see it, is there room.
 
     claim(out, "train_sft", settings, ...)   refuse foreign content, lock, compare settings
     assert_shared(out, token, world)         every rank sees the directory that rank 0 locked
@@ -14,12 +14,13 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import socket
 import time
 from pathlib import Path
 from typing import Any, Callable, Collection
 
-from core.parallel import World, all_gather_objects, broadcast
+from core.parallel import World, all_gather_objects
 
 LOCK = "lock"
 STARTED = {"config.json", "header.json", "status", "cache"}  # there before the first step
@@ -98,7 +99,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def lock(out: Path) -> str:
-    """Hold `out` until this process ends; returns what OUT/lock now says, which no other run writes.
+    """Hold `out` until this process ends; returns the text of OUT/lock, unlike any other run's.
     Raises ValueError with the holder's pid and host.
 
     A POSIX record lock: the kernel drops it when the process dies, however that happens, and a
@@ -148,7 +149,7 @@ def assert_shared(out: Path, token: str | None, world: World) -> None:
     Checkpoints are written by all ranks and listed by rank 0: on two disks with the same path each
     node would hold half of one. Collective.
     """
-    token = broadcast(token, world)
+    token = all_gather_objects(token)[0]
     end, seen = time.monotonic() + SECONDS_TO_APPEAR, world.is_main
     while not seen and time.monotonic() < end:
         seen = (out / LOCK).is_file() and (out / LOCK).read_text() == token
@@ -159,6 +160,26 @@ def assert_shared(out: Path, token: str | None, world: World) -> None:
             f"--out {out}: {', '.join(blind)} cannot see what rank 0 on {all_seen[0][0]} wrote "
             f"there. Put it on a file system that all nodes share"
         )
+
+
+def require_free(folder: Path, need: int, what: str) -> None:
+    """Raise ValueError unless `need` bytes are free where `folder` is."""
+    if need > (free := free_bytes(folder)):
+        raise ValueError(
+            f"{folder}: {what} needs {gb(need)}, {gb(free)} are free. Make room, lower "
+            f"--keep_last, or put --out on a larger disk"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return shutil.disk_usage(folder).free
+
+
+def gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
 
 
 def write_json(file: Path, value: dict) -> None:

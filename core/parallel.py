@@ -1,9 +1,9 @@
 """Process group, FSDP2 sharding, and sums on which all ranks agree.
 
-    world = init()                       # under torchrun, or alone: a world of size 1, same code path
+    world = init()               # under torchrun, or alone: a world of size 1, same code path
     model = shard(model, world, compute_dtype=torch.bfloat16)
     (local_loss_sum * world.size / global_count).backward()
-    with gathered(model): ...            # every weight whole on every rank: a forward is no collective
+    with gathered(model): ...    # every weight whole on every rank: a forward is no collective
 
 Rules that keep ranks together:
 1. FSDP averages gradients over ranks, training wants (sum of all token losses) / (all tokens), so
@@ -99,25 +99,21 @@ def shard(
     reshard_after_forward: bool = True,
     replicas: int = 1,
 ) -> nn.Module:
-    """Shard every parameter over the ranks (FSDP2), one unit per decoder block, the rest in the root.
+    """Shard every parameter over the ranks (FSDP2): a unit per decoder block, the rest in the root.
 
     Parameters keep the dtype that they were built in (fp32 master weights); blocks gather them in
-    `compute_dtype`, gradients are reduced in fp32. Embedding, final norm and output head stay in the
-    root: the chunked loss runs in the root's forward, so one all-gather serves all its chunks.
+    `compute_dtype`, gradients are reduced in fp32. Embedding, final norm and head stay in the root:
+    the chunked loss runs in the root's forward, so one all-gather serves all its chunks.
     reshard_after_forward=False keeps gathered blocks for the backward pass (13 GiB for 7B in bf16,
     saves an all-gather). replicas > 1 is HSDP: `replicas` groups of ranks, each with a full set of
     shards (one group per node keeps the all-gathers inside it).
     """
     if world.size % replicas:
         raise ValueError(f"{world.size} ranks cannot form {replicas} equal replicas")
-    kind = world.device.type
-    mesh = (
-        init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
-        if replicas == 1
-        else init_device_mesh(
-            kind, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard")
-        )
-    )
+    shape, names = (world.size,), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, world.size // replicas), ("replicate", "shard")
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     # cast_forward_inputs would turn the fp32 rotary angles into bf16
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -125,15 +121,10 @@ def shard(
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         block.reshards = reshard_after_forward  # remembered for the end of `gathered`
-    # The root (and a vision tower in it) is needed at both ends of a step: keep it gathered between.
+    # The root (and a vision tower in it) is needed at both ends of a step: keep it gathered.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     model.reshards = False
     return model
-
-
-def fsdp_units(model: nn.Module) -> list[FSDPModule]:
-    """The sharded units of a model, root first; empty for a model that was never sharded."""
-    return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
 @contextmanager
@@ -143,7 +134,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     A forward there is no collective, so ranks may decode different lengths. The copies are taken at
     entry: step the optimizer outside, or what you read is stale. Compute no gradients inside.
     """
-    units = fsdp_units(model)
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]  # root first
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -189,15 +180,6 @@ def barrier() -> None:
     all_sum(0.0)
 
 
-def broadcast(value: T, world: World) -> T:
-    """Rank 0's value, on every rank."""
-    if world.size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
-
-
 _turn = itertools.count()
 
 
@@ -231,18 +213,11 @@ def from_rank0(world: World, make: Callable[[], T]) -> T:
     """make() on rank 0, its value on every rank; the other ranks exit when it raises."""
     with rank0_first(world):
         value = make() if world.is_main else None
-    return broadcast(value, world)
+    return all_gather_objects(value)[0]
 
 
 def grad_norm(model: nn.Module) -> torch.Tensor:
-    """The 2-norm of all gradients over all shards, on every rank: what one process would compute."""
+    """The 2-norm of all gradients over all shards, on every rank: one process would get it too."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def clip_grads(model: nn.Module, max_norm: float, norm: torch.Tensor) -> None:
-    """Scale all gradients by min(1, max_norm / norm)."""
-    torch.nn.utils.clip_grads_with_norm_(
-        [p for p in model.parameters() if p.grad is not None], max_norm, norm
-    )

@@ -1,9 +1,9 @@
 """One run of one script: run directory, metrics.jsonl, signals, how it ends.
 
-OUT/config.json      script and settings             OUT/metrics.jsonl     one JSON object a step
-OUT/header.json      command, versions, commit       OUT/validation.jsonl  validation losses
-OUT/status           running | stopped | finished    OUT/eval.jsonl        evaluations while training
-                     | failed: why                   OUT/checkpoints/      resumable training state
+OUT/config.json      script and settings            OUT/metrics.jsonl     one JSON object a step
+OUT/header.json      command, versions, commit      OUT/validation.jsonl  validation losses
+OUT/status           running | stopped | finished   OUT/eval.jsonl        evaluations in training
+                     | failed: why                  OUT/checkpoints/      resumable training state
 OUT/best, OUT/final  models as Hugging Face directories
 """
 
@@ -38,7 +38,7 @@ from core.parallel import World, from_rank0, shutdown
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
 
 
-# --------------------------------------------------------------------------------- how a script ends
+# ------------------------------------------------------------------------- how a script ends
 _current: Run | None = (
     None  # the run that this process has begun: a failure is written to its status
 )
@@ -92,7 +92,7 @@ def run_and_exit(main: Callable[[], None]) -> None:
     os._exit(code)
 
 
-# ------------------------------------------------------------------------------------- run directory
+# ----------------------------------------------------------------------------- run directory
 class Run:
     """The run directory, written by rank 0; a no-op on the other ranks."""
 
@@ -137,7 +137,7 @@ class Run:
             tmp.rename(file)
 
     def log(self, metrics: dict, kind: str = "metrics") -> None:
-        """Append one JSON object to KIND.jsonl. NaN and infinity become null (they are not JSON)."""
+        """Append a JSON object to KIND.jsonl. NaN and infinity become null (they are not JSON)."""
         if self.world.is_main:
             clean = {
                 k: None if isinstance(v, float) and not math.isfinite(v) else v
@@ -168,7 +168,7 @@ class Run:
         self.say(" | ".join(parts))
 
     def log_skipped(self, kind: str, faults: list[str]) -> None:
-        """Write every bad row that is left out to bad_rows_KIND.txt, and print the first of them."""
+        """Write every bad row that is left out to bad_rows_KIND.txt, and print the first."""
         if self.world.is_main and faults:
             file = self.out / f"bad_rows_{kind}.txt"
             file.write_text("\n".join(faults) + "\n")
@@ -176,9 +176,8 @@ class Run:
             self.say("\n".join(f"skipped {f}" for f in faults[:20]) + more)
 
     def keep_best(self, step: int, score: float, export: Callable[[Path], None]) -> bool:
-        """Export to OUT/best when `score` (the same on every rank) beats every earlier one, and say
-        so in OUT/best.json. Before `log_evaluation`: a kill between the two repeats both. Collective.
-        """
+        """Export to OUT/best when `score` (the same on every rank) beats all before, and note it in
+        OUT/best.json. Call before `log_evaluation`: a kill between repeats both. Collective."""
         file = self.out / "best.json"
         old = from_rank0(self.world, lambda: file.is_file() and json.loads(file.read_text()))
         if old and old["score"] >= score:
@@ -192,9 +191,7 @@ class Run:
     def stopped(self, step: int) -> int:
         """Say that a signal ended the run early; returns the exit code for it."""
         self.set_status("stopped")
-        self.say(
-            f"stopped by a signal after step {step}; state is saved, rerun the same command to resume"
-        )
+        self.say(f"stopped by a signal after step {step}; rerun the same command to resume")
         return EXIT_PREEMPTED
 
     def finished(self, text: str = "") -> int:
@@ -288,7 +285,7 @@ def hash_files(paths: list[str | Path]) -> dict[str, str]:
     return out
 
 
-# ----------------------------------------------------------------------------------- signals, timing
+# --------------------------------------------------------------------------- signals, timing
 class StopRequest:
     """Set by SIGTERM, SIGUSR1 or SIGINT: finish the step, save, exit with EXIT_PREEMPTED. A second
     SIGINT kills."""
