@@ -24,6 +24,10 @@ def mean(values: Iterable[float]) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
+def rewards_of(samples: Samples) -> list[list[float]]:
+    return [[s.reward for s in group] for group in samples]
+
+
 def cluster(problem: dict) -> str:
     """Questions about one image are not independent: they share a cluster."""
     named = (problem.get("meta") or {}).get("cluster")
@@ -47,17 +51,19 @@ def accuracy(problems: list[dict], scores: Sequence[Sequence[float]]) -> stats.I
     return stats.interval([mean(s) for s in scores], [cluster(p) for p in problems])
 
 
-def accuracy_by_task(problems: list[dict], scores: Sequence[Sequence[float]]) -> dict[str, dict]:
-    """{task: {"mean": 0.42, "ci": [0.31, 0.54]}}: for evaluation during training."""
-    out = {}
-    for task in dict.fromkeys(p["task"] for p in problems):
-        at = [i for i, p in enumerate(problems) if p["task"] == task]
-        e = accuracy([problems[i] for i in at], [scores[i] for i in at])
-        out[task] = {"mean": e.mean, "ci": [e.low, e.high]}
-    return out
+def accuracy_by(key: str, problems: list[dict], scores: Sequence[Sequence[float]]) -> dict:
+    """{value of problem[key]: its Interval}. Evaluation while training wants it by "task"."""
+    parts: dict[str, list[int]] = {}
+    for i, p in enumerate(problems):
+        if p.get(key):
+            parts.setdefault(p[key], []).append(i)
+    return {
+        value: accuracy([problems[i] for i in at], [scores[i] for i in at])
+        for value, at in parts.items()
+    }
 
 
-# ------------------------------------------------------------------------------ one set of questions
+# -------------------------------------------------------------------------- one set of questions
 def is_looping(tokens: Sequence[int], window: int = 512, gram: int = 8) -> bool:
     """Whether a completion ends in repetition: fewer than half of the 8-grams of its last 512
     tokens are distinct. Completions of fewer than 64 tokens never count."""
@@ -66,19 +72,16 @@ def is_looping(tokens: Sequence[int], window: int = 512, gram: int = 8) -> bool:
     return len(tail) >= 64 and len(set(grams)) < len(grams) / 2
 
 
-def vote_labels(group: list[Sample]) -> list:
-    """Equal answers of one problem get equal labels; None abstains. All right answers equal the
-    gold, hence each other."""
-    wrong = [s.answer if s.status == "ok" and not s.reward else None for s in group]
-    labels = stats.answer_classes(wrong, lambda a, b: a == b or rewards.is_equal(a, b))
-    return ["right" if s.reward else label for s, label in zip(group, labels)]
-
-
 def vote_metrics(samples: Samples, n: int) -> dict[str, dict[str, float]]:
-    """pass@k, maj@n and all@n of n samples per problem, as {"pass": {"1": …}, "maj": …, "all": …}."""
-    right = [round(sum(s.reward for s in group)) for group in samples]
+    """pass@k, maj@n and all@n of n samples per problem, as {"pass": {"1": …}, "maj": …, "all": …}.
+    In the vote, right answers agree, since all equal the gold; no answer is no vote."""
+    right, votes = [round(sum(scores)) for scores in rewards_of(samples)], []
+    for group in samples:
+        wrong = [s.answer if s.status == "ok" and not s.reward else None for s in group]
+        labels = stats.answer_classes(wrong, lambda a, b: a == b or rewards.is_equal(a, b))
+        labels = ["right" if s.reward else label for s, label in zip(group, labels)]
+        votes.append(stats.majority(labels, [s.reward for s in group]))
     ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64) if k < n} | {n})
-    votes = (stats.majority(vote_labels(g), [s.reward for s in g]) for g in samples)
     return {
         "pass": {str(k): mean(stats.pass_at_k(n, c, k) for c in right) for k in ks},
         "maj": {str(n): mean(votes)},
@@ -88,51 +91,36 @@ def vote_metrics(samples: Samples, n: int) -> dict[str, dict[str, float]]:
 
 def set_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
     """All metrics of one set of questions; shares are of samples and lie in [0, 1]."""
-    flat = [s for group in samples for s in group]
-    strict, lenient = (
-        accuracy(problems, [[getattr(s, key) for s in group] for group in samples])
-        for key in ("reward", "lenient")
-    )
+    e, flat, n = accuracy(problems, rewards_of(samples)), sum(samples, []), settings["samples"]
     lengths = [len(s.tokens) for s in flat]
-    forced = [s.finish_reason.startswith("forced") for s in flat]
-
-    def only(keep: Iterable[bool], values: Iterable[float]) -> float | None:
-        chosen = [v for k, v in zip(keep, values) if k]
-        return mean(chosen) if chosen else None
-
-    scores, right = [s.reward for s in flat], [s.reward > 0 for s in flat]
-    natural, wrong = [not f for f in forced], [not r for r in right]
-    return {
+    forced = [s for s in flat if s.finish_reason.startswith("forced")]
+    natural = [s for s in flat if not s.finish_reason.startswith("forced")]
+    metrics = {
         "n": len(problems),
-        "clusters": strict.clusters,
-        "metric": f"avg@{settings['samples']}" if settings["temperature"] else "greedy",
-        "accuracy": strict.mean,
-        "low": strict.low,
-        "high": strict.high,
-        "se": strict.se if strict.clusters > 1 else None,
-        "method": strict.method,
-        "lenient": lenient.mean,
-        "lenient_low": lenient.low,
-        "lenient_high": lenient.high,
+        "clusters": e.clusters,
+        "metric": f"avg@{n}" if settings["temperature"] else "greedy",
+        "accuracy": e.mean,
+        "low": e.low,
+        "high": e.high,
+        "se": e.se if e.clusters > 1 else None,
+        "method": e.method,
+        "lenient": mean(mean(s.lenient for s in group) for group in samples),
         "unparsed": mean(s.status == "no_answer" for s in flat),
-        "truncated": mean(s.finish_reason.endswith("length") for s in flat),
-        "forced": mean(forced),
+        "truncated": mean(s.truncated for s in flat),
+        "forced": len(forced) / len(flat),
         "looping": mean(s.looping for s in flat),
         "grader_failed": mean(s.status in ("timeout", "error") for s in flat),
-        "accuracy_natural": only(natural, scores),
-        "accuracy_forced": only(forced, scores),
-        "accuracy_without_exit": mean(x * (not f) for x, f in zip(scores, forced)),
+        "accuracy_natural": mean(s.reward for s in natural) if natural else None,
+        "accuracy_forced": mean(s.reward for s in forced) if forced else None,
+        "accuracy_without_exit": sum(s.reward for s in natural) / len(flat),
         "tokens_mean": mean(lengths),
-        "tokens_p50": float(np.median(lengths)),
         "tokens_p95": float(np.percentile(lengths, 95)),
-        "tokens_right": only(right, lengths),
-        "tokens_wrong": only(wrong, lengths),
         "words_mean": mean(len(s.text.split()) for s in flat),
-        **(vote_metrics(samples, settings["samples"]) if settings["samples"] > 1 else {}),
     }
+    return metrics | (vote_metrics(samples, n) if n > 1 else {})
 
 
-# ---------------------------------------------------------------------------------- a whole evaluation
+# ------------------------------------------------------------------------------ a whole evaluation
 def all_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
     """Metrics of each set, accuracy of its subsets, and the mean over questions (micro) and over
     tasks (macro)."""
@@ -140,35 +128,19 @@ def all_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
     for name, at in sets_of(problems).items():
         mine, groups = [problems[i] for i in at], [samples[i] for i in at]
         sets[name] = set_metrics(mine, groups, settings)
-        parts = {}
-        for subset in dict.fromkeys(p.get("subset") for p in mine if p.get("subset")):
-            inside = [i for i, p in enumerate(mine) if p.get("subset") == subset]
-            scores = [[s.reward for s in groups[i]] for i in inside]
-            e = accuracy([mine[i] for i in inside], scores)
-            parts[subset] = {"n": e.n, "accuracy": e.mean, "low": e.low, "high": e.high}
+        parts = accuracy_by("subset", mine, rewards_of(groups))
         if len(parts) > 1:
-            sets[name]["macro"] = mean(e["accuracy"] for e in parts.values())
-            sets[name]["subsets"] = parts
-    return {
-        "sets": sets,
-        "micro": mean(mean(s.reward for s in group) for group in samples),
-        "macro": mean(s["accuracy"] for name, s in sets.items() if ":" not in name),
-    }
+            sets[name]["macro"] = mean(e.mean for e in parts.values())
+            sets[name]["subsets"] = {
+                subset: {"n": e.n, "accuracy": e.mean, "low": e.low, "high": e.high}
+                for subset, e in parts.items()
+            }
+    tasks = [s["accuracy"] for name, s in sets.items() if ":" not in name]
+    micro = mean(mean(scores) for scores in rewards_of(samples))
+    return {"sets": sets, "micro": micro, "macro": mean(tasks)}
 
 
-def budget_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict[str, dict]:
-    """One point of the accuracy-by-budget curve, for each set."""
-    keys = ("n", "accuracy", "low", "high", "accuracy_without_exit", "forced", "truncated")
-    keys += ("unparsed", "tokens_mean")
-    settings = {**settings, "samples": 1}  # no votes on the curve
-    out = {}
-    for name, at in sets_of(problems).items():
-        m = set_metrics([problems[i] for i in at], [samples[i] for i in at], settings)
-        out[name] = {k: m[k] for k in keys}
-    return out
-
-
-# ------------------------------------------------------------------------------------- paired comparison
+# --------------------------------------------------------------------------------- paired comparison
 def compare(
     problems: list[dict], samples: Samples, other: Path, theirs: Iterable[Sample], rules: dict
 ) -> dict:
@@ -178,25 +150,22 @@ def compare(
     against other golds, or has none of the problems. p_holm is Holm's p over the tasks.
     """
     if read_result(other)["rules"] != rules:
-        raise ValueError(
-            f"--compare {other}: it was graded by other rules; grade it again with --rescore"
-        )
+        raise ValueError(f"--compare {other}: graded by other rules; grade it again with --rescore")
     stored: dict[str, list[Sample]] = {}
     for s in theirs:
         if s.lenient is not None:  # an unfinished run may hold ungraded samples
             stored.setdefault(s.id, []).append(s)
-    known = [p for p in problems if p["id"] in stored]
-    if changed := [p["id"] for p in known if stored[p["id"]][0].gold != p["answer"]]:
+    if not any(p["id"] in stored for p in problems):
+        raise ValueError(f"--compare {other}: it has none of these problems")
+    golds = {i: group[0].gold for i, group in stored.items()}
+    if changed := [p["id"] for p in problems if golds.get(p["id"], p["answer"]) != p["answer"]]:
         raise ValueError(
             f"--compare {other}: the gold of {changed[0]} differs there ({len(changed)} differ); "
             f"grade both with the same data, --rescore"
         )
-    if not known:
-        raise ValueError(f"--compare {other}: it has none of these problems")
     sets = {}
     for name, at in sets_of(problems).items():
-        both = [i for i in at if problems[i]["id"] in stored]
-        if both:
+        if both := [i for i in at if problems[i]["id"] in stored]:
             pairs = [(samples[i], stored[problems[i]["id"]]) for i in both]
             sets[name] = compare_set([cluster(problems[i]) for i in both], pairs)
             sets[name]["not_in_other"] = len(at) - len(both)
@@ -207,15 +176,13 @@ def compare(
 
 
 def compare_set(clusters: list[str], pairs: list[tuple[list[Sample], list[Sample]]]) -> dict:
-    """The paired difference of one set; exact McNemar where both runs have one sample a problem.
+    """The paired difference of one set; exact McNemar where both runs have one sample per problem.
     low, high, p and mde are None where all questions differ equally: that says nothing of chance."""
     a, b = (np.array([mean(s.reward for s in pair[side]) for pair in pairs]) for side in (0, 1))
     d = stats.paired_difference(a, b, clusters)
-    known = d.se > 0
     out = {"n": len(pairs), "clusters": d.clusters, "this": mean(a), "other": mean(b)}
-    out["difference"] = d.difference
-    for key, value in (("low", d.low), ("high", d.high), ("p", d.p), ("mde", stats.mde(d.se))):
-        out[key] = value if known else None
+    known = {"low": d.low, "high": d.high, "p": d.p, "mde": stats.mde(d.se)}
+    out |= {"difference": d.difference, **(known if d.se > 0 else dict.fromkeys(known))}
     if all(len(group) == 1 for pair in pairs for group in pair):
         only = int((a > b).sum()), int((b > a).sum())
         out |= {"only_this": only[0], "only_other": only[1], "mcnemar": stats.mcnemar(*only)}

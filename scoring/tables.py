@@ -109,17 +109,3 @@ def comparison_table(compare: dict) -> str:
         lines.append([*line, only, percent(s["mde"])])
     title = f"this minus {compare['other']} (mde: the difference that the set shows 4 times in 5)"
     return title + "\n\n" + aligned([*head, "only this/other", "mde"], lines)
-
-
-def headline(result: dict) -> dict:
-    """What goes to the last line on stdout."""
-    keys = ("n", "accuracy", "low", "high", "lenient", "unparsed", "truncated", "forced")
-    keys += ("looping", "pass", "maj")
-    line = {k: result[k] for k in ("micro", "macro")}
-    line["sets"] = {name: {k: s[k] for k in keys if k in s} for name, s in result["sets"].items()}
-    if result["budgets"]:
-        line["budgets"] = {
-            budget: {name: s["accuracy"] for name, s in point.items()}
-            for budget, point in result["budgets"].items()
-        }
-    return line | ({"compare": result["compare"]["sets"]} if result["compare"] else {})
