@@ -1,23 +1,22 @@
-"""Qwen2.5-VL, Qwen3-VL and their text-only kin in plain PyTorch: the decoder, and how a model is built and loaded.
+"""Qwen2.5-VL and Qwen3-VL, and their text-only kin: the decoder, and how a model is loaded.
 
-    model = build_model("Qwen/Qwen2.5-VL-7B-Instruct", world)     # text-only: no vision tower is built
+    model = build_model(model_dir, world)  # with_vision=True also builds the vision tower
     logprobs, entropy = model(tokens, position_ids, cu_seqlens, targets=targets)
 
 What differs from transformers, whose logits this must equal:
-1. One layout: documents lie end to end in a packed stream (T,), without a batch dimension, padding or a mask.
+1. One layout: documents lie end to end in a packed stream (T,); no batch dimension, no padding.
 2. Positions (M-RoPE: time, height, width) are arguments, never module state.
 3. Training asks for log-probabilities of given targets; the (T, V) logits never exist at once.
 
-Shapes: T tokens in the stream, N documents, C hidden size, Hq / Hkv query / KV heads, D head size, V vocabulary,
-M image tokens.
+Parameter names are the published ones. Config fields and architectures: core/config.py.
+
+Shapes: T tokens in the stream, N documents, C hidden size, Hq / Hkv query / KV heads, D head size,
+V vocabulary, M image tokens.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,138 +28,16 @@ from torch.utils.checkpoint import (
 )
 
 from core.attention import apply_rope, attend
+from core.config import ModelConfig
 from core.logprobs import ChunkedLogProbs, head_logits, rows_of_logits
 from core.lora import LoRA, add_lora, init_lora
 from core.parallel import World, rank0_first, shard
-from core.vision import VisionConfig
-from core.vision3 import Vision3Config
 from core.weights import WeightFiles, load_hf
 
 CHECKPOINTING = ("none", "matmul", "full")  # what backward recomputes, see `Block.forward`
 
 
-# ------------------------------------------------------------------------------------------------- configuration
-class Architecture(NamedTuple):
-    """What distinguishes the decoders; all are pre-norm, with grouped queries, RoPE and SwiGLU."""
-
-    qkv_bias: bool  # biases of the q, k and v projections; no other matrix has one
-    qk_norm: bool  # RMSNorm over each head of q and of k, before the rotation
-    mrope_interleaved: bool  # see `axis_of_frequency`
-    vision: type | None  # the config of its vision tower
-
-
-ARCHITECTURES = {  # config.json's model_type
-    "qwen2": Architecture(True, False, False, None),  # Qwen2, Qwen2.5, QwQ-32B
-    "qwen2_5_vl": Architecture(True, False, False, VisionConfig),  # 3B, 7B, 32B, 72B
-    "qwen3": Architecture(False, True, False, None),  # dense Qwen3, 0.6B to 32B
-    "qwen3_vl": Architecture(False, True, True, Vision3Config),  # dense: 2B, 4B, 8B, 32B
-}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The numbers that shape the model, read from a checkpoint's config.json."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int] | None  # frequencies of (time, height, width); None: text
-    tie_word_embeddings: bool
-    image_token_id: int | None
-    vision_start_token_id: int | None
-    vision: VisionConfig | Vision3Config | None
-    raw: dict  # config.json as read
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    mrope_interleaved: bool = False
-
-    @staticmethod
-    def from_dir(path: str | Path) -> ModelConfig:
-        """Read `path`/config.json. Raises ValueError when it is missing, broken or unsupported."""
-        file = Path(path) / "config.json"
-        if not file.is_file():
-            raise ValueError(
-                f"{file}: not found. --model must name a Hugging Face model directory "
-                "(config.json, *.safetensors, tokenizer files) or a hub id"
-            )
-        try:
-            raw = json.loads(file.read_text())
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{file}:{e.lineno}: not valid JSON ({e.msg}); fetch it again") from e
-        try:
-            return ModelConfig.from_dict(raw)
-        except ValueError as e:
-            raise ValueError(f"{file}: {e}") from e
-
-    @staticmethod
-    def from_dict(raw: dict) -> ModelConfig:
-        """Read a config.json: flat as Qwen2.5-VL's was published, or nested in `text_config`."""
-        kind = raw.get("model_type")
-        if kind not in ARCHITECTURES:
-            raise ValueError(f"model_type {kind!r}: only {', '.join(ARCHITECTURES)} are supported")
-        arch = ARCHITECTURES[kind]
-        text = {**raw, **raw.get("text_config", {})}
-        text |= text.get("rope_parameters") or text.get("rope_scaling") or {}
-        _refuse_unknown_variants(arch, text)
-        # no defaults here: those of transformers' classes are not those of the published models
-        needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-        needed += ["intermediate_size", "vocab_size", "rope_theta"]
-        needed += ["head_dim"] if arch.qk_norm else []
-        images = ["mrope_section", "image_token_id", "vision_start_token_id", "vision_config"]
-        if missing := [k for k in needed + (images if arch.vision else []) if k not in text]:
-            raise ValueError(f"fields {missing} are missing, which {kind} needs")
-        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        sections = tuple(text["mrope_section"]) if arch.vision else None
-        if sections and sum(sections) != head_dim // 2:
-            raise ValueError(
-                f"mrope_section {sections} must sum to half the head size, {head_dim // 2}"
-            )
-        return ModelConfig(
-            **{k: text[k] for k in needed if k not in ("rope_theta", "head_dim")},
-            head_dim=head_dim,
-            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=float(text["rope_theta"]),
-            mrope_section=sections,
-            # text_config may repeat it; the one at the top level counts
-            tie_word_embeddings=raw.get(
-                "tie_word_embeddings", text.get("tie_word_embeddings", False)
-            ),
-            image_token_id=text["image_token_id"] if arch.vision else None,
-            vision_start_token_id=text["vision_start_token_id"] if arch.vision else None,
-            vision=arch.vision.from_dict(text["vision_config"]) if arch.vision else None,
-            raw=raw,
-            qkv_bias=arch.qkv_bias,
-            qk_norm=arch.qk_norm,
-            mrope_interleaved=arch.mrope_interleaved,
-        )
-
-
-def _refuse_unknown_variants(arch: Architecture, text: dict) -> None:
-    """Raise ValueError for settings that load but would be computed wrongly."""
-    allowed = {
-        "hidden_act": ("silu",),
-        "use_sliding_window": (False, None),
-        "quantization_config": (None,),
-        "partial_rotary_factor": (1.0, None),
-        "attention_bias": (arch.qkv_bias, None),
-        "mrope_interleaved": (arch.mrope_interleaved, None),
-        "rope_type": ("default", "mrope", None),
-        "type": ("default", "mrope", None),  # an older name of rope_type
-    }
-    for field, values in allowed.items():
-        if text.get(field, values[0]) not in values:
-            raise ValueError(f"{field} {text[field]!r} is not supported, only {values[0]!r}")
-    if other := set(text.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types {sorted(other)} are not supported, only 'full_attention'")
-
-
-# ------------------------------------------------------------------------------------------------------ positions
+# ---------------------------------------------------------------------- positions
 def axis_of_frequency(config: ModelConfig) -> torch.Tensor:
     """(D/2,) long: which position turns each rotary frequency, 0 time, 1 height or 2 width.
 
@@ -187,7 +64,7 @@ def rope_cos_sin(
     return angles.cos(), angles.sin()
 
 
-# --------------------------------------------------------------------------------------------------------- layers
+# ---------------------------------------------------------------------- layers
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, over the last dimension, in fp32 inside."""
 
@@ -217,7 +94,7 @@ class Attention(nn.Module):
     def qkv(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """x (T, C) → rotated q (T, Hq, D) and k (T, Hkv, D), and v (T, Hkv, D); the sampler caches k and v."""
+        """x (T, C) → rotated q (T, Hq, D) and k (T, Hkv, D), and v (T, Hkv, D)."""
         q, k, v = (
             p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -253,9 +130,9 @@ class Block(nn.Module):
         self.checkpointing = "none"
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
-        """x (T, C) → (T, C). `checkpointing` says what the backward pass recomputes: nothing (none),
-        all but the outputs of attention and matmuls (matmul), or all from the block's input (full).
-        Checkpointing inside forward, not in a wrapper, keeps the parameters' names as published."""
+        """x (T, C) → (T, C). `checkpointing` is what backward recomputes: nothing (none), all but
+        the outputs of attention and matmuls (matmul), or all from the block's input (full).
+        Checkpointing inside forward, not in a wrapper, keeps the published parameter names."""
         args = (x, cos, sin, cu_seqlens, max_len)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.run(*args)
@@ -268,12 +145,12 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# attention on the CPU and of torch on CUDA (FlashAttention 2, or 3 when it is active), and of the flash-attn package
+# attention on the CPU, of torch on CUDA (FlashAttention 2 or 3), and of the flash-attn package
 ATTENTION_OPS = ("scaled_dot_product", "_flash_attention", "varlen_attn", "flash_attn")
 
 
 def keep_matmuls():
-    """Contexts for `checkpoint` that keep the outputs of attention and matmuls, and recompute the rest."""
+    """Contexts for `checkpoint` that keep the outputs of attention and matmuls."""
 
     def policy(ctx, op, *args, **kwargs):
         keep = any(n in str(op) for n in (*ATTENTION_OPS, "aten.mm", "aten.addmm"))
@@ -292,7 +169,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
-# ---------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------- model
 class Model(nn.Module):
     """The decoder with its output head and, only if asked for, the vision tower `visual`."""
 
@@ -314,8 +191,8 @@ class Model(nn.Module):
         self.banned_ids: torch.Tensor | None = None  # see `set_banned_ids`
 
     def set_banned_ids(self, ids: list[int]) -> None:
-        """Give these ids probability zero, in training and sampling alike: vision placeholders and the padded end of
-        the vocabulary would otherwise be sampled now and then and break the next forward."""
+        """Give these ids probability zero, in training and sampling alike: vision placeholders and
+        the padded end of the vocabulary would otherwise be sampled and break the next forward."""
         device = self.model.embed_tokens.weight.device
         self.banned_ids = torch.tensor(sorted(ids), device=device) if ids else None
 
@@ -351,8 +228,8 @@ class Model(nn.Module):
         return x.index_copy(0, rows, image), [(rows, extra) for extra in deepstack]
 
     def _no_image(self) -> torch.Tensor | float:
-        """Zero, through the whole tower when it is trained: under FSDP every rank must have a gradient for the same
-        parameters, also a rank whose micro-batch has no image."""
+        """Zero, through the whole tower when it is trained: under FSDP every rank must have a
+        gradient for the same parameters, also one whose micro-batch has no image."""
         weight, side = self.visual.patch_embed.proj.weight, self.visual.config.spatial_merge_size
         if not weight.requires_grad:
             return 0.0
@@ -375,11 +252,13 @@ class Model(nn.Module):
     ):
         """One packed stream through the model.
 
-        tokens (T,) long; position_ids (3, T) long; cu_seqlens (N+1,) int32; targets (T,) long, -100 where nothing is
-        asked; pixel_values and grid_thw: see the tower. max_len (bound of the document lengths) and rows (where targets
-        are) spare two waits for the GPU when these are CUDA tensors; by default they are read from the others.
-        Returns fp32 logits (T, V) without targets; else (logprobs (T,), entropies (T,) or None), fp32, zero where the
-        target is -100: log softmax(logits / temperature)[target], and the entropy of the same distribution.
+        tokens (T,) long; position_ids (3, T) long; cu_seqlens (N+1,) int32; targets (T,) long, -100
+        where nothing is asked; pixel_values and grid_thw: see the tower. max_len (bound of the
+        document lengths) and rows (where targets are) spare two waits for the GPU; by default they
+        are read from cu_seqlens and targets.
+        Returns fp32 logits (T, V) without targets; else (logprobs (T,), entropies (T,) or None),
+        fp32, zero where the target is -100: log softmax(logits / temperature)[target], and the
+        entropy of the same distribution.
         """
         device = self.model.embed_tokens.weight.device
         max_len = max_len or int(cu_seqlens.diff().max())
@@ -411,9 +290,9 @@ class Model(nn.Module):
         return full.index_copy(0, rows, logprobs), entropies
 
 
-# ----------------------------------------------------------------------------------------- from a model directory
+# ---------------------------------------------------------------------- from a model directory
 def resolve_model_dir(name: str, world: World) -> Path:
-    """A local directory as it is; a hub id: its local copy, downloaded (by rank 0 first) if need be."""
+    """A local directory as it is, or the local copy of a hub id (downloaded by rank 0 first)."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -457,8 +336,8 @@ def build_model(
 ) -> Model:
     """The model of a directory, sharded over the ranks and filled, without a full copy on any rank.
 
-    Order: build on meta → adapters → checkpointing inside blocks → compile blocks → shard →
-    allocate → load. With `lora` everything but the fp32 adapters is frozen in the compute dtype.
+    Order: build on meta, add adapters, checkpointing and compile per block, shard, allocate, load.
+    With `lora` everything but the fp32 adapters is frozen in the compute dtype.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"checkpointing {checkpointing!r}: one of {', '.join(CHECKPOINTING)}")
@@ -483,23 +362,3 @@ def build_model(
     trained = torch.float32 if lora else master_dtype
     assert all(p.dtype == trained for p in model.parameters() if p.requires_grad)
     return model
-
-
-# ------------------------------------------------------------------------------------------------ cost of training
-def train_flops(config: ModelConfig, lengths: list[int] | torch.Tensor) -> tuple[float, float]:
-    """FLOPs of forward + backward over documents of these lengths: (strict, PaLM convention).
-
-    Both: 6 · (parameters in matmuls, head included, embedding lookup excluded) a token. Attention:
-    strict counts the causal half within each document, 6·L·Hq·D·len² a document; PaLM counts
-    12·L·Hq·D·T a token at the full stream length T. Recomputation is never counted.
-    """
-    lens = torch.as_tensor(lengths, dtype=torch.float64)
-    c, tokens = config, float(lens.sum())
-    attention_size = c.num_attention_heads * c.head_dim
-    per_layer = (
-        c.hidden_size * (2 * attention_size + 2 * c.num_key_value_heads * c.head_dim)
-        + 3 * c.hidden_size * c.intermediate_size
-    )
-    matmul = 6 * (c.num_hidden_layers * per_layer + c.vocab_size * c.hidden_size) * tokens
-    per_pair = 6 * c.num_hidden_layers * attention_size
-    return matmul + per_pair * float((lens**2).sum()), matmul + 2 * per_pair * tokens**2

@@ -37,12 +37,12 @@ from core.packing import attention_cost, balance, pack_plan, repack
 from core.parallel import World, all_sum, init, rank0_first
 from core.plan import Setting, choose_setting, compute_dtype
 from core.run import Run, StopRequest, header, quiet_garbage_collection, run_and_exit, script
-from core.throughput import prefetch, speed
+from core.throughput import prefetch, speed, train_flops
 from core.token_cache import TokenizedDataset
 from core.vision import ImageConfig
 from core.weights import export_hf
 from data import Batch, collate, load_tokenizer, tokenize_files
-from model import Model, ModelConfig, build_model, check_model_dir, resolve_model_dir, train_flops
+from model import Model, ModelConfig, build_model, check_model_dir, resolve_model_dir
 
 data_option = partial(option, group="data")
 adam_option = partial(option, group="optimizer")

@@ -36,15 +36,15 @@ def load_tokenizer(model_dir: str | Path):
         size = config.get("text_config", config).get("vocab_size", len(tokenizer))
         if len(tokenizer) > size:
             raise ValueError(
-                f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, but config.json a vocab_size "
-                f"of {size}: they belong to different models"
+                f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, but config.json a "
+                f"vocab_size of {size}: they belong to different models"
             )
     return tokenizer
 
 
 def with_image_parts(text: str) -> str | list[dict]:
-    """ "a <image> b" → [text "a ", image, text " b"]; a text without images stays a string, because
-    the templates of text-only models know no parts."""
+    """ "a <image> b" → [text "a ", image, text " b"]; a text without images stays a string,
+    because the templates of text-only models know no parts."""
     if "<image>" not in text:
         return text
     parts = [p for p in re.split("(<image>)", text) if p]
@@ -76,8 +76,8 @@ def chat_segments(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
     same tokens as in generation. Raises ValueError for a template that rewrites earlier turns,
     drops a part of one, opens a thought twice, or does not end a turn.
 
-    [user "Hi", assistant "Yes"] in ChatML (↵ is a line break) → ("<|im_start|>user↵Hi<|im_end|>↵
-    <|im_start|>assistant↵", False), ("Yes<|im_end|>", True), ("↵", False).
+    [user "Hi", assistant "Yes"] in ChatML (↵ is a line break) →
+    ("<|im_start|>user↵Hi<|im_end|>↵<|im_start|>assistant↵", False), ("Yes<|im_end|>", True)
     """
 
     def render(n: int, header: bool) -> str:

@@ -2,7 +2,7 @@
 
     logprobs, entropies = ChunkedLogProbs.apply(hidden, weight, targets, 1.0, False, None, rows)
 
-At V = 152,064 the fp32 logits of a stream of 16,384 tokens would take 10 GB, and their gradient as much again.
+At V = 152,064 the fp32 logits of a stream of 16,384 tokens would take 10 GB, their gradient too.
 Trainer and sampler both score with `head_logits`.
 
 Shapes: R rows (token positions that are asked for), C hidden size, V vocabulary.
@@ -23,7 +23,7 @@ def rows_of_logits(weight: torch.Tensor) -> int:
 
 
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with an fp32 result that was never rounded to bf16: on CUDA straight from the tensor cores."""
+    """a @ b with an fp32 result that was never rounded to bf16."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:
@@ -56,7 +56,7 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, with_entropy, banned_ids, chunk):
-        """hidden (R, C), weight (V, C), targets (R,) → logprobs (R,) and entropies (R,), both fp32;
+        """hidden (R, C), weight (V, C), targets (R,) → logprobs (R,) and entropies (R,), fp32;
         entropies are zeros unless asked for."""
         logprobs = torch.zeros(len(targets), device=hidden.device)
         entropies = torch.zeros_like(logprobs)
@@ -100,7 +100,7 @@ class ChunkedLogProbs(torch.autograd.Function):
 
 
 def add_weight_gradient(total: torch.Tensor, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
-    """total (V, C) fp32 += d_logitsᵀ (V, R) @ hidden (R, C), in fp32 whatever the inputs' dtype."""
+    """total (V, C) fp32 += d_logitsᵀ (V, R) @ hidden (R, C), in fp32 for any inputs."""
     if hidden.dtype == torch.float32:
         total.addmm_(d_logits.t(), hidden)
     else:

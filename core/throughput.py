@@ -8,6 +8,7 @@ from typing import Callable, Iterator, TypeVar
 
 import torch
 
+from core.config import ModelConfig
 from core.parallel import World, all_max
 from core.run import memory_gib, peak_flops
 
@@ -46,3 +47,22 @@ def speed(
         "memory_gib": round(memory, 3),
         "data_wait_s": round(waited, 4),
     }
+
+
+def train_flops(config: ModelConfig, lengths: list[int] | torch.Tensor) -> tuple[float, float]:
+    """FLOPs of forward + backward over documents of these lengths: (strict, PaLM convention).
+
+    Both: 6 · (parameters in matmuls, head included, embedding lookup excluded) a token. Attention:
+    strict counts the causal half within each document, 6·L·Hq·D·len² a document; PaLM counts
+    12·L·Hq·D·T a token at the full stream length T. Recomputation is never counted.
+    """
+    lens = torch.as_tensor(lengths, dtype=torch.float64)
+    c, tokens = config, float(lens.sum())
+    attention_size = c.num_attention_heads * c.head_dim
+    per_layer = (
+        c.hidden_size * (2 * attention_size + 2 * c.num_key_value_heads * c.head_dim)
+        + 3 * c.hidden_size * c.intermediate_size
+    )
+    matmul = 6 * (c.num_hidden_layers * per_layer + c.vocab_size * c.hidden_size) * tokens
+    per_pair = 6 * c.num_hidden_layers * attention_size
+    return matmul + per_pair * float((lens**2).sum()), matmul + 2 * per_pair * tokens**2

@@ -1,21 +1,22 @@
-"""From an image file to the merged vision tokens of Qwen2.5-VL: loading, resizing, patches, tower, positions.
+"""From an image file to the merged vision tokens of Qwen2.5-VL, and their positions.
 
-    image = load_image("scan.png")                                      # any file → 8-bit RGB
-    patches, grid = preprocess_image(image, ImageConfig.from_dir(model_dir))  # (P, 1176) fp32, (1, h, w)
-    tokens = VisionTower(config)(patches, torch.tensor([grid]))         # (P / 4, C), one per <|image_pad|>
-    position_ids, delta = mrope_positions(ids, torch.tensor([grid]), image_token_id=151655, merge_size=2)
+    image = load_image("scan.png")                                  # any file → 8-bit RGB
+    patches, grid = preprocess_image(image, ImageConfig.from_dir(model_dir))    # (P, 1176) fp32
+    tokens = VisionTower(config)(patches, torch.tensor([grid]))     # (P / 4, C)
+    position_ids, delta = mrope_positions(ids, torch.tensor([grid]), image_token_id=151655, ...)
 
-Preprocessing equals transformers' PIL processor (Qwen2VLImageProcessorPil) bit for bit, the tower its Qwen2.5-VL
-tower to rounding (tests/test_vision.py). The torchvision ("fast") processor, which others may use, resizes a little
-differently (up to 2 of 255 levels). Choices of ours, where libraries differ or keep silent:
+Loading, preprocessing and positions are Qwen3-VL's too; its tower is in core/vision3.py.
+Preprocessing equals transformers' PIL processor (Qwen2VLImageProcessorPil) bit for bit, the tower
+its Qwen2.5-VL tower to rounding (tests/test_vision.py). The torchvision ("fast") processor resizes
+a little differently (up to 2 of 255 levels). Where libraries differ or keep silent:
 
-    EXIF orientation is applied; transparent pixels are laid on white; of an animation the first frame counts.
-    16-bit grey is scaled by 255/65535, where Pillow's own conversion would clip and turn a radiograph white. Grey of
-    32 bits or floats has no white of its own: the smallest of 1 (floats only), 255, 65535 that nothing exceeds.
-    Colour profiles are ignored, as transformers does. The content decides the format, not the file's extension.
-    One resize only: qwen_vl_utils resizes with its own limits first, which gives slightly different pixels.
+    EXIF orientation is applied; transparent pixels are laid on white; of an animation the first
+    frame counts. The content decides the format, not the file's extension.
+    16-bit grey is scaled by 255/65535, where Pillow's own conversion would clip and turn a
+    radiograph white. Grey of 32 bits or floats has no white of its own: it is the smallest of
+    1 (floats only), 255, 65535 that nothing exceeds. Colour profiles are ignored, as transformers
+    does. One resize only: qwen_vl_utils resizes with its own limits first.
 
-The paper trains on text alone; this file is what its evaluation needs, and what training on images would need.
 Video is not supported: a grid's t is 1 for images.
 """
 
@@ -37,11 +38,9 @@ from torch import nn
 
 from core.attention import apply_rope, attend
 
-MAX_PIXELS = (
-    89_478_485  # larger files are refused before decoding: Pillow's bound of a decompression bomb
-)
+MAX_PIXELS = 89_478_485  # Pillow's bound of a decompression bomb: refused before decoding
 MAX_ASPECT = 200  # the longest side by the shortest that the model takes
-ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION = 0x0112  # the EXIF tag; below, its value → what makes the image upright
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,26 +49,17 @@ UPRIGHT = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # its value → what makes the image upright
-FORMATS = (
-    "AVIF",
-    "BMP",
-    "GIF",
-    "JPEG",
-    "JPEG2000",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # no EPS: it starts a program
+}
+# no EPS: it starts a program
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
-# ------------------------------------------------------------------------------------------------ images to RGB
+# ---------------------------------------------------------------------- images to RGB
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """Any image → 8-bit RGB by the rules in the module's docstring, decoded to the end.
 
-    Raises ValueError, which names the file and the mend, when it is missing, empty, not an image, damaged, larger than
-    MAX_PIXELS, longer than MAX_ASPECT, or of pixel values that have no known white.
+    Raises ValueError, which names the file and how to fix it, when it is missing, empty, not an
+    image, damaged, larger than MAX_PIXELS, longer than MAX_ASPECT, or has no known white.
     """
     if isinstance(source, Image.Image):
         return _to_checked_rgb(source, getattr(source, "filename", "") or "a PIL image")
@@ -96,33 +86,29 @@ def _open(file, name: str) -> Image.Image:
         return Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as e:
         raise ValueError(f"{name}: {e}; scale it down first") from e
-    except Exception as e:  # on foreign bytes Pillow's parsers raise nearly anything (struct.error, SyntaxError, …)
+    except Exception as e:  # Pillow's parsers raise nearly anything on foreign bytes
         raise ValueError(
-            f"{name}: not an image, or its header is damaged; fetch it again, or save it as PNG or JPEG "
-            f"(readable: {', '.join(FORMATS)})"
+            f"{name}: not an image, or its header is damaged; fetch it again, or save it as PNG or "
+            f"JPEG (readable: {', '.join(FORMATS)})"
         ) from e
 
 
 def _to_checked_rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
+    size = f"{width}x{height} pixels"
     if width * height == 0:
         raise ValueError(
             f"{name}: has no pixels ({width}x{height}); leave it out or fetch it again"
         )
     if width * height > MAX_PIXELS:
+        raise ValueError(f"{name}: {size}, more than {MAX_PIXELS:,}; scale it down first")
+    if max(width, height) > MAX_ASPECT * min(width, height):  # here the file is known
         raise ValueError(
-            f"{name}: {width}x{height} pixels, more than {MAX_PIXELS:,}; scale it down first"
-        )
-    if max(width, height) > MAX_ASPECT * min(
-        width, height
-    ):  # here as well as in smart_resize: here the file is known
-        raise ValueError(
-            f"{name}: {width}x{height} pixels, one side more than {MAX_ASPECT} times the other; "
-            "crop or pad it"
+            f"{name}: {size}, one side more than {MAX_ASPECT} times the other; crop or pad it"
         )
     try:
         image.load()
-        # not ImageOps.exif_transpose: it also writes the other tags anew, and fails on odd ones that do not matter here
+        # not ImageOps.exif_transpose, which fails on odd tags that do not matter here
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
     except Exception as e:  # as in _open
         raise ValueError(f"{name}: damaged image ({e}); fetch it again") from e
@@ -137,11 +123,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _wide_grey_to_rgb(image)
     if image.mode == "La":  # Pillow has no direct way to RGBA
         image = image.convert("LA")
-    if (
-        "A" in image.getbands()
-        or "a" in image.getbands()
-        or image.info.get("transparency") is not None
-    ):
+    has_alpha = {"A", "a"} & set(image.getbands())
+    if has_alpha or image.info.get("transparency") is not None:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
@@ -153,26 +136,23 @@ def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
     if not image.mode.startswith("I;16"):
         low, high = float(values.min()), float(values.max())
         whites = (255, 65535) if image.mode == "I" else (1, 255, 65535)
-        white = next(
-            (w for w in whites if 0 <= low and high <= w), None
-        )  # none also for NaN and infinity
+        # none also for NaN and infinity
+        white = next((w for w in whites if 0 <= low and high <= w), None)
         if white is None:
             raise ValueError(f"grey values from {low:g} to {high:g} do not say what is white")
     grey = np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
-    if isinstance(key := image.info.get("transparency"), int):  # this one value means transparent
+    if isinstance(key := image.info.get("transparency"), int):  # this one value is transparent
         grey[values == key] = 255
     return Image.fromarray(grey).convert("RGB")
 
 
-# -------------------------------------------------------------------------------------------- pixels to patches
+# ---------------------------------------------------------------------- pixels to patches
 @dataclass(frozen=True)
 class ImageConfig:
-    """How images are resized and normalised; the defaults are those of the published checkpoints."""
+    """How images are resized and normalised; the defaults are Qwen2.5-VL's published ones."""
 
     min_pixels: int = 3136  # 4 merged tokens
-    max_pixels: int = (
-        12_845_056  # 16,384 merged tokens; X-Reasoner's model card sets both limits to 262,144
-    )
+    max_pixels: int = 12_845_056  # 16,384 merged tokens; X-Reasoner's model card: both 262,144
     patch_size: int = 14
     temporal_patch_size: int = 2  # a still image is repeated this often
     merge_size: int = 2  # merge_size² patches become one token
@@ -188,10 +168,11 @@ class ImageConfig:
 
     @staticmethod
     def from_dir(model_dir: str | Path) -> ImageConfig:
-        """Read preprocessor_config.json, or the image part of processor_config.json, of a model directory.
+        """Read preprocessor_config.json, or the image part of processor_config.json.
 
-        Pixel limits may stand as min_pixels / max_pixels (published) or as size (transformers 5). Raises ValueError
-        when files or fields are missing, or ask for anything but bicubic resize, 1/255 and normalisation.
+        Pixel limits may stand as min_pixels and max_pixels (Qwen2.5-VL as published) or as size.
+        Raises ValueError when files or fields are missing, or ask for anything but bicubic resize,
+        1/255 and normalisation.
         """
         file = Path(model_dir) / "preprocessor_config.json"
         if not file.is_file() and (Path(model_dir) / "processor_config.json").is_file():
@@ -210,43 +191,37 @@ class ImageConfig:
     @staticmethod
     def from_dict(raw: dict) -> ImageConfig:
         """The fields of a preprocessor_config.json; see `from_dir`."""
-        fixed = dict(
-            do_resize=True, do_rescale=True, do_normalize=True, resample=3, rescale_factor=1 / 255
-        )
-        for field, value in fixed.items():
+        fixed = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
+        for field, value in (fixed | {"rescale_factor": 1 / 255}).items():
             if raw.get(field, value) != value:
                 raise ValueError(f"{field} is {raw[field]!r}, only {value!r} is supported")
         size = raw.get("size") or {}
-        low, high = (
-            raw.get("min_pixels", size.get("shortest_edge")),
-            raw.get("max_pixels", size.get("longest_edge")),
-        )
+        low = raw.get("min_pixels", size.get("shortest_edge"))
+        high = raw.get("max_pixels", size.get("longest_edge"))
         if not isinstance(low, int) or not isinstance(high, int):
             raise ValueError(
-                'no pixel limits; add "min_pixels": 3136, "max_pixels": 12845056 (the published values)'
+                'no pixel limits; add "min_pixels" and "max_pixels" (Qwen2.5-VL: 3136, 12845056)'
             )
-        ints = {
-            k: int(raw[k]) for k in ("patch_size", "temporal_patch_size", "merge_size") if k in raw
-        }
+        names = ("patch_size", "temporal_patch_size", "merge_size")
+        ints = {k: int(raw[k]) for k in names if k in raw}
         colours = {k: tuple(raw[k]) for k in ("image_mean", "image_std") if k in raw}
         if any(len(c) != 3 for c in colours.values()):
-            raise ValueError(
-                "image_mean and image_std need three numbers each, for red, green and blue"
-            )
+            raise ValueError("image_mean and image_std need three numbers each: red, green, blue")
         return ImageConfig(low, high, **ints, **colours)
 
 
 def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
-    """(height, width) in pixels → the size that the model sees: multiples of patch_size · merge_size, an area between
-    min_pixels and max_pixels where possible, about the same aspect. Must equal transformers' function of this name.
+    """(height, width) in pixels → the size that the model sees: multiples of patch_size ·
+    merge_size, an area between min_pixels and max_pixels where possible, about the same aspect.
 
-    With factor 28: 70 / 28 = 2.5 rounds to the even 2, so 70 x 84 → 56 x 84; 98 / 28 = 3.5 rounds to 4, 112.
+    Must equal transformers' function of this name. With factor 28: 70 / 28 = 2.5 rounds to the
+    even 2, so 70 x 84 → 56 x 84; 98 / 28 = 3.5 rounds to 4, 112.
     Raises ValueError when one side is more than MAX_ASPECT times the other.
     """
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(
-            f"an image of {width}x{height} pixels: one side is more than {MAX_ASPECT} times the other; "
-            "crop or pad it"
+            f"an image of {width}x{height} pixels: one side is more than {MAX_ASPECT} times the "
+            "other; crop or pad it"
         )
     factor = config.patch_size * config.merge_size
     h, w = round(height / factor) * factor, round(width / factor) * factor
@@ -264,51 +239,46 @@ def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int
 def preprocess_image(
     image: Image.Image, config: ImageConfig
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """An RGB image → (patches (P, C · temporal_patch · patch²) fp32, grid (1, h, w)) with P = h · w patches.
+    """An RGB image → patches (P, C · temporal_patch · patch²) fp32 and grid (1, h, w).
 
-    Patches stand in the order of the merged tokens: the merge_size² patches of a token are neighbours. A grid of 2 x 4
-    patches, numbered by reading order, merge size 2:  0 1 4 5 | 2 3 6 7.
+    Patches stand in the order of the merged tokens: the merge_size² patches of a token are
+    neighbours. A grid of 2 x 4 patches in reading order, merge size 2:  0 1 4 5 | 2 3 6 7.
     Columns are (colour, frame, y, x). Must equal transformers' PIL processor bit for bit.
     """
     if image.mode != "RGB":
-        raise ValueError(
-            f"preprocess_image wants an RGB image, not {image.mode}: pass it through load_image first"
-        )
+        raise ValueError(f"preprocess_image wants RGB, not {image.mode}: use load_image first")
     height, width = smart_resize(image.height, image.width, config)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # (H, W, 3) uint8
-    # Each of the 256 levels is normalised once, with the roundings of transformers: product in fp64, rest in fp32.
+    # each of the 256 levels is normalised once, rounded as transformers does: product in fp64
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)
-    planes = np.stack(
-        [
-            ((levels - np.float32(m)) / np.float32(s))[pixels[..., c]]
-            for c, (m, s) in enumerate(zip(config.image_mean, config.image_std))
-        ]
-    )  # (3, H, W) fp32
+    scales = zip(np.float32(config.image_mean), np.float32(config.image_std))
+    planes = [((levels - m) / s)[pixels[..., c]] for c, (m, s) in enumerate(scales)]
     p, m = config.patch_size, config.merge_size
     h, w = height // p, width // p
-    cells = planes.reshape(3, h // m, m, p, w // m, m, p).transpose(
-        1, 4, 2, 5, 0, 3, 6
-    )  # (h/m, w/m, m, m, 3, p, p)
+    cells = np.stack(planes).reshape(3, h // m, m, p, w // m, m, p)
+    cells = cells.transpose(1, 4, 2, 5, 0, 3, 6)  # (h/m, w/m, m, m, 3, p, p)
     frames = np.repeat(cells[:, :, :, :, :, None], config.temporal_patch_size, axis=5)
     return torch.from_numpy(frames.reshape(h * w, -1)), (1, h, w)
 
 
 def num_image_tokens(grid: Sequence[int], merge_size: int) -> int:
-    """How many tokens an image of this patch grid (t, h, w) takes in the prompt: (1, 4, 6), merge 2 → 6."""
+    """How many tokens an image of this patch grid (t, h, w) takes: (1, 4, 6), merge 2 → 6."""
     t, h, w = (int(n) for n in grid)
     return t * h * w // merge_size**2
 
 
-# ------------------------------------------------------------------------------------- positions of the decoder
+# ---------------------------------------------------------------------- positions of the decoder
 def mrope_positions(
     tokens: torch.Tensor, grids: torch.Tensor | None, *, image_token_id: int, merge_size: int
 ) -> tuple[torch.Tensor, int]:
-    """M-RoPE positions of one document: tokens (T,) long, grids (images, 3) → (position_ids (3, T) long, delta).
+    """M-RoPE positions of one document: tokens (T,) long, grids (images, 3) → position_ids (3, T)
+    long and delta.
 
-    Axes are time, height, width. Text counts on by one on all three. An image starts where the text before stopped:
-    its time stands still, height and width count its merged rows and columns; the text after goes on from the start
-    plus the longer side. Decoding: the i-th token of prompt and completion has position i + delta on all axes.
-    Must equal `Qwen2_5_VLModel.get_rope_index` of transformers, given its mm_token_type_ids.
+    Axes are time, height, width. Text counts on by one on all three. An image starts where the text
+    before stopped: its time stands still, height and width count its merged rows and columns; the
+    text after goes on from the start plus the longer side. In decoding, the i-th token of prompt
+    and completion has position i + delta on all axes.
+    Must equal `get_rope_index` of transformers' models, given their mm_token_type_ids.
 
     Two text tokens, an image of 4 x 6 patches (2 x 3 merged), two text tokens, P the placeholder:
         tokens   a b P P P P P P c d
@@ -323,8 +293,9 @@ def mrope_positions(
     wanted = sum(num_image_tokens(g, merge_size) for g in grids)
     if len(places) != wanted:
         raise ValueError(
-            f"{len(places)} image tokens (id {image_token_id}) in the document, but its {len(grids)} "
-            f"images take {wanted}; was it cut inside an image, or tokenised with other pixel limits?"
+            f"{len(places)} image tokens (id {image_token_id}) in the document, but its "
+            f"{len(grids)} images take {wanted}; was it cut inside an image, or tokenised with "
+            "other pixel limits?"
         )
     pieces, done, position, seen = [], 0, 0, 0  # done tokens, next position, placeholders seen
     for t, h, w in grids:
@@ -334,25 +305,19 @@ def mrope_positions(
         start, end = places[seen], places[seen + rows * columns - 1] + 1
         if end - start != rows * columns:
             raise ValueError(
-                f"the image of {rows}x{columns} tokens that starts at token {start} is broken by text"
+                f"the image of {rows}x{columns} tokens from token {start} on is broken by text"
             )
         text = torch.arange(position, position + start - done)
         position += start - done
-        image = torch.stack(
-            [
-                torch.zeros(rows, columns, dtype=torch.long),
-                torch.arange(rows)[:, None].expand(rows, columns),
-                torch.arange(columns).expand(rows, columns),
-            ]
-        )  # (3, rows, columns)
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        image = torch.stack([torch.zeros_like(y), y, x])  # (3, rows, columns)
         pieces += [text.expand(3, -1), image.flatten(1) + position]
         done, position, seen = end, position + max(rows, columns), seen + rows * columns
     pieces.append(torch.arange(position, position + len(tokens) - done).expand(3, -1))
-    delta = position - done
-    return torch.cat(pieces, dim=1).to(tokens.device), delta
+    return torch.cat(pieces, dim=1).to(tokens.device), position - done
 
 
-# -------------------------------------------------------------------------------------------------------- tower
+# ---------------------------------------------------------------------- tower
 @dataclass(frozen=True)
 class VisionConfig:
     """The numbers that shape the tower. Defaults: what published config.json files leave out."""
@@ -415,7 +380,7 @@ def check_rope(raw: dict, hidden_size: int, num_heads: int) -> None:
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """Where each patch of a set of images belongs. M merged tokens, P = M · merge² patches; CPU."""
+    """Where each patch of a set of images belongs: M merged tokens, P = M · merge² patches."""
 
     order: torch.Tensor  # (M,) long: the merged tokens, window by window
     positions: torch.Tensor  # (P, 2) long: row and column of each patch in its image, in that order
@@ -455,7 +420,7 @@ def window_layout(grid_thw: torch.Tensor, config: VisionConfig) -> WindowLayout:
 
 
 def patch_positions(h: int, w: int, merge: int) -> torch.Tensor:
-    """(h · w, 2) long: row and column of each patch of an image, in the order of `preprocess_image`.
+    """(h · w, 2) long: row and column of each patch, in the order of `preprocess_image`.
 
     Raises ValueError unless h and w are multiples of `merge`.
     """
@@ -558,7 +523,7 @@ class Merger(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.ln_q(x).view(-1, self.merged))  # (P, C) → (M, merge² · C) → (M, out)
+        return self.mlp(self.ln_q(x).view(-1, self.merged))  # (M, merge² · C) → (M, out)
 
 
 class VisionTower(nn.Module):
@@ -577,7 +542,7 @@ class VisionTower(nn.Module):
         self.merger = Merger(config)
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """patches (P, in_channels · temporal_patch · patch²), grid_thw (images, 3) long on the CPU
+        """patches (P, channels · temporal_patch · patch²), grid_thw (images, 3) long on the CPU
         → (P / merge², out) in the order of the patches and the dtype of the weights.
 
         Raises ValueError when patches and grids do not fit.

@@ -1,12 +1,12 @@
 """Qwen3-VL's vision tower (arXiv 2511.21631), beside that of Qwen2.5-VL in core/vision.py.
 
-                 Qwen2.5-VL                            Qwen3-VL
-    patches      14 x 14, no bias                      16 x 16, bias
-    positions    2-D rotary                            2-D rotary, and a learned 48 x 48 grid of vectors
-    attention    windows; whole images in four blocks  whole images
-    blocks       RMSNorm, SwiGLU                       LayerNorm, tanh GELU
-    merger       norm, join 4 patches, two matrices    the same; and DeepStack: the output of three blocks
-                                                       goes through mergers of its own, which join first
+               Qwen2.5-VL                        Qwen3-VL
+    patches    14 x 14, no bias                  16 x 16, bias
+    positions  2-D rotary                        2-D rotary, and a learned grid of 48 x 48
+    attention  windows, whole images in 4 blocks whole images
+    blocks     RMSNorm, SwiGLU                   LayerNorm, tanh GELU
+    merger     norm, join 4 patches, 2 matrices  the same; and DeepStack: the output of 3 blocks
+                                                 goes through mergers that join first
 
 Shapes: P patches, M = P / 4 merged tokens, C tower width, K DeepStack blocks.
 """
@@ -79,9 +79,9 @@ def grid_taps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where an image's patches fall in the grid of learned positions, for bilinear interpolation.
 
-    positions (P, 2) long, row and column of each patch of a height x width image → cells (P, 4) of
-    the side x side grid and their weights (P, 4) fp32. The corners of both fall together, so row r
-    lies at r · (side - 1) / (height - 1): with side 4 and height 7, row 3 at 1.5, half 1 and half 2.
+    positions (P, 2) long, row and column of each patch of a height x width image → cells (P, 4)
+    of the side x side grid and their weights (P, 4) fp32. The corners of both fall together, so
+    row r lies at r · (side - 1) / (height - 1): with side 4 and height 7, row 3 at 1.5.
     Must equal transformers' `get_vision_interpolation_indices_and_weights`.
     """
     last = torch.tensor([height - 1, width - 1]).clamp(min=1)
@@ -108,7 +108,7 @@ class Vision3MLP(nn.Module):
 
 
 class Merger3(nn.Module):
-    """merge² neighbouring patches → one token of the decoder's width. join_first: DeepStack's."""
+    """merge² neighbouring patches → one token of the decoder. join_first: DeepStack's."""
 
     def __init__(self, c: Vision3Config, join_first: bool):
         super().__init__()
@@ -139,7 +139,7 @@ class Vision3Tower(nn.Module):
         )
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """patches (P, in_channels · temporal_patch · patch²), grid_thw (images, 3) long on the CPU
+        """patches (P, channels · temporal_patch · patch²), grid_thw (images, 3) long on the CPU
         → (M, (1 + K) · out) in the order of the patches and the dtype of the weights.
 
         The first `out` columns stand in the decoder's input; the (1 + k)-th are added after its

@@ -1,7 +1,7 @@
 """Hugging Face weights in and out: safetensors → (sharded) model → safetensors.
 
     load_hf(model, model_dir)                        each rank reads only its own rows
-    export_hf(model, model_dir, out_dir, world)      a complete model directory for transformers, vLLM, the next stage
+    export_hf(model, model_dir, out_dir, world)      a complete model directory for others
 
 Weights are never read from a pickle: a directory without *.safetensors is refused.
 """
@@ -27,12 +27,13 @@ from core.parallel import World, barrier
 INDEX = "model.safetensors.index.json"
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------- reading
 def parameter_name(key: str) -> str:
     """A key of a safetensors file → the name of our parameter, whichever release wrote the file.
 
-    model.language_model.layers.0.mlp.up_proj.weight → model.layers.0.mlp.up_proj.weight (Qwen3-VL)
-    model.visual.pos_embed.weight → visual.pos_embed.weight;  model.norm.weight → itself (Qwen2.5-VL, Qwen3)
+    model.language_model.norm.weight → model.norm.weight (Qwen3-VL)
+    model.visual.pos_embed.weight → visual.pos_embed.weight (Qwen3-VL)
+    model.norm.weight → itself (Qwen2.5-VL, Qwen3)
     """
     for theirs, ours in (
         ("model.language_model.", "model."),
@@ -145,7 +146,7 @@ def load_hf(model: nn.Module, model_dir: str | Path) -> None:
             local.copy_(source[offset[0] : offset[0] + shape[0]])
 
 
-# ------------------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------- writing
 def export_hf(
     model: nn.Module,
     source_dir: str | Path,

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from sampling import think_exit
 from tiny import TEMPLATES, make_tiny_tokenizer
 
 import data
+from sampler import ForcedExit
 
 THOUGHT, ANSWER = "Two and two.\nThat is four.", "<answer>\n4\n</answer>"
 INLINE = f"<think>\n{THOUGHT}\n</think>\n{ANSWER}"
@@ -36,7 +36,7 @@ def encode(tokenizer, *messages):
 
 @pytest.mark.parametrize("reply", [INLINE, INLINE.replace("\n", ""), ANSWER], ids=str)
 def test_the_supervised_tokens_follow_the_very_prompt_of_generation(case, reply):
-    """A prompt of other tokens than in training, thoughts or answers without a loss, a second <think>."""
+    """Other tokens in the prompt, thoughts or answers without a loss, a second <think>."""
     name, tokenizer = case
     tokens, mask = encode(tokenizer, "What is 2 + 2?", reply)
     start, end = np.flatnonzero(mask)[[0, -1]]
@@ -92,10 +92,10 @@ def test_forced_exit_closes_the_thought_in_one_token(case):
     name, tokenizer = case
     if name == "qwen2.5":
         pytest.skip("there </think> is several tokens")
-    exit = think_exit(tokenizer, 320)
+    exit = ForcedExit.from_tokenizer(tokenizer, 320, budget=8)
     close = tokenizer.convert_tokens_to_ids("</think>")
-    assert exit["exit_tokens"] == [close, *tokenizer.encode("\n")] == [308, *tokenizer.encode("\n")]
-    table = exit["close_table"]
+    assert exit.tokens == [close, *tokenizer.encode("\n")] == [308, *tokenizer.encode("\n")]
+    table = exit.close_table
     assert (table[:, close] == len(table) - 1).all()
 
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from tiny_model import IDS, PATCH, VL, VOCAB, make_tiny, make_tiny_vl, reference
 
 from core.logprobs import ChunkedLogProbs, add_weight_gradient, head_logits
+from core.throughput import train_flops
 from core.vision import mrope_positions
 from core.weights import load_hf, parameter_name
-from model import Model, ModelConfig, axis_of_frequency, rope_cos_sin, train_flops
+from model import Model, ModelConfig, axis_of_frequency, rope_cos_sin
 
 MODELS = [
     ("qwen2_5_vl",),

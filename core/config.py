@@ -1,0 +1,131 @@
+"""The numbers that shape a model, read from config.json; what distinguishes the architectures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from core.vision import VisionConfig
+from core.vision3 import Vision3Config
+
+
+class Architecture(NamedTuple):
+    """What distinguishes the decoders; all are pre-norm, with grouped queries, RoPE and SwiGLU."""
+
+    qkv_bias: bool  # biases of the q, k and v projections; no other matrix has one
+    qk_norm: bool  # RMSNorm over each head of q and of k, before the rotation
+    mrope_interleaved: bool  # see `axis_of_frequency`
+    vision: type | None  # the config of its vision tower
+
+
+ARCHITECTURES = {  # config.json's model_type
+    "qwen2": Architecture(True, False, False, None),  # Qwen2, Qwen2.5, QwQ-32B
+    "qwen2_5_vl": Architecture(True, False, False, VisionConfig),  # 3B, 7B, 32B, 72B
+    "qwen3": Architecture(False, True, False, None),  # dense Qwen3, 0.6B to 32B
+    "qwen3_vl": Architecture(False, True, True, Vision3Config),  # dense: 2B, 4B, 8B, 32B
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers that shape the model, read from a checkpoint's config.json."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int] | None  # frequencies of (time, height, width); None: text
+    tie_word_embeddings: bool
+    image_token_id: int | None
+    vision_start_token_id: int | None
+    vision: VisionConfig | Vision3Config | None
+    raw: dict  # config.json as read
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    mrope_interleaved: bool = False
+
+    @staticmethod
+    def from_dir(path: str | Path) -> ModelConfig:
+        """Read `path`/config.json. Raises ValueError when it is missing, broken or unsupported."""
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise ValueError(
+                f"{file}: not found. --model must name a Hugging Face model directory "
+                "(config.json, *.safetensors, tokenizer files) or a hub id"
+            )
+        try:
+            raw = json.loads(file.read_text())
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{file}:{e.lineno}: not valid JSON ({e.msg}); fetch it again") from e
+        try:
+            return ModelConfig.from_dict(raw)
+        except ValueError as e:
+            raise ValueError(f"{file}: {e}") from e
+
+    @staticmethod
+    def from_dict(raw: dict) -> ModelConfig:
+        """Read a config.json: flat as Qwen2.5-VL's was published, or nested in `text_config`."""
+        kind = raw.get("model_type")
+        if kind not in ARCHITECTURES:
+            raise ValueError(f"model_type {kind!r}: only {', '.join(ARCHITECTURES)} are supported")
+        arch = ARCHITECTURES[kind]
+        text = {**raw, **raw.get("text_config", {})}
+        text |= text.get("rope_parameters") or text.get("rope_scaling") or {}
+        _refuse_unknown_variants(arch, text)
+        # no defaults here: those of transformers' classes are not those of the published models
+        needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+        needed += ["intermediate_size", "vocab_size", "rope_theta"]
+        needed += ["head_dim"] if arch.qk_norm else []
+        images = ["mrope_section", "image_token_id", "vision_start_token_id", "vision_config"]
+        if missing := [k for k in needed + (images if arch.vision else []) if k not in text]:
+            raise ValueError(f"fields {missing} are missing, which {kind} needs")
+        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        sections = tuple(text["mrope_section"]) if arch.vision else None
+        if sections and sum(sections) != head_dim // 2:
+            raise ValueError(
+                f"mrope_section {sections} must sum to half the head size, {head_dim // 2}"
+            )
+        return ModelConfig(
+            **{k: text[k] for k in needed if k not in ("rope_theta", "head_dim")},
+            head_dim=head_dim,
+            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+            rope_theta=float(text["rope_theta"]),
+            mrope_section=sections,
+            # text_config may repeat it; the one at the top level counts
+            tie_word_embeddings=raw.get(
+                "tie_word_embeddings", text.get("tie_word_embeddings", False)
+            ),
+            image_token_id=text["image_token_id"] if arch.vision else None,
+            vision_start_token_id=text["vision_start_token_id"] if arch.vision else None,
+            vision=arch.vision.from_dict(text["vision_config"]) if arch.vision else None,
+            raw=raw,
+            qkv_bias=arch.qkv_bias,
+            qk_norm=arch.qk_norm,
+            mrope_interleaved=arch.mrope_interleaved,
+        )
+
+
+def _refuse_unknown_variants(arch: Architecture, text: dict) -> None:
+    """Raise ValueError for settings that load but would be computed wrongly."""
+    allowed = {
+        "hidden_act": ("silu",),
+        "use_sliding_window": (False, None),
+        "quantization_config": (None,),
+        "partial_rotary_factor": (1.0, None),
+        "attention_bias": (arch.qkv_bias, None),
+        "mrope_interleaved": (arch.mrope_interleaved, None),
+        "rope_type": ("default", "mrope", None),
+        "type": ("default", "mrope", None),  # an older name of rope_type
+    }
+    for field, values in allowed.items():
+        if text.get(field, values[0]) not in values:
+            raise ValueError(f"{field} {text[field]!r} is not supported, only {values[0]!r}")
+    if other := set(text.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"layer_types {sorted(other)} are not supported, only 'full_attention'")
