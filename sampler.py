@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from core.attention import attend
 from core.decode_kernels import Graphs, decode_attend, plan_attention
+from core.lora import lora_layers, merged_parameters
 from core.samples import sampled_mask
 from core.vision import mrope_positions
 from model import Model, head_logits, rope_cos_sin
@@ -463,20 +464,24 @@ class Sampler:
     @torch.inference_mode()
     def load_weights(self) -> None:
         """Use the model's weights as they are now; `generate` calls this. They are used in place,
-        except under CUDA graphs of a sharded model, whose gathered tensors don't last: a copy."""
+        but for two cases that take a copy: CUDA graphs of a sharded model, whose gathered tensors
+        don't last, and LoRA, whose adapters are merged into it."""
         weight = self.model.model.embed_tokens.weight
         if isinstance(weight, DTensor):
             raise ValueError("the model is sharded: sample inside `with parallel.gathered(model):`")
         self.device = weight.device
-        if self.device.type == "cpu" or not isinstance(self.model, FSDPModule):
+        on_graphs = self.device.type == "cuda" and isinstance(self.model, FSDPModule)
+        if not on_graphs and not any(lora_layers(self.model)):
             self.decoder = self.model
         else:
             if self.decoder is None:
                 with torch.device("meta"):
                     self.decoder = Model(self.config)
                 self.decoder.to(weight.dtype).to_empty(device=self.device)
-            for name, p in self.decoder.named_parameters():
-                p.copy_(self.model.get_parameter(name))
+            copies = dict(self.decoder.named_parameters())
+            for name, p in merged_parameters(self.model):
+                if name in copies:  # the vision tower stays where it is
+                    copies[name].copy_(p)
         addresses = [p.data_ptr() for p in self.decoder.parameters()]
         if addresses != self.addresses:
             self.addresses, self.graphs = addresses, {}  # they read the old ones

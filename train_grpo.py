@@ -28,6 +28,7 @@ import torch
 
 from core import attention, optim
 from core.checkpoint import require_space, resume, save_state
+from core.lora import LoRA, lora_disabled, save_adapter
 from core.parallel import World, all_any, all_gather_objects, all_max, all_sum, gathered, init
 from core.run import (
     Run,
@@ -99,6 +100,10 @@ class Config:
     entropy_coef: float = GOAL(0.0, "weight of an entropy bonus", ge=0)
     tis_cap: float = GOAL(0.0, "importance weight of trainer/sampler, at most this; 0: off", ge=0)
     old_logprobs: Literal["trainer", "sampler"] = GOAL("trainer", "denominator of the ratio")
+    lora_rank: int = GOAL(0, "train LoRA adapters of this rank; 0: all weights", ge=0)
+    lora_alpha: float = GOAL(32.0, "adapters count alpha / rank times", gt=0)
+    lora_targets: Literal["all-linear", "attention", "mlp"] = GOAL("all-linear", "where")
+    adapter: str = GOAL("", "PEFT adapter to start from")
     overlong_masking: bool = GOAL(False, "leave truncated samples out of the loss")
     overlong_buffer: int = GOAL(
         0, "reward falls to -1 over this many tokens before the limit (DAPO); 0: off", ge=0
@@ -121,7 +126,7 @@ class Config:
     epochs: int = OPTIM(3, "passes over the problems (paper: 3)", ge=1)
     steps: int | None = OPTIM(None, "steps, instead of --epochs", ge=1)
     updates: int = OPTIM(1, "optimizer steps per batch of rollouts; 1: on-policy", ge=1)
-    lr: float = OPTIM(3e-6, "learning rate (paper: 3e-6)", gt=0)
+    lr: float = OPTIM(0, "learning rate; 0: 3e-6 (paper), 3e-5 with LoRA", ge=0)
     schedule: Literal["constant", "linear", "cosine"] = OPTIM("constant", "after warmup")
     warmup_ratio: float = OPTIM(0.1, "share of steps with rising lr (paper: 0.1)", ge=0, le=1)
     weight_decay: float = OPTIM(0.01, "AdamW weight decay on matrices (paper: 0.01)", ge=0)
@@ -148,6 +153,8 @@ class Config:
     eval_n: int = RUN(0, "samples a problem for avg@n beside greedy; 0: greedy only", ge=0)
 
     def __post_init__(self):
+        self.lora = LoRA.from_flags(self)
+        self.lr = self.lr or (3e-5 if self.lora else 3e-6)
         if self.prompts % self.updates:
             raise ValueError(f"--prompts {self.prompts}: no multiple of --updates {self.updates}")
         if self.tis_cap and self.old_logprobs == "sampler":
@@ -327,7 +334,8 @@ def train_on(
             elif len(parts) > 1:
                 b.old_logprobs = score(model, b.to(world.device), c)[0]
             if reference is not None:
-                b.ref_logprobs = score(reference, b.to(world.device), c)[0]
+                with lora_disabled(reference):
+                    b.ref_logprobs = score(reference, b.to(world.device), c)[0]
     scored = time.perf_counter()
     done = [update(model, optimizer, batches, s, lr, c, world) for s, batches in parts]
     sums = [m for m, _ in done]
@@ -511,12 +519,15 @@ def load_data(c: Config, model_dir: Path, run: Run) -> tuple[list, list, int, Im
 def build(
     c: Config, model_dir: Path, tokenizer, with_images: bool, world: World
 ) -> tuple[Model, Model | None, torch.optim.Optimizer]:
-    """Model, reference model (None without a KL term), optimizer."""
+    """Model, reference model (None without a KL term; with LoRA the model itself, whose adapters
+    are then switched off), optimizer."""
     bf16 = c.dtype == "bf16" or (c.dtype == "auto" and world.device.type == "cuda")
     compute = torch.bfloat16 if bf16 else torch.float32
     load = partial(build_model, model_dir, world, with_vision=with_images, compute_dtype=compute)
-    model = load(checkpointing=c.checkpointing, compile_blocks=c.compile)
-    reference = load(master_dtype=compute) if c.kl_coef else None
+    model = load(checkpointing=c.checkpointing, compile_blocks=c.compile, lora=c.lora)
+    reference = None
+    if c.kl_coef:
+        reference = model if c.lora else load(master_dtype=compute)
     for m in (model, reference):  # the same probabilities 0 in sampler, trainer and reference
         if m is not None:
             m.set_banned_ids(banned_token_ids(tokenizer, m.config.vocab_size))
@@ -645,6 +656,8 @@ def train(c: Config) -> int:
             if stop_asked and not last:
                 return run.stopped(step + 1)
     export(run.out / "final")
+    if c.lora:
+        save_adapter(model, run.out / "adapter", base_model=model_dir, is_main=world.is_main)
     return run.finished()
 
 

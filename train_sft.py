@@ -31,6 +31,7 @@ import torch
 
 from core import attention
 from core.checkpoint import MARKER, require_space, resume, save_state
+from core.lora import LoRA, add_lora, save_adapter
 from core.optim import adamw, guarded_step, lr_at
 from core.options import option, parse_config
 from core.packing import attention_cost, balance, pack_plan, repack
@@ -46,6 +47,7 @@ from model import Model, ModelConfig, build_model, check_model_dir, resolve_mode
 
 data_option = partial(option, group="data")
 adam_option = partial(option, group="optimizer")
+lora_option = partial(option, group="objective")
 speed_option = partial(option, group="memory and speed")
 
 
@@ -74,7 +76,11 @@ class Config:
     val_data: list[str] = data_option([], "jsonl files for the validation loss")
     val_every: int = data_option(100, "validate every n steps, and at the end", ge=1)
     train_vision: bool = option(False, "train the vision tower (paper: no)", group="objective")
-    lr: float = adam_option(1e-5, "peak learning rate (paper: 1e-5)", gt=0)
+    lora_rank: int = lora_option(0, "train LoRA adapters of this rank; 0: all weights", ge=0)
+    lora_alpha: float = lora_option(32.0, "adapters count alpha / rank times", gt=0)
+    lora_targets: Literal["all-linear", "attention", "mlp"] = lora_option("all-linear", "where")
+    adapter: str = lora_option("", "PEFT adapter to start from")
+    lr: float = adam_option(0, "peak learning rate; 0: 1e-5 (paper), 1e-4 with LoRA", ge=0)
     schedule: Literal["epoch_decay", "constant", "linear", "cosine"] = adam_option(
         "epoch_decay", "after the warmup; epoch_decay: × lr_factor each epoch (paper)"
     )
@@ -109,6 +115,12 @@ class Config:
     plan_ranks: int = option(0, "with --plan: n GPUs of 80 GB; 0: this machine", ge=0)
 
     def __post_init__(self):
+        self.lora = LoRA.from_flags(self)
+        self.lr = self.lr or (1e-4 if self.lora else 1e-5)
+        if self.lora and self.train_vision:
+            raise ValueError(
+                "--train_vision: LoRA trains the language model; leave one of them out"
+            )
         pairs = [("pack_len", "max_len"), ("batch_tokens", "pack_len"), ("micro_tokens", "max_len")]
         for name, part in pairs:
             if 0 < getattr(self, name) < getattr(self, part):
@@ -210,6 +222,8 @@ def make_plan(config: Config, world: World) -> Plan:
     steps, steps_per_epoch = plan_steps(data.lengths, config)
     with torch.device("meta"):
         model = Model(ModelConfig.from_dir(model_dir), with_images)
+        if config.lora:
+            add_lora(model, config.lora)
     half = config.pack_len // 2
     sizes = [config.pack_len, half] if half >= config.max_len else [config.pack_len]
     sizes = [config.micro_tokens] if config.micro_tokens else sizes
@@ -271,6 +285,7 @@ def build(config: Config, plan: Plan, world: World) -> tuple[Model, torch.optim.
         compile_blocks=config.compile,
         reshard_after_forward=config.reshard,
         replicas=config.replicas,
+        lora=config.lora,
     )
     moments = torch.bfloat16 if config.adam_dtype == "bf16" else torch.float32
     adam = dict(weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
@@ -376,6 +391,9 @@ def train(config, plan: Plan, model: Model, optimizer, at: dict, run: Run, world
             export_hf(model, plan.model_dir, run.out / "exports" / f"step_{i + 1}", world)
         begin = time.perf_counter()  # what was due is no part of the next step's time
     export_hf(model, plan.model_dir, run.out / "final", world)
+    if config.lora:
+        base = plan.model_dir
+        save_adapter(model, run.out / "adapter", base_model=base, is_main=world.is_main)
     return run.finished()
 
 

@@ -5,7 +5,7 @@
     add_lora(model, LoRA(rank=32, alpha=64))                before sharding
     with lora_disabled(model): ...                          the starting model: GRPO's reference
     for name, weight in merged_parameters(model): ...       W + (alpha / rank) · B A, for sampling
-    save_adapter(model, "OUT/adapter", ...)                 PEFT's format; load_adapter reads it
+    save_adapter(model, "OUT/adapter", ...)                 PEFT's format; `LoRA.start` reads it
 
 Parameter names stay as published: beside `q_proj.weight` stand `q_proj.lora_A` and `q_proj.lora_B`.
 Only the language model's blocks get adapters. Must equal PEFT's `LoraConfig` with the same values.
@@ -41,6 +41,20 @@ class LoRA:
     targets: str = "all-linear"
     seed: int = 0  # of the initial values
     start: str = ""  # a PEFT adapter to start from instead
+
+    @staticmethod
+    def from_flags(config) -> LoRA | None:
+        """From the flags that both trainers share; None: every weight is trained. Rank and alpha of
+        an adapter to start from are its own."""
+        rank, alpha = config.lora_rank, config.lora_alpha
+        if config.adapter:
+            saved = read_adapter_config(config.adapter)
+            rank, alpha = saved["r"], saved["r"] * adapter_scale(saved)
+            if config.lora_rank not in (0, rank):
+                raise ValueError(
+                    f"--lora_rank {config.lora_rank}: {config.adapter} has rank {rank}"
+                )
+        return LoRA(rank, alpha, config.lora_targets, config.seed, config.adapter) if rank else None
 
 
 class LoRALinear(nn.Linear):
@@ -142,13 +156,11 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 # ---------------------------------------------------------------- PEFT's format
 def save_adapter(
-    model: nn.Module, out_dir: str | Path, *, base_model: str, module_prefix: str, is_main: bool
+    model: nn.Module, out_dir: str | Path, *, base_model: str | Path, is_main: bool
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does. Collective.
-
-    module_prefix: where transformers keeps the language model, "model.language_model." for
-    vision-language models, "model." for text-only ones (our own names begin with "model.").
-    """
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does, under the module names
+    of transformers. Nothing without adapters. Collective; rank 0 writes."""
+    module_prefix = "model.language_model." if model.config.vision else "model."
     tensors, layer = {}, None
     for name, layer in lora_layers(model):
         key = f"base_model.model.{module_prefix}{name.removeprefix('model.')}"
@@ -163,7 +175,7 @@ def save_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": str(base_model),
         "r": rank,
         "lora_alpha": layer.scaling * rank,
         "lora_dropout": 0.0,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from core.lora import is_adapter
 from core.parallel import World, all_max
 
 GIB = 2**30
@@ -45,7 +46,8 @@ class Setting:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """{"block" (one), "blocks", "embedding", "head", "norm", "vision", "total"}; a tied head has 0.
+    """{"block" (one), "blocks", "embedding", "head", "norm", "vision", "adapters", "total"}; a tied
+    head has 0. adapters: those of LoRA, which are among the blocks' too.
 
     The 7B: block 233,057,792, embedding and head 544,997,376 each, total 7,615,616,512 without the
     vision tower.
@@ -62,6 +64,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         "head": count(model.lm_head),
         "norm": count(decoder.norm),
         "vision": count(model.visual),
+        "adapters": sum(p.numel() for n, p in model.named_parameters() if is_adapter(n)),
         "total": count(model),
     }
 
@@ -109,6 +112,9 @@ def working_sets(c, s: Setting, counts: dict[str, int]) -> dict[str, int]:
     in_flight = counts["block"] * (4 + b if s.ranks > 1 or b < 4 else b)
     root = counts["embedding"] + counts["head"] + counts["norm"]
     root += counts["vision"] if s.train_vision else 0
+    if counts["adapters"]:  # no gradient but the adapters'
+        matrix, root = 0, 0
+        in_flight = in_flight * counts["adapters"] // (counts["blocks"])
     return {
         "head": chunk + matrix * (4 + (b if b < 4 else 0)) + 4 * s.tokens * c.hidden_size * b,
         "block": recomputed + gradients + in_flight + matrix * b,
@@ -119,14 +125,15 @@ def working_sets(c, s: Setting, counts: dict[str, int]) -> dict[str, int]:
 def plan_step(model: nn.Module, s: Setting) -> dict[str, int]:
     """Bytes on one rank while it trains: each item, and "peak", with the largest working set."""
     c, counts = model.config, count_parameters(model)
-    trained = counts["total"] - (0 if s.train_vision else counts["vision"])
+    trained = counts["adapters"] or counts["total"] - (0 if s.train_vision else counts["vision"])
+    frozen = counts["total"] - trained if counts["adapters"] else 0  # in the compute dtype
     blocks = min(2, c.num_hidden_layers) * counts["block"] if s.reshard else counts["blocks"]
     gathered = counts["total"] - counts["blocks"] + blocks
     block = block_activations(c, s.tokens, s.checkpointing, s.compute_bytes, fused=s.fused)
     kept = c.num_hidden_layers * block
     sets = working_sets(c, s, counts)
     plan = {
-        "weights": counts["total"] * 4 // s.shards,
+        "weights": ((counts["total"] - frozen) * 4 + frozen * s.compute_bytes) // s.shards,
         "gradients": trained * 4 // s.shards,
         "optimizer": trained * 2 * s.adam_bytes // s.shards,
         "gathered": gathered * s.compute_bytes,

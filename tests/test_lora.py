@@ -1,11 +1,17 @@
 """LoRA against PEFT on the same weights: logits, gradients, files both ways, merged weights."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from arithmetic import make_model, write_problems
+from conftest import ROOT
 from ranks import run_ranks
 from safetensors.torch import load_file
+from stress_resume import rows, write_jsonl
+from tiny import make_tiny_tokenizer
 from tiny_model import make_tiny_qwen2, make_tiny_vl
 
 from core.lora import (
@@ -24,8 +30,8 @@ from core.weights import load_hf
 from model import Model, ModelConfig
 
 FAMILIES = {
-    "vl": (make_tiny_vl, "Qwen2_5_VLForConditionalGeneration", "model.language_model."),
-    "text": (make_tiny_qwen2, "Qwen2ForCausalLM", "model."),
+    "vl": (make_tiny_vl, "Qwen2_5_VLForConditionalGeneration"),
+    "text": (make_tiny_qwen2, "Qwen2ForCausalLM"),
 }
 TOKENS = torch.arange(3, 20)
 
@@ -61,11 +67,11 @@ def pair(request, tmp_path_factory):
     import transformers
     from peft import PeftModel
 
-    make, name, prefix = FAMILIES[request.param]
+    make, name = FAMILIES[request.param]
     base = make(tmp_path_factory.mktemp("base"))
     adapter = tmp_path_factory.mktemp("adapter")
     ours = with_values(loaded(base))
-    save_adapter(ours, adapter, base_model=str(base), module_prefix=prefix, is_main=True)
+    save_adapter(ours, adapter, base_model=base, is_main=True)
     hf = getattr(transformers, name).from_pretrained(base)
     return ours, PeftModel.from_pretrained(hf, adapter, is_trainable=True), base, adapter
 
@@ -200,3 +206,86 @@ def test_an_export_is_the_adapted_model_and_the_rest_of_it_byte_equal(tmp_path, 
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert len(changed) == 21 and all("_proj" in k and "visual" not in k for k in changed)
     assert all(after[k].dtype == torch.bfloat16 for k in after)
+
+
+# ------------------------------------------------------------------------------------------ the scripts
+def run(script: str, *flags) -> str:
+    """A trainer in a process of its own; its output."""
+    command = [sys.executable, ROOT / script, *map(str, flags), "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def steps(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    """Flags of a small fine-tuning run with adapters, and that run."""
+    folder = tmp_path_factory.mktemp("lora_sft")
+    make_tiny_tokenizer(make_tiny_vl(folder / "model", dtype=torch.bfloat16))
+    write_jsonl(folder / "train.jsonl", rows(40, 0))
+    flags = ["--model", folder / "model", "--data", folder / "train.jsonl", "--max_len", 64]
+    flags += ["--pack_len", 128, "--batch_tokens", 256, "--lora_rank", 4, "--save_every", 2]
+    run("train_sft.py", *flags, "--steps", 4, "--out", folder / "whole")
+    return folder, flags
+
+
+def test_sft_trains_adapters_and_resumes_bit_for_bit(sft):
+    folder, flags = sft
+    assert steps(folder / "whole")[0]["learning_rate"] == 1e-4
+    size = sum(f.stat().st_size for f in (folder / "whole/checkpoints/step_4").iterdir())
+    assert size < 0.5 * (folder / "model/model.safetensors").stat().st_size * 12 / 2
+    run("train_sft.py", *flags, "--steps", 2, "--out", folder / "halves")
+    run("train_sft.py", *flags, "--steps", 4, "--out", folder / "halves")
+    one, two = (load_file(folder / n / "final/model.safetensors") for n in ("whole", "halves"))
+    before = load_file(folder / "model/model.safetensors")
+    assert one.keys() == two.keys() == before.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert 0 < sum(not torch.equal(one[k], before[k]) for k in one) <= 21
+
+
+def test_a_checkpoints_export_is_the_final_model(sft):
+    from tools.export import export
+
+    folder, _ = sft
+    export(folder / "whole/checkpoints/step_4", folder / "exported")
+    one, two = (load_file(folder / n / "model.safetensors") for n in ("exported", "whole/final"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_the_written_adapter_is_the_final_model_in_peft(sft):
+    from peft import PeftModel
+    from transformers import Qwen2_5_VLForConditionalGeneration as HF
+
+    folder, flags = sft
+    base = HF.from_pretrained(folder / "model", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, folder / "whole/adapter").merge_and_unload()
+    final = load_file(folder / "whole/final/model.safetensors")
+    merged = {
+        n.replace("model.language_model.", "model."): p for n, p in adapted.named_parameters()
+    }
+    for name, tensor in final.items():
+        if "_proj" in name and name.startswith("model.layers"):
+            assert torch.equal(tensor, merged[name].to(tensor.dtype)), name
+    more = [*flags[:8], "--batch_tokens", 256, "--adapter", folder / "whole/adapter"]
+    run("train_sft.py", *more, "--steps", 1, "--out", folder / "more")
+    assert steps(folder / "more")[0]["loss"] < steps(folder / "whole")[0]["loss"]
+
+
+def test_grpo_samples_from_the_adapted_model_and_its_reference_is_the_base(tmp_path):
+    """Stale or unmerged adapters would show in the log-probabilities; an adapted reference in KL 0."""
+    make_model(tmp_path / "model")
+    write_problems(tmp_path / "rl.jsonl", n=3)
+    reward = tmp_path / "odd.py"  # a random model gets no sum right: reward what varies
+    reward.write_text("def score(problem, text, finish_reason):\n    return float(len(text) % 2)\n")
+    flags = ["--model", tmp_path / "model", "--data", tmp_path / "rl.jsonl", "--steps", 4]
+    flags += ["--prompts", 4, "--group", 4, "--max_new_tokens", 8, "--lora_rank", 4, "--lr", 0.01]
+    flags += ["--warmup_ratio", 0, "--graders", 1, "--reward", f"{reward}:score"]
+    run("train_grpo.py", *flags, "--out", tmp_path / "out")
+    log = steps(tmp_path / "out")
+    assert all(m["sampling/logp_difference_max"] < 1e-4 for m in log if "loss" in m)
+    assert log[0]["kl"] == 0 and any(m.get("kl", 0) > 0 for m in log[1:])
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()
