@@ -220,7 +220,7 @@ def grade(rows: list[Row], submit) -> tuple[list[bool], list[float], int]:
     return verdicts, times, kills
 
 
-def compare(data: Path | None, shown: int) -> None:
+def compare(data: Path | None, shown: int, both: bool) -> None:
     sets = build(data)
     head = f"{'rows':>6}{'agree':>8}{'FP':>6}{'FN':>6}{'median ms':>11}{'p99':>9}{'max':>9}{'kills':>7}"
     print(f"{'set':32}{'grader':14}{head}")
@@ -243,7 +243,7 @@ def compare(data: Path | None, shown: int) -> None:
             return bool(outcome.value), outcome.status == "timeout"
 
         for name, rows in sets.items():
-            for who, submit in (("ours", ours), ("math-verify", alone)):
+            for who, submit in (("ours", ours), ("math-verify", alone))[: 1 + both]:
                 verdicts, times, kills = grade(rows, submit)
                 wrong = [(row, v) for row, v in zip(rows, verdicts) if v != row[2]]
                 positive = sum(v for _, v in wrong)
@@ -340,13 +340,14 @@ def main() -> None:
     parser.add_argument("what", choices=("compare", "stress"))
     parser.add_argument("--data", type=Path, default=os.environ.get("XREASONER_TEST_DATA"))
     parser.add_argument("--show", type=int, default=0, help="print so many misses of ours a set")
+    parser.add_argument("--ours", action="store_true", help="leave math-verify alone out")
     parser.add_argument("--items", type=int, default=10_000)
     parser.add_argument("--hanging", type=int, default=200)
     parser.add_argument("--deadline", type=float, default=1.0)
     args = parser.parse_args()
     if args.what == "stress":
         raise SystemExit(stress(args.items, args.hanging, args.deadline))
-    compare(Path(args.data) if args.data else None, args.show)
+    compare(Path(args.data) if args.data else None, args.show, not args.ours)
 
 
 if __name__ == "__main__":

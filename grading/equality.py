@@ -111,6 +111,8 @@ def _parse_equality(text: str, members: list[str], signs: list[str]) -> Node:
     tail = signs.index(r"\approx") + 1 if r"\approx" in signs else len(members)
     if tail == 1 and _is_name(members[0]):  # x \approx 3.14
         members, signs, tail = members[:1] + members[1:], ["="] * len(signs), len(members)
+    if len(set(map(squash, members))) == 1:  # 1=1 states nothing
+        return Node("atom", text)
     values = [m for m in members[:tail] if not _is_name(m)] or members[tail - 1 : tail]
     if len(members) == 2 and signs == ["="]:
         if _is_name(members[0]):
@@ -133,9 +135,9 @@ def _parse_brackets(text: str) -> Node | None:
     m = re.fullmatch(r"(\\\{|[\[({])(.*?)(\\\}|[\])}])", text, re.S)
     if not m or not m[2].strip() or not split_top(m[2] + ",", {","})[1]:
         return None  # none, empty, or (a)(b)
-    found = split_top(m[2], {",", ";"})[1]
+    pieces, found = split_top(m[2], {",", ";"})
     body, brackets = parse(m[2].strip()), m[1] + m[3]
-    items = body.items if body.kind == "list" else (body,)
+    items = tuple(map(parse, filter(None, pieces))) if found else (body,)
     if brackets in (r"\{\}", "{}"):
         return Node("set", text, items) if m[1] == r"\{" or len(items) > 1 else body
     if not found:
@@ -359,7 +361,7 @@ _WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen"
 ).split()
-_OPTION = re.compile(r"(?:\\text\{ ?)?\(([A-H])\) ?\}?\s*((?![^()]*\([A-H]\)).*)", re.S)
+_OPTION = re.compile(r"(?:\\text\{ ?)?\(([A-H])\) ?\}?\s*((?!.*\([A-H]\)).*)", re.S)
 
 
 def _equal(pred: str, gold: str, leaf) -> bool | None:
@@ -388,6 +390,19 @@ def quick_equal(pred: str, gold: str) -> bool | None:
     return _equal(pred, gold, undecided)
 
 
+def restates(pred: str, gold: str, question: str) -> bool:
+    r"""Is `pred` a formula copied from the question, and not the gold's own text or number?
+
+    Asked to simplify `\sqrt{242}`, the answer `\sqrt{242}` is equal to the gold and no answer.
+    """
+    p, g = normalise(pred), normalise(gold)
+    node = parse(p)
+    if node.kind in ("number", "word") or squash(p) not in squash(normalise(question)):
+        return False
+    golds = {squash(t).strip("()") for t in (g, g.rpartition("=")[2])}
+    return squash(re.sub(r"\\text\{([^{}]*)\}", r"\1", p)).strip("()") not in golds
+
+
 def full_equal(pred: str, gold: str) -> bool:
     """With algebra. No bound on time or memory: run it in a killable process."""
     return bool(_equal(pred, gold, algebra))
@@ -396,8 +411,8 @@ def full_equal(pred: str, gold: str) -> bool:
 # ---------------------------------------------------------------------------------------- algebra
 _UNPARSABLE = re.compile(
     r"(?<![\\a-zA-Z])[a-zA-Z]{4,}|\\[lg]c[dm]|\\ldots|\\parallel|\\perp|\\begin|\\text|%|\\pm|"
-    r"(?<![_\d])\d+ \d|(?<![\\a-zA-Z])[a-zA-Z] ?\d|(?<!\\log_\{\d)(?<!\\log_\{\d\d)[)}] ?\d|"
-    r"\\infty ?\d"  # x1 is no product, \frac{2}{9}3 is not 2/3
+    r"(?<![_\d])\d+ \d|(?<![\\a-zA-Z])[a-zA-Z] ?\d|[)}] ?\d|\\infty ?\d"
+    # x1 is no product, \frac{2}{9}3 is not 2/3
 )
 
 
@@ -410,6 +425,7 @@ def to_sympy(text: str):
     from sympy.core.function import AppliedUndef
 
     text = re.sub(r"\\text\{([A-Za-z])\}", r"\1", text)
+    text = re.sub(r"(\\[a-z]{2,4} ?[\^_] ?(?:\{[^{}]*\}|\d)) ?(\d+|[a-z]\b)", r"\1(\2)", text)
     if _UNPARSABLE.search(text) or not text:
         return None
     # the grammar reads 5(2) as the mixed number 7, and 3 \frac{1}{2} may be one

@@ -225,13 +225,7 @@ class WorkerPool:
             if self._closed.is_set() or not future.set_running_or_notify_cancel():
                 future.cancel()
                 continue
-            while not isinstance(worker, _Worker) or worker.process.poll() is not None:
-                if isinstance(worker, _Worker):  # it died while it waited
-                    self._replace(worker)
-                worker = self._ready.get()
-                if isinstance(worker, str):
-                    self._wanted.put(True)
-                    break
+            worker = self._living(worker)
             begin = time.monotonic()
             outcome, spent = self._ask(worker, args)
             if spent and isinstance(worker, _Worker):
@@ -243,6 +237,19 @@ class WorkerPool:
                 self.counters["kills"] += spent
                 self.longest = max(self.longest, seconds)
             future.set_result(outcome._replace(seconds=seconds))
+
+    def _living(self, worker: _Worker | str | None) -> _Worker | str:
+        """The worker, or the next ready one if it died while it waited; why, if three don't start."""
+        for _ in range(3):
+            while isinstance(worker, _Worker) and worker.process.poll() is not None:
+                self._replace(worker)
+                worker = self._ready.get()
+            if isinstance(worker, _Worker) or self._closed.is_set():
+                break
+            if isinstance(worker, str):
+                self._wanted.put(True)
+            worker = self._ready.get()
+        return worker or "the pool is closed"
 
     def _ask(self, worker: _Worker | str, args: tuple) -> tuple[Outcome, bool]:
         """The Outcome of one item, and whether its worker must be replaced."""

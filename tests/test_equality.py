@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -76,6 +77,22 @@ p=5,q=2;p=7,q=2 ~ (7,2),(5,2)
 3,14 ~ 3.14
 \min(2WR, BW, 3RB) ~ \min(BW, 2WR, 3RB)
 \text{No solution} ~ no solution
+x>2 ~ (2,\infty)
+5 apples ~ 5
+100 m ~ 100
+3s ~ 3
+10 N ~ 10
+9.8 m/s^2 ~ 9.8
+12\text{ square feet} ~ 12\text{ ft}^2
+\sin^2(x) ~ \sin^2 x
+\log_2(8) ~ 3
+\tan^{-1} 2 ~ \arctan(2)
+x\approx 3.14 ~ 3.14
+\mathbb R ~ (-\infty,\infty)
+x<2 \text{ or } x>3 ~ (-\infty,2)\cup(3,\infty)
+|z| \le 1 ~ [-1,1]
+x = 1,023 ~ 1023
+3:2 ~ 3/2
 """
 UNEQUAL = r"""
 0.333 ~ 1/3
@@ -132,6 +149,13 @@ f(1) ~ f(2)
 x^{p1-1} ~ x^{p-1}
 \frac293 ~ \frac23
 \frac{2}{5}1 ~ \frac25
+3:00 ~ 5:00
+1:15 ~ 2:30
+1:00 ~ 12:00
+0,111 ~ 111
+(6,235) ~ 6235
+15\text{ cm}^2 ~ 15\text{ cm}^3
+y>2 ~ x>2
 """
 
 
@@ -350,3 +374,12 @@ def test_normalise_is_idempotent():
         for text in (pred, gold):
             once = notation.normalise(text)
             assert notation.squash(notation.normalise(once)) == notation.squash(once)
+
+
+def test_pairs_in_the_forms_that_models_write():
+    """tests/data/answers.jsonl: units, degrees, currency, lists, intervals; half right, half wrong."""
+    file = Path(__file__).parent / "data" / "answers.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 313 and sum(r["right"] for r in rows) == 159
+    wrong = [r for r in rows if full_equal(r["pred"], r["gold"]) != r["right"]]
+    assert wrong == []

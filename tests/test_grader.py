@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +24,11 @@ import os, subprocess, sys, time
 
 def double(x):
     return 2 * x
+
+def slow_start(what):
+    return act(what)
+
+slow_start.warm_up = lambda: time.sleep(4)
 
 def act(what):
     if what == "spin":
@@ -48,6 +54,10 @@ def act(what):
         return "torch" in sys.modules
     if what == "object":
         return object()
+    if what == "pid":
+        return os.getpid()
+    if what == "session":
+        return subprocess.Popen(["sleep", "1000"], start_new_session=True).pid
     if what == "child":
         return subprocess.Popen(["sleep", "1000"]).pid
     return what
@@ -128,6 +138,55 @@ def test_the_deadline_runs_from_the_taking_not_from_the_queueing(functions):
     with WorkerPool("bad_functions:act", workers=1, deadline=1.0) as pool:
         futures = [pool.submit("sleep"), pool.submit("sleep"), *(pool.submit(i) for i in range(20))]
         assert [f.result().status for f in futures] == ["timeout"] * 2 + ["ok"] * 20
+
+
+def test_more_than_a_thousand_open_files(functions):
+    """select() fails on descriptors above 1,023: the pool hung in a process with many open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 3000:
+        pytest.skip(f"the limit of open files is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3000, hard))
+    files = [open(os.devnull) for _ in range(1200)]
+    try:
+        with WorkerPool("bad_functions:act", workers=1, deadline=1) as pool:
+            first, second = pool.submit("spin"), pool.submit("fine")
+            assert (first.result(60).status, second.result(60).status) == ("timeout", "ok")
+    finally:
+        for file in files:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_workers_that_die_while_they_wait_are_replaced(functions):
+    """The out-of-memory killer takes an idle worker: the next item must not pay for it."""
+    with WorkerPool("bad_functions:double", workers=2) as pool:
+        assert pool.submit(1).result(60).value == 2
+        for _ in range(3):
+            before = pool.pids()
+            for pid in before:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            assert all_gone(before)
+            results = [pool.submit(i).result(60) for i in range(4)]
+            assert [r.value for r in results] == [0, 2, 4, 6]
+
+
+def test_the_item_after_a_kill_goes_to_a_warm_spare(functions):
+    """A spare has loaded the function already: the item after a kill waits for no interpreter."""
+    with WorkerPool("bad_functions:slow_start", workers=1, deadline=1) as pool:
+        while pool._ready.qsize() < 2:  # the worker and its spare
+            time.sleep(0.05)
+        warm = set(pool.pids())
+        assert pool.submit("spin").result(60).status == "timeout"
+        assert pool.submit("pid").result(60).value in warm
+
+
+def test_a_child_in_a_session_of_its_own_is_killed_too(functions):
+    """killpg doesn't reach it: a reward that starts a server would leave one behind at each kill."""
+    with WorkerPool("bad_functions:act", workers=1, deadline=1) as pool:
+        pids = [pool.submit(what).result(60).value for what in ("session", "child")]
+        assert all(map(running, pids)) and pool.submit("spin").result(60).status == "timeout"
+        assert all_gone(pids)
 
 
 def test_a_function_that_can_not_be_loaded_is_named_at_once(functions):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -241,6 +243,77 @@ def test_a_row_that_breaks_the_schema_costs_itself_only():
         assert grader.submit(MATH | {"meta": 3}, r"\boxed{42}").result().status == "error"
 
 
+@pytest.mark.parametrize(
+    "question, gold, copied, right",
+    [
+        (r"Simplify $\sqrt{242}$.", r"11\sqrt{2}", r"\sqrt{242}", r"11 \sqrt2"),
+        ("Factor $ab+5b+2a+10$.", "(a+5)(b+2)", "ab + 5b+2a+10", "(b+2)(a+5)"),
+        (r"Compute $\sum_{k=1}^{3} k$.", "6", r"\sum_{k=1}^{3} k", "6.0"),
+        (r"Write $\frac{3}{4}$ as a decimal.", "0.75", None, "3/4"),
+    ],
+)
+def test_a_formula_copied_from_the_question_never_pays(question, gold, copied, right):
+    """Algebra would call the copy equal: a policy that repeats the question would be paid."""
+    problem = {"kind": "math", "question": question, "answer": gold}
+    assert copied is None or reward(problem, rf"\boxed{{{copied}}}").score == 0.0
+    assert reward(problem, rf"\boxed{{{right}}}").score == 1.0
+
+
+def test_all_options_in_one_box_are_no_letter():
+    """The gold (A) stands in "(A) 1 (B) 2 (C) 3": whoever lists all options would always be right."""
+    for gold in ("(A)", "A", r"\text{(A)}"):
+        problem = {"kind": "math", "question": "", "answer": gold}
+        assert reward(problem, r"\boxed{(A) 1 (B) 2 (C) 3}").score == 0.0
+        assert reward(problem, r"\boxed{\textbf{(A) } 1}").score == 1.0
+
+
+def test_numbers_of_any_library_and_no_others(tmp_path, monkeypatch):
+    """A torch scalar is a number; 10**400 raised OverflowError in a callback and hung the run."""
+    (tmp_path / "odd.py").write_text(
+        "import numpy as np, torch\n"
+        "VALUES = dict(np=np.float32(0.5), np64=np.int64(1), torch=torch.tensor(0.25), big=10**400,\n"
+        "              huge=10**9999, bool=True, array=np.zeros(3), parts={'parts': [1]},\n"
+        "              nested={'score': np.float64(2), 'parts': {'a': torch.tensor(2)}})\n"
+        "def score(problem, completion, finish_reason):\n    return VALUES[completion]\n"
+    )
+    names = ("np", "np64", "torch", "big", "huge", "bool", "array", "parts", "nested")
+    with Grader(workers=1, deadline=20, memory_gb=16, reward=f"{tmp_path}/odd.py:score") as grader:
+        got = {n: grader.submit(MATH, n).result(60) for n in names}
+    scores = {n: g.score for n, g in got.items() if g.status == "ok"}
+    assert scores == {"np": 0.5, "np64": 1, "torch": 0.25, "bool": 1, "nested": 2}
+    assert got["nested"].parts == {"a": 2.0} and got["big"].status == "error"
+
+
+def test_named_parts_and_a_class_from_a_file(tmp_path):
+    """A reward in parts: each is kept by name; without a score it is their sum."""
+    (tmp_path / "mine.py").write_text(
+        "from neighbour import WEIGHT\n"
+        "class Score:\n"
+        "    def __init__(self):\n        self.calls = 0\n"
+        "    def __call__(self, problem, completion, finish_reason):\n"
+        "        self.calls += 1\n"
+        "        parts = {'correct': 1, 'format': WEIGHT * self.calls}\n"
+        "        return {'parts': parts} if completion == 'sum' else {'score': 3, 'parts': parts}\n"
+    )
+    (tmp_path / "neighbour.py").write_text("WEIGHT = 0.5\n")
+    with Grader(workers=1, reward=f"{tmp_path / 'mine.py'}:Score") as grader:
+        first, second = (grader.submit(MATH, text).result() for text in ("", "sum"))
+    assert first.score == 3 and first.parts == {"correct": 1, "format": 0.5}
+    assert second.score == 2 and second.parts == {"correct": 1, "format": 1.0}
+
+
+def test_where_a_reward_is_looked_for_is_said(tmp_path, monkeypatch):
+    """`--reward path/file.py` in another folder ended in "No module named path/file"."""
+    monkeypatch.chdir(tmp_path)
+    for name, said in (
+        ("not_here:score", str(tmp_path)),
+        ("sub/mine.py:score", str(tmp_path / "sub" / "mine.py")),
+        ("sub/mine.py", "file.py:function"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            Grader(workers=1, reward=name)
+
+
 def test_rules_of_a_user(tmp_path, monkeypatch):
     """--reward module:function: exceptions, NaN and None are counted, never fatal, and cost one answer each."""
     (tmp_path / "mine.py").write_text(
@@ -315,6 +388,21 @@ def test_reward_and_is_equal_work_off_the_main_thread():
     thread.start()
     thread.join(60)
     assert out == [True, 1.0]
+
+
+@needs_real
+def test_labelled_rows_keep_their_agreement():
+    """Rows of public graders' suites: two hedges and one text are missed, nothing wrong is paid."""
+    path = ROOT / "benchmarks" / "rewards.py"
+    spec = importlib.util.spec_from_file_location("grading_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    missed = {}
+    for name, rows in benchmark.development(REAL / "rewards_dev.jsonl").items():
+        with_box = [reward(p, text, rule="boxed").score > 0 for p, text, _ in rows]
+        assert not [r for r, paid in zip(rows, with_box) if paid and not r[2]]
+        missed[name] = sum(right and not paid for (*_, right), paid in zip(rows, with_box))
+    assert missed == {"dev: bare math": 2, "dev: whole text": 1, "dev: attacks": 0}
 
 
 @needs_real
