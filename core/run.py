@@ -128,23 +128,16 @@ class Run:
         _current = self
         self.set_status("running")
         write_json(self.out / "header.json", {**header, "resumed_at_step": resume_step})
-        for file in (self.out / n for n in ("metrics.jsonl", "validation.jsonl", "eval.jsonl")):
-            if not file.is_file():
-                continue
-            kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= resume_step]
-            tmp = file.with_suffix(".tmp")
-            tmp.write_text("".join(kept))
-            tmp.rename(file)
+        for file in self.out.glob("*.jsonl"):
+            if file.stem in ("metrics", "validation", "eval"):
+                _drop_later_steps(file, resume_step)
 
     def log(self, metrics: dict, kind: str = "metrics") -> None:
         """Append a JSON object to KIND.jsonl. NaN and infinity become null (they are not JSON)."""
         if self.world.is_main:
-            clean = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v
-                for k, v in metrics.items()
-            }
+            bad = {k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)}
             with open(self.out / f"{kind}.jsonl", "a") as f:
-                f.write(json.dumps(clean) + "\n")
+                f.write(json.dumps(metrics | dict.fromkeys(bad)) + "\n")
 
     def say(self, text: str) -> None:
         """Print on rank 0, above the progress bar when there is one."""
@@ -194,11 +187,10 @@ class Run:
         self.say(f"stopped by a signal after step {step}; rerun the same command to resume")
         return EXIT_PREEMPTED
 
-    def finished(self, text: str = "") -> int:
-        """Say that the run is complete, with `text` if OUT/final is not it; returns exit code 0."""
+    def finished(self) -> int:
+        """Say that the run is complete; returns exit code 0."""
         self.set_status("finished")
-        text = text or f"{self.out / 'final'} is a complete model directory"
-        self.say(f"finished: {text}")
+        self.say(f"finished: {self.out / 'final'} is a complete model directory")
         return 0
 
     def set_status(self, status: str) -> None:
@@ -227,6 +219,13 @@ class Run:
 def _has_done_a_step(out: Path) -> bool:
     """Does this directory hold a training run, not only a start that failed?"""
     return bool(_whole_lines(out / "metrics.jsonl")) or any(out.glob("checkpoints/step_*"))
+
+
+def _drop_later_steps(file: Path, step: int) -> None:
+    """Rewrite a jsonl without the lines of steps after `step`, and without a line cut short."""
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text("".join(x for x in _whole_lines(file) if json.loads(x)["step"] <= step))
+    tmp.rename(file)
 
 
 def _whole_lines(file: Path) -> list[str]:

@@ -1,11 +1,13 @@
-"""Kill a training run without warning, again and again, and compare what it ends with to a run that was left alone.
+"""Kill a training run again and again; what it ends with must equal an undisturbed run's.
 
-    python tests/stress_resume.py [--kills 24] [--seed 0]        about five minutes on two cores; not part of the suite
+    python tests/stress_resume.py [--script train_grpo] [--kills 10] [--seed 0]
 
-Two ranks under torchrun, a tiny model. Every kill is a SIGKILL to all processes (or to one rank, whose death torchrun
-then spreads) at a random moment: while it sets up, in a step, while a checkpoint is being written, while it validates,
-while it exports. The same command is started again after each. At the end the exported weights, every logged loss,
-gradient norm and learning rate, and every validation loss must be bit-equal to the uninterrupted run's.
+Not part of the suite: about 30 s a kill on two cores. Two ranks under torchrun, a tiny model. Every
+kill is a SIGKILL to all processes (or to one rank, whose death torchrun then spreads) at a random
+moment: in set-up, in a step (GRPO: while it samples, grades or trains), in a save, in a validation
+(GRPO: an evaluation), in the export. The same command is started again after each. At the end the
+weights, every logged loss, gradient norm and learning rate, every validation (GRPO: every
+evaluation and rollout) must be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 SETTINGS = (
-    "--max_len 256 --pack_len 512 --batch_tokens 2048 --lr 1e-3 --warmup_ratio 0.1 --schedule cosine "
-    "--weight_decay 0.1 --checkpointing matmul --device cpu"
+    "--max_len 256 --pack_len 512 --batch_tokens 2048 --lr 1e-3 --warmup_ratio 0.1 "
+    "--schedule cosine --weight_decay 0.1 --checkpointing matmul --device cpu"
+).split()
+GRPO = (
+    "--prompts 4 --group 4 --max_new_tokens 12 --lr 1e-3 --updates 2 --slots 4 --eval_every 6 "
+    "--device cpu"
 ).split()
 
 
@@ -63,35 +69,32 @@ def make_inputs(folder: Path) -> list[str]:
     from tiny_model import make_tiny_vl
 
     make_tiny_tokenizer(make_tiny_vl(folder / "model"))
-    return [
-        "--model",
-        str(folder / "model"),
-        "--data",
-        str(write_jsonl(folder / "train.jsonl", rows(60, 0))),
-        "--val_data",
-        str(write_jsonl(folder / "val.jsonl", rows(6, 1))),
-    ]
+    train = write_jsonl(folder / "train.jsonl", rows(60, 0))
+    val = write_jsonl(folder / "val.jsonl", rows(6, 1))
+    return ["--model", str(folder / "model"), "--data", str(train), "--val_data", str(val)]
 
 
-def start(arguments: list[str], ranks: int = 2, log: Path | None = None) -> subprocess.Popen:
-    """train_sft.py under torchrun, its output in `log`."""
+def make_grpo_inputs(folder: Path) -> list[str]:
+    """A tiny model that is right now and then, and sums of one digit."""
+    from arithmetic import make_model, warm_up, write_problems
+
+    model, problems = make_model(folder / "model"), write_problems(folder / "problems.jsonl")
+    few = write_jsonl(
+        folder / "few.jsonl", [json.loads(line) for line in problems.read_text().splitlines()[::9]]
+    )
+    warm_up(model, problems)
+    return ["--model", str(model), "--data", str(problems), "--eval_data", str(few)]
+
+
+def start(
+    arguments: list[str], ranks: int = 2, log: Path | None = None, script: str = "train_sft"
+) -> subprocess.Popen:
+    """A script under torchrun, its output in `log`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", str(ROOT / f"{script}.py"), *arguments]
     with open(log or os.devnull, "a") as out:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={ranks}",
-                str(ROOT / "train_sft.py"),
-                *arguments,
-            ],
-            cwd=ROOT,
-            stdout=out,
-            stderr=out,
-            env=environment,
-        )
+        return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=environment)
 
 
 def descendants(pid: int) -> list[int]:
@@ -131,13 +134,17 @@ def wait_for(process: subprocess.Popen, condition, seconds: float = 120) -> bool
     return True
 
 
-def history(out: Path) -> tuple[list[tuple], list[str]]:
-    """What must be equal between two runs: (step, loss, norm, lr) of every step, and the validation lines."""
+def history(out: Path) -> tuple[list[tuple], list]:
+    """What must be equal between two runs: (step, loss, norm, lr) of every step; validation lines,
+    or evaluations and rollouts without their times."""
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return (
-        [(m["step"], m["loss"], m["grad_norm"], m["learning_rate"]) for m in steps],
-        (out / "validation.jsonl").read_text().splitlines(),
-    )
+    steps = [(m["step"], m["loss"], m["grad_norm"], m["learning_rate"]) for m in steps]
+    if (out / "validation.jsonl").is_file():
+        return steps, (out / "validation.jsonl").read_text().splitlines()
+    results = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    results = [{k: v for k, v in r.items() if not k.endswith(("_s", "time"))} for r in results]
+    rollouts = sorted((out / "rollouts").iterdir(), key=lambda f: f.name)
+    return steps, [*results, *((f.name, f.read_text()) for f in rollouts)]
 
 
 def weights(out: Path) -> dict[str, bytes]:
@@ -145,7 +152,7 @@ def weights(out: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted((out / "final").glob("*.safetensors"))}
 
 
-MOMENTS = {  # what to wait for → then a random pause of up to so many seconds
+MOMENTS = {  # what to wait for → then a random pause of up to this many seconds
     "set-up": (lambda out, n: True, 8.0),
     "step": (lambda out, n: lines(out / "metrics.jsonl") >= n, 0.3),
     "save": (lambda out, n: any((out / "checkpoints").glob("step_*.tmp")), 0.05),
@@ -164,73 +171,72 @@ def where(out: Path) -> str:
     done = lines(out / "metrics.jsonl")
     if not done:
         return "before the first step"
-    if (
-        saved
-        and max(saved) == done
-        and done % 6 == 0
-        and lines(out / "validation.jsonl") < done // 6 + 1
-    ):
+    validated = lines(out / "validation.jsonl") + lines(out / "eval.jsonl")
+    if saved and max(saved) == done and done % 6 == 0 and validated < done // 6 + 1:
         return "between save and validation"
     return "right after a save" if saved and max(saved) == done else "in a step"
+
+
+def strike(process: subprocess.Popen, kind: str, out: Path, draw: random.Random) -> str:
+    """Wait for a moment of this kind in the run, kill it there, and say where that was."""
+    target = lines(out / "metrics.jsonl") + draw.randint(1, 5)
+    target += -target % 6 if kind == "validation" else 0
+    condition, pause = MOMENTS[kind]
+    wait_for(process, lambda: condition(out, target))
+    time.sleep(draw.random() * pause)
+    place, ended = where(out), process.poll() is not None
+    victims = descendants(process.pid)
+    if kind == "step" and len(victims) > 1 and draw.random() < 0.3:
+        place += ", one process alone"
+        os.kill(victims[draw.randrange(len(victims))], signal.SIGKILL)
+        process.wait()
+    else:
+        kill_tree(process)
+    return "after its end" if ended else place
 
 
 def main() -> None:
     """See above; exit code 1 when anything differs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=24)
+    parser.add_argument("--script", choices=("train_sft", "train_grpo"), default="train_sft")
+    parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw, found = random.Random(args.seed), Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        total = 3 * args.kills
-        common = [
-            *make_inputs(folder),
-            *SETTINGS,
-            "--steps",
-            str(total),
-            "--save_every",
-            "3",
-            "--val_every",
-            "6",
-        ]
+    draw, found, total = random.Random(args.seed), Counter(), 3 * args.kills
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if args.script == "train_sft":
+            common = [*make_inputs(folder), *SETTINGS, "--val_every", "6"]
+        else:
+            common = [*make_grpo_inputs(folder), *GRPO]
+        common += ["--steps", str(total), "--save_every", "3"]
+
+        def begin(name: str) -> subprocess.Popen:
+            log = folder / f"{name}.log"
+            return start([*common, "--out", str(folder / name)], log=log, script=args.script)
+
+        def finish(name: str) -> None:
+            if begin(name).wait() != 0:
+                raise SystemExit((folder / f"{name}.log").read_text()[-5000:])
+
+        finish("alone")
         alone, killed = folder / "alone", folder / "killed"
-        assert start([*common, "--out", str(alone)], log=folder / "alone.log").wait() == 0
-        kinds = [
-            k
-            for k in ("set-up", "step", "save", "step", "save", "validation")
-            for _ in range(args.kills)
-        ]
+        kinds = ["set-up", "step", "save", "step", "save", "validation"]
         for i in range(args.kills):
-            kind = "export" if i == args.kills - 1 else kinds[draw.randrange(len(kinds))]
-            process = start([*common, "--out", str(killed)], log=folder / "killed.log")
-            target = lines(killed / "metrics.jsonl") + draw.randint(1, 5)
-            target += -target % 6 if kind == "validation" else 0
-            condition, pause = MOMENTS[kind]
-            wait_for(process, lambda c=condition, n=target: c(killed, n))
-            time.sleep(draw.random() * pause)
-            place, ended = where(killed), process.poll() is not None
-            victims = descendants(process.pid)
-            if kind == "step" and len(victims) > 1 and draw.random() < 0.3:
-                place += ", one rank alone"
-                os.kill(victims[draw.randrange(len(victims))], signal.SIGKILL)
-                process.wait()
-            else:
-                kill_tree(process)
-            found["after its end" if ended else place] += 1
-            print(
-                f"kill {i + 1}: {place}, {lines(killed / 'metrics.jsonl')} steps logged", flush=True
-            )
-        assert start([*common, "--out", str(killed)], log=folder / "killed.log").wait() == 0
+            kind = "export" if i == args.kills - 1 else draw.choice(kinds)
+            place = strike(begin("killed"), kind, killed, draw)
+            found[place] += 1
+            done = lines(killed / "metrics.jsonl")
+            print(f"kill {i + 1}: {place}, {done} steps logged", flush=True)
+        finish("killed")
+        (steps, others), (steps_killed, others_killed) = history(alone), history(killed)
         same = {
             "weights": weights(alone) == weights(killed),
-            "steps": history(alone)[0] == history(killed)[0],
-            "validation": history(alone)[1] == history(killed)[1],
+            "steps": steps == steps_killed,
+            "validation": others == others_killed,
         }
-        print(
-            f"{args.kills} kills ({', '.join(f'{n} {k}' for k, n in found.most_common())}); {total} steps; bit-equal "
-            f"to the uninterrupted run: {same}"
-        )
+        places = ", ".join(f"{n} {k}" for k, n in found.most_common())
+        print(f"{args.script}: {args.kills} kills ({places}); {total} steps; bit-equal: {same}")
         if not all(same.values()):
             raise SystemExit(1)
 

@@ -326,3 +326,16 @@ def test_a_checkpoint_of_two_ranks_is_exported_by_one_process(two, model_dir, tm
             main(arguments)
         assert end.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_cuda_is_refused_in_a_sentence_where_there_is_none(monkeypatch):
+    """--device cuda on a machine without GPU, or more processes than GPUs: not a traceback."""
+    from core import parallel
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError, match="--device cuda: process 0 of this machine has no GPU"):
+        parallel.init("cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 .* torch sees 2; start fewer processes"):
+        parallel.init("cuda")
