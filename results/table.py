@@ -42,13 +42,17 @@ def table(arguments: list[str]) -> str:
     return markdown(head, [row(name, r, sets) for name, r in results])
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="[NAME=]DIR", help="--out of a finished eval.py")
     try:
-        print(table(parser.parse_args().runs))
+        print(table(parser.parse_args(argv).runs))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

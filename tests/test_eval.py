@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,8 +226,6 @@ def test_a_changed_setting_refuses_to_mix(five, model_dir, problems, changes, na
 
 def test_a_changed_model_or_file_refuses_to_mix(five, model_dir, problems, tmp_path, inline):
     """Prevents an older checkpoint's samples, or another file's, from counting for this one."""
-    import shutil
-
     other = shutil.copytree(model_dir, tmp_path / "model")
     assert ev.model_fingerprint(other) == ev.model_fingerprint(model_dir)
     blob = bytearray((other / "model.safetensors").read_bytes())
@@ -634,6 +633,122 @@ def test_a_refused_start_does_not_hold_the_directory(
     (tmp_path / "mine" / "letter.txt").write_text("x")
     with pytest.raises(ValueError, match="no run of eval"):
         ev.evaluate(config(model_dir, problems, tmp_path / "mine"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["model", "training run", "notes", "config.json alone"])
+def test_an_out_that_holds_something_else_is_refused_untouched(
+    model_dir, problems, tmp_path, world, inline, kind
+):
+    """Prevents an evaluation that overwrites the config.json of a model or a training run."""
+    out = tmp_path / "out"
+    if kind == "model":
+        shutil.copytree(model_dir, out)
+    else:
+        (out / "checkpoints" / "step_2").mkdir(parents=True)
+        names = {"notes": "letter.txt", "training run": "metrics.jsonl"}
+        config_json = (
+            '{"model": "m", "lr": 1e-5}'
+            if kind == "config.json alone"
+            else ('{"script": "train_sft", "model": "m"}')
+        )
+        (out / names.get(kind, "config.json")).write_text("{}")
+        if kind != "notes":
+            (out / "config.json").write_text(config_json)
+    before = contents(out)
+    with pytest.raises(ValueError, match="--out .*out: holds .* name a"):
+        ev.evaluate(config(model_dir, problems, out))
+    with pytest.raises(ValueError, match="--rescore: .*out holds no samples"):
+        ev.evaluate(config("", problems, out, rescore=True))
+    assert contents(out) == before
+
+
+def test_two_evaluations_on_one_out_name_the_first(model_dir, problems, tmp_path, world, inline):
+    """Prevents two processes that mix their samples in one directory."""
+    out = tmp_path / "out"
+    code = "import sys, time; from core.out_dir import claim; from pathlib import Path; "
+    code += "claim(sys.argv[1], 'eval', {}, held=lambda out: False); print(1, flush=True); time.sleep(99)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    before = contents(out)
+    try:
+        with pytest.raises(ValueError, match=f"in use by process {holder.pid} on"):
+            ev.evaluate(config(model_dir, problems, out))
+        assert contents(out) == before
+    finally:
+        holder.kill()
+        holder.wait()
+    assert ev.evaluate(config(model_dir, problems, out, limit=1))["sets"]  # the dead hold nothing
+
+
+BAD_NUMBERS = [
+    "--slots -1", "--limit -1", "--samples 0", "--temperature -1", "--temperature nan",
+    "--top_p 0", "--top_p 1.5", "--max_new_tokens 0", "--think_budget -1", "--answer_budget 0",
+    "--seed -1", "--min_pixels -1", "--max_pixels -1", "--kv_gb -2", "--graders 0",
+    "--rule nice", "--prompt_style nice", "--device gpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", BAD_NUMBERS)
+def test_values_out_of_range_are_refused_at_the_start(flag, capsys):
+    """Prevents --slots -1, which looped forever, and --limit -1, which dropped a problem."""
+    argv = ["--data", "p.jsonl", "--out", "o", "--model", "m", *flag.split()]
+    with pytest.raises(SystemExit) as end:
+        ev.parse_config(ev.Config, ev.__doc__, argv)
+    assert end.value.code == 2 and flag.split()[0] in capsys.readouterr().err
+
+
+def test_more_tokens_than_the_model_can_hold_are_refused(model_dir, problems, tmp_path, world):
+    """Prevents --max_new_tokens 9999999 from allocating terabytes."""
+    with pytest.raises(ValueError, match="--max_new_tokens 9999999: the model's context is"):
+        ev.evaluate(config(model_dir, problems, tmp_path / "out", max_new_tokens=9_999_999))
+
+
+def test_rescore_of_a_limited_run_says_so(model_dir, tmp_path, world, inline):
+    """Prevents "problems have no stored samples" as the answer to a forgotten --limit."""
+    file = write(tmp_path / "p.jsonl", [choice(i) for i in range(6)])
+    ev.evaluate(config(model_dir, file, tmp_path / "out", limit=4))
+    with pytest.raises(ValueError, match="2 of 6 problems .* made with --limit 4: pass that"):
+        ev.evaluate(config("", file, tmp_path / "out", rescore=True))
+    assert ev.evaluate(config("", file, tmp_path / "out", rescore=True, limit=4))["limit"] == 4
+
+
+def test_a_model_may_be_spelt_or_moved_otherwise(model_dir, tmp_path, world, inline, monkeypatch):
+    """Prevents "m" and "./m" from being two models."""
+    file = write(tmp_path / "p.jsonl", [choice(i) for i in range(2)])
+    shutil.copytree(model_dir, tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    ev.evaluate(config("./m", file, tmp_path / "out", limit=1))
+    for name in ("m", str(model_dir)):
+        assert ev.evaluate(config(name, file, tmp_path / "out"))["sets"]["quiz"]["n"] == 2
+
+
+@pytest.mark.parametrize("rule, right", [("answer", []), ("boxed", ["q/1"]), ("line", ["q/0"])])
+def test_rule_decides_where_the_answer_stands(tmp_path, inline, world, rule, right):
+    """Prevents a rule that exists in rewards.py and that no flag reaches."""
+    problems = [choice(0), choice(1)]
+    file = write(tmp_path / "p.jsonl", problems)
+    texts = {
+        "q/0": [("So:\nAnswer: B", "stop")],
+        "q/1": [("So \\boxed{B} <answer>A</answer>\nAnswer: A", "stop")],
+    }
+    out = make_run(tmp_path / "run", texts, problems)
+    result = rescore(out, file, rule=rule)
+    assert (out / "solved.txt").read_text().split() == right and result["rules"]["rule"] == rule
+
+
+def test_accuracy_by_task_has_an_interval(world):
+    """Prevents an evaluation while training that mixes data sets, or says nothing of noise."""
+    problems = [choice(i, task=t) for t in ("a", "b") for i in range(4)]
+    by_task = metrics.accuracy_by("task", problems, [[1, 0]] * 4 + [[1], [1], [1], [0]])
+    low, high = scipy.stats.binomtest(3, 4).proportion_ci(method="wilson")
+    assert by_task["a"].mean == 0.5 and by_task["b"].mean == 0.75
+    assert (by_task["b"].low, by_task["b"].high) == (pytest.approx(low), pytest.approx(high))
 
 
 def test_torchrun_lets_every_flag_through():
