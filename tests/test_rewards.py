@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import http.server
 import importlib.util
 import json
 import re
@@ -300,6 +301,44 @@ def test_named_parts_and_a_class_from_a_file(tmp_path):
         first, second = (grader.submit(MATH, text).result() for text in ("", "sum"))
     assert first.score == 3 and first.parts == {"correct": 1, "format": 0.5}
     assert second.score == 2 and second.parts == {"correct": 1, "format": 1.0}
+
+
+class _Judge(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"equal": asked["answer"] == "forty-two"}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_examples_of_the_page_on_rewards(tmp_path, monkeypatch):
+    """docs/rewards.md: each block is a file that --reward takes, and scores what the page says."""
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    bonus, length, judge = re.findall(r"```python\n(.*?)```", page, re.S)
+    full, long = "<think>6*7</think><answer>42</answer>", "x" * 3000 + r"\boxed{42}"
+    server = http.server.ThreadingHTTPServer(("localhost", 0), _Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("JUDGE_URL", f"http://localhost:{server.server_port}")
+    monkeypatch.setenv("no_proxy", "localhost")
+    for code, name, texts, scores in (
+        (bonus, "score", [full, r"\boxed{42}", r"\boxed{41}"], [1.1, 1.0, 0.0]),
+        (length, "score", [r"\boxed{42}", long, long.replace("42", "41")], [1.0, 0.7475, 0.0]),
+        (
+            judge,
+            "Judge",
+            [full, "<answer>forty-two</answer>", "<answer>41</answer>", "?"],
+            [1, 1, 0, 0],
+        ),
+    ):
+        (tmp_path / "mine.py").write_text(code)
+        with Grader(workers=1, reward=f"{tmp_path}/mine.py:{name}") as grader:
+            got = [grader.submit(MATH, text).result(60) for text in texts]
+        assert [g.status for g in got] == ["ok"] * len(texts)
+        assert [g.score for g in got] == pytest.approx(scores) and all(g.parts for g in got)
+    server.shutdown()
 
 
 def test_where_a_reward_is_looked_for_is_said(tmp_path, monkeypatch):
