@@ -10,7 +10,7 @@ or contradicts itself, --help says what we took.
 
 OUT/final           the trained model            OUT/metrics.jsonl   one line a step
 OUT/best            best on --eval_data          OUT/eval.jsonl      evaluations during training
-OUT/export/step_N   see --export_every           OUT/rollouts        every sample, a file a step
+OUT/exports/step_N  see --export_every           OUT/rollouts        every sample, a file a step
 """
 
 from __future__ import annotations
@@ -646,7 +646,7 @@ def train(c: Config) -> int:
             if last or stop_asked or too_bad or due:
                 save_state(root, step + 1, model, optimizer, at, world, c.keep_last, hashes)
             if c.export_every and (step + 1) % c.export_every == 0:
-                export(run.out / "export" / f"step_{step + 1}")
+                export(run.out / "exports" / f"step_{step + 1}")
             if too_bad:
                 raise ValueError(
                     f"loss or gradient was not finite in {bad} steps in a row (now step {step + 1}); "

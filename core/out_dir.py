@@ -23,6 +23,7 @@ from typing import Any, Callable, Collection
 from core.parallel import World, all_gather_objects
 
 LOCK = "lock"
+LOGS = ("metrics.jsonl", "validation.jsonl", "eval.jsonl", "best.json")  # of step 0, perhaps
 STARTED = {"config.json", "header.json", "status", "cache"}  # there before the first step
 SECONDS_TO_APPEAR = 5.0  # a network file system may show a new file a moment late
 
@@ -60,7 +61,7 @@ def claim(
                 f"continue it, or name another --out"
             )
     elif old is not None:  # a start that never did a step: what it logged is not this run's
-        for name in ("header.json", "status", "metrics.jsonl", "validation.jsonl", "eval.jsonl"):
+        for name in ("header.json", "status", *LOGS):
             (out / name).unlink(missing_ok=True)
         old = None
     write_json(out / "config.json", {"script": script, **settings})

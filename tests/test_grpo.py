@@ -588,7 +588,7 @@ def test_another_runs_checkpoint_exports_and_the_best_model(place):
     code, said = place.nursery.run([*more, "--resume", first / "checkpoints" / "step_2"])
     assert code == 0 and "resuming from" in said, said
     assert [m["step"] for m in rows(second)] == [3, 4]
-    weights = load_file(second / "export" / "step_3" / "model.safetensors")
+    weights = load_file(second / "exports" / "step_3" / "model.safetensors")
     assert weights.keys() == load_file(second / "final" / "model.safetensors").keys()
     scores = [r["greedy"] for r in rows(first, "eval.jsonl")]
     assert json.loads((first / "best.json").read_text())["score"] == max(scores)

@@ -97,11 +97,12 @@ def test_a_start_that_did_no_step_does_not_hold_the_directory(world, tmp_path):
     mended command must run, and must not take that evaluation for its own."""
     run = Run(tmp_path, Settings(), world)
     run.start({}, 0)
+    run.keep_best(0, 0.5, lambda folder: None)
     run.log_evaluation({"step": 0, "accuracy": 0.5})
     (tmp_path / "cache").mkdir()
     run = Run(tmp_path, Settings(lr=2.0), world)
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 2.0
-    assert not run.has("eval", 0)
+    assert not run.has("eval", 0) and run.keep_best(0, 0.1, lambda folder: None)
     run.start({}, 0)
     run.log({"step": 1})
     with pytest.raises(ValueError, match="whose lr is 2.0, now 3.0"):
