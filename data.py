@@ -24,6 +24,7 @@ from typing import Iterator, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 
 from core import chat, schema, token_cache
 from core.chat import chat_segments, load_tokenizer, with_image_parts  # noqa: F401
@@ -79,9 +80,9 @@ def image_token_id(tokenizer) -> int | None:
     return number if known else None
 
 
-def image_token_count(path: str, config: ImageConfig) -> int:
-    """How many tokens this image will take, from its upright size."""
-    size = image_size(path)
+def image_token_count(image: str | Path | Image.Image, config: ImageConfig) -> int:
+    """How many tokens this image, a file or an open one, will take, from its upright size."""
+    size = image.size if isinstance(image, Image.Image) else image_size(image)
     if isinstance(size, str):
         raise ValueError(size)
     height, width = smart_resize(size[1], size[0], config)
