@@ -42,20 +42,14 @@ import data
 import grading
 import model
 import rewards
+from core.chat import banned_token_ids, stop_token_ids
 from core.out_dir import assert_shared, claim, lock, write_json
 from core.parallel import World, all_any, all_gather_objects, barrier, from_rank0, gathered, init
 from core.run import hash_files, header, option, parse_config, run_and_exit, script
 from core.samples import Sample, make_sample, problem_seed, read_samples, set_grade, write_samples
+from core.slots import ForcedExit, exit_positions
 from core.vision import ImageConfig
-from sampler import (
-    Completion,
-    ForcedExit,
-    Sampler,
-    SamplingParams,
-    banned_token_ids,
-    exit_positions,
-    stop_token_ids,
-)
+from sampler import Completion, Sampler, SamplingParams
 from scoring.metrics import all_metrics, cluster, compare, is_looping
 from scoring.tables import report
 

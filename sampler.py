@@ -31,7 +31,7 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import Callable, Protocol, Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -43,37 +43,9 @@ from core.attention import attend
 from core.decode_kernels import Graphs, decode_attend, plan_attention
 from core.lora import lora_layers, merged_parameters
 from core.samples import sampled_mask
+from core.slots import ForcedExit, Slots, force_exit
 from core.vision import mrope_positions
 from model import Model, head_logits, rope_cos_sin
-
-
-class Prompt(Protocol):
-    """What the sampler continues (data.Prompt)."""
-
-    tokens: list[int]  # image placeholders already repeated
-    pixel_values: torch.Tensor | None  # (patches, 1176)
-    grid_thw: torch.Tensor | None  # (images, 3)
-
-
-@dataclass(frozen=True)
-class ForcedExit:
-    """End a thought that is still open after `budget` sampled tokens (from_tokenizer builds it)."""
-
-    budget: int
-    tokens: Sequence[int] | torch.Tensor  # what is inserted
-    close_table: torch.Tensor = field(repr=False)  # finds the model's own close in its tokens
-    answer_budget: int | None = None  # tokens left for the answer; None: up to max_new_tokens
-
-    @classmethod
-    def from_tokenizer(
-        cls, tokenizer, vocab_size: int, budget: int, answer_budget: int | None = None
-    ) -> ForcedExit:
-        """Inserts "</think>" and the newline that training data have behind it: in Qwen's
-        vocabulary the newline belongs to the last token of the close."""
-        pieces = [tokenizer.decode([i]) for i in range(min(len(tokenizer), vocab_size))]
-        pieces += [""] * (vocab_size - len(pieces))
-        tokens = tokenizer.encode("</think>\n", add_special_tokens=False)
-        return cls(budget, tokens, close_table(pieces, "</think>"), answer_budget)
 
 
 @dataclass(frozen=True)
@@ -91,23 +63,19 @@ class SamplingParams:
     banned_ids: Sequence[int] | torch.Tensor | None = None  # None: the model's own `banned_ids`
 
     def __post_init__(self):
-        for name, ok, rule in [
-            ("n", self.n >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-        ]:
-            if not ok:
-                raise ValueError(f"{name} {getattr(self, name)}: must be {rule}")
+        if min(self.n, self.max_new_tokens) < 1 or min(self.temperature, self.top_k) < 0:
+            raise ValueError(f"{self}: n and max_new_tokens start at 1, temperature and top_k at 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: must be in (0, 1]")
         if (exit := self.forced_exit) is not None:
             # an exit can be delayed while the model is closing, a token a character at most
             waits, answer = len(exit.close_table) - 1, exit.answer_budget or 1
             most = self.max_new_tokens - len(exit.tokens) - waits - answer
             if not 0 <= exit.budget <= most:
                 raise ValueError(
-                    f"think_budget {exit.budget}: max_new_tokens {self.max_new_tokens} must also "
-                    f"hold {len(exit.tokens)} exit tokens and {answer} of the answer; at most {most}"
+                    f"think_budget {exit.budget}: at most {most}, as max_new_tokens "
+                    f"{self.max_new_tokens} must also hold {len(exit.tokens)} exit tokens and "
+                    f"{answer} of the answer"
                 )
 
     def on(self, device: torch.device, banned_ids: torch.Tensor | None) -> SamplingParams:
@@ -142,21 +110,6 @@ class Completion:
     def mask(self) -> np.ndarray:
         """(len(tokens),) bool: True sampled, False inserted."""
         return sampled_mask(len(self.tokens), self.forced_at, self.forced_tokens)
-
-
-def stop_token_ids(tokenizer) -> list[int]:
-    """Both end tokens of Qwen models: a sample that ends with <|endoftext|> would otherwise run on."""
-    ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
-    return sorted({*ids, tokenizer.eos_token_id} - {None, tokenizer.unk_token_id})
-
-
-def banned_token_ids(tokenizer, vocab_size: int) -> list[int]:
-    """Ids never to be sampled: vision placeholders (the next forward would look for an image) and
-    the vocabulary's padded end."""
-    names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
-    ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
-    ids = [i for i in ids if i is not None and i != tokenizer.unk_token_id]
-    return ids + list(range(len(tokenizer), vocab_size))
 
 
 # -------------------------------------------------------------------------- sampling one token
@@ -194,7 +147,7 @@ def uniform(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 def sample_token(
     logits: torch.Tensor, u: torch.Tensor, top_k: int, top_p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (B, V) fp32, u (B,) in (0, 1) → tokens (B,) by inverse CDF, and logsumexp(logits) (B,).
+    """logits (B, V) fp32, u (B,) in (0, 1) → tokens by inverse CDF, logsumexp(logits), both (B,).
 
     Token i is taken when u · total lies in [cdf[i-1], cdf[i]): an id of probability 0 never is.
     """
@@ -214,8 +167,8 @@ def sample_token(
 
 
 def truncate(p: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Keep the top_k largest of each row of p (B, V), then the smallest set that holds a share top_p
-    of what is left; the most probable token always stays."""
+    """Keep the top_k largest of each row of p (B, V), then the smallest set that holds a share
+    top_p of what is left; the most probable token always stays."""
     if top_k and top_k < p.shape[1]:
         p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0)
     if top_p < 1:
@@ -224,150 +177,6 @@ def truncate(p: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
         ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
         p = torch.zeros_like(p).scatter_(1, index, ordered)
     return p
-
-
-# ------------------------------------------------------------------------------------ the slots
-@dataclass
-class Slots:
-    """The samples being decoded, one a slot. `first(B)` gives views of slots 0 … B-1."""
-
-    state: torch.Tensor  # (9, S) int64, by name below
-    kv: torch.Tensor | None = None  # (2, L, S, capacity, Hkv, D)
-    hidden: torch.Tensor | None = None  # (S, C) of the last token, after the final norm
-    tokens: torch.Tensor | None = None  # (S, capacity + 1); finished rows write to the last column
-    logprobs: torch.Tensor | None = None  # (S, capacity + 1) fp32
-
-    def __post_init__(self):
-        (
-            self.length,  # tokens whose KV is cached
-            self.rope_delta,  # M-RoPE: position of a new token - its index
-            self.count,  # tokens of the completion so far
-            self.limit,  # the most it may have
-            self.matched,  # characters of the thought's close at the end of the text
-            self.closing,  # 1: the last token added to them
-            self.exit_at,  # token at which the forced exit began, -1: none
-            self.done,  # 1: ended or empty; the row runs along and changes nothing
-            self.key,  # of its random numbers
-        ) = self.state.unbind(0)
-
-    @classmethod
-    def allocate(cls, slots: int, capacity: int, c, dtype, device: torch.device) -> Slots:
-        size = (2, c.num_hidden_layers, slots, capacity, c.num_key_value_heads, c.head_dim)
-        if device.type == "cpu":  # same dimensions, but each head contiguous: SDPA is faster
-            size = (*size[:3], size[4], size[3], size[5])
-        kv = torch.zeros(size, dtype=dtype, device=device)  # a masked NaN would still do: 0 · NaN
-        slots_ = cls(
-            torch.zeros(9, slots, dtype=torch.int64, device=device),
-            kv.transpose(3, 4) if device.type == "cpu" else kv,
-            torch.zeros(slots, c.hidden_size, dtype=dtype, device=device),
-            torch.zeros(slots, capacity + 1, dtype=torch.int64, device=device),
-            torch.zeros(slots, capacity + 1, device=device),
-        )
-        slots_.done.fill_(1)
-        return slots_
-
-    def first(self, rows: int) -> Slots:
-        tensors = (self.hidden, self.tokens, self.logprobs)
-        return Slots(self.state[:, :rows], self.kv[:, :, :rows], *(t[:rows] for t in tensors))
-
-    def start(self, slots: list[int], lengths, deltas, limit: int, keys) -> None:
-        """Set the state of new samples whose KV and hidden state are in place."""
-        zero, one = [0] * len(slots), [1] * len(slots)
-        limits, no_exit = [limit * i for i in one], [-i for i in one]
-        values = [lengths, deltas, zero, limits, zero, zero, no_exit, zero, keys]
-        self.state[:, slots] = torch.tensor(values, device=self.state.device)
-
-    def free(self, slot: int, length: int) -> None:
-        """Zero what a sample of `length` cached tokens wrote: the next must see no trace of it, above
-        all no NaN. The row goes on writing at position 0, which every prompt overwrites."""
-        self.kv[:, :, slot, : length + 1] = 0
-        self.length[slot] = 0
-        self.done[slot] = 1
-
-    def move(self, source: int, target: int, length: int, count: int) -> None:
-        """A running sample with `length` cached and `count` new tokens into a free slot."""
-        self.kv[:, :, target, :length] = self.kv[:, :, source, :length]
-        for t in (self.tokens, self.logprobs):
-            t[target, :count] = t[source, :count]
-        self.hidden[target] = self.hidden[source]
-        self.state[:, target] = self.state[:, source]
-        self.free(source, length)
-
-
-# ---------------------------------------------------------------------------------- forced exit
-def close_table(pieces: list[str], close: str) -> torch.Tensor:
-    """(len(close) + 1, V) uint8: characters of `close` at the end of the text after each token,
-    given how many there were before it. The last state, closed, is final.
-
-    `</think>` is several tokens, and which ones depends on its neighbours (" </" and ">\\n" are
-    tokens of their own), so it is followed as text. For close "</t>" and pieces "</", "t", ">\\n",
-    "a": from state 0 "</" leads to 2, "t" then to 3, ">\\n" then to 4 (closed); "a" leads to 0.
-    """
-
-    def advance(state: int, piece: str) -> int:
-        text = close[:state] + piece
-        if close in text:
-            return len(close)
-        return next(k for k in range(len(close) - 1, -1, -1) if text.endswith(close[:k]))
-
-    table = torch.zeros(len(close) + 1, len(pieces), dtype=torch.uint8)
-    for i, piece in enumerate(pieces):
-        if not piece:  # says nothing: the state stays
-            table[:, i] = torch.arange(len(close) + 1)
-        elif piece[-1] in close or piece[0] in close:  # all other pieces lead to 0
-            table[:, i] = torch.tensor([advance(s, piece) for s in range(len(close) + 1)])
-        elif close in piece:
-            table[:, i] = len(close)
-    table[-1] = len(close)
-    return table
-
-
-def force_exit(
-    s: Slots, token: torch.Tensor, exit: ForcedExit
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace sampled tokens (B,) where thinking is over its budget → (tokens, inserted (B,) bool).
-
-    Thinking lasts until the close has been written, whether prompt or completion opened it. The exit
-    waits while the model is closing by itself: each token must bring the close further, so it waits
-    for len(close) - 1 tokens at most. After the exit `answer_budget` tokens are left.
-    """
-    closed, inserted = len(exit.close_table) - 1, len(exit.tokens)
-    is_open = (s.matched < closed) & (s.closing == 0) & (s.exit_at < 0) & (s.done == 0)
-    starts = (s.count >= exit.budget) & is_open
-    s.exit_at.copy_(torch.where(starts, s.count, s.exit_at))
-    if exit.answer_budget is not None:
-        s.limit.copy_(torch.where(starts, s.count + inserted + exit.answer_budget, s.limit))
-    index = s.count - s.exit_at
-    forced = (s.exit_at >= 0) & (index < inserted)
-    token = torch.where(forced, exit.tokens[index.clamp(0, inserted - 1)], token)
-    matched = exit.close_table[s.matched, token].long()
-    s.closing.copy_((matched > s.matched) & (matched < closed))
-    s.matched.copy_(matched)
-    return token, forced
-
-
-def exit_positions(
-    completions: Sequence[Sequence[int]], unfinished: Sequence[bool], exit: ForcedExit
-) -> list[int | None]:
-    """Where a forced exit would have begun in stored completions (evaluation's budget curve): index
-    of its first token, or None where the thought was closed before.
-
-    unfinished: the completion was cut at its end, where an exit may still begin. "a b c d", budget
-    2, never closed → 2; "a </think> c d" → None; "a" that ended by itself → None.
-    """
-    lengths = torch.tensor([len(c) for c in completions])
-    tokens = torch.zeros(len(lengths), int(lengths.max()) + 1, dtype=torch.int64)
-    for row, c in zip(tokens, completions):
-        row[: len(c)] = torch.as_tensor(c)
-    ends, s = torch.tensor(unfinished), Slots(torch.zeros(9, len(lengths), dtype=torch.int64))
-    s.exit_at.fill_(-1)
-    exit = replace(exit, tokens=torch.as_tensor(exit.tokens), answer_budget=None)
-    for t in range(tokens.shape[1]):
-        s.count.fill_(t)
-        s.done.copy_((t > lengths) | ((t == lengths) & ~ends))
-        s.closing.masked_fill_(t >= lengths, 0)  # it was cut while closing: nothing to wait for
-        force_exit(s, tokens[:, t], exit)
-    return [None if at < 0 else at for at in s.exit_at.tolist()]
 
 
 # ------------------------------------------------------------------------------ the decode step
@@ -447,10 +256,10 @@ class Sampler:
         min_rows: int = 1,
     ):
         """max_len: longest prompt + completion. slots: samples decoded at once (256 on CUDA, 64 on
-        CPU if they fit). kv_gb: KV memory, by default 80% of the free GPU memory. sync_every: decode
-        steps between two looks of the host (8 on CUDA, 1 on CPU). prefill_tokens: prompt tokens a
-        prefill pass. min_rows: pad smaller batches; from 16 rows on, CPU matrix products give a row
-        the same bits in every batch. Takes no memory yet, so `model` may still be sharded."""
+        CPU if they fit). kv_gb: KV memory, by default 80% of the free GPU memory. sync_every:
+        decode steps between two looks of the host (8 on CUDA, 1 on CPU). prefill_tokens: prompt
+        tokens a prefill pass. min_rows: pad smaller batches; from 16 rows on, CPU matrix products
+        give a row the same bits in every batch. Takes no memory yet, so `model` may still be sharded."""
         if slots is not None and slots < 1:
             raise ValueError(f"slots {slots}: must be at least 1")
         self.model, self.config, self.max_len = model, model.config, max_len
@@ -511,8 +320,8 @@ class Sampler:
         fitting, wanted = int(budget / slot_bytes), self.wanted_slots or 1
         if wanted > fitting:
             raise ValueError(
-                f"{wanted} slot(s) of {self.max_len} tokens take {wanted * slot_bytes / 1e9:.3g} GB "
-                f"of KV cache; {fitting} would fit in {budget / 1e9:.3g} GB. Lower --slots or "
+                f"{wanted} slot(s) of {self.max_len} tokens take {wanted * slot_bytes / 1e9:.3g} "
+                f"GB of KV cache; {fitting} would fit in {budget / 1e9:.3g} GB. Lower --slots or "
                 "--max_new_tokens, or raise --kv_gb"
             )
         self.usable = self.wanted_slots or min(fitting, 256 if cuda else 64)
@@ -525,7 +334,7 @@ class Sampler:
     @torch.inference_mode()
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence,
         params: SamplingParams,
         *,
         sample_ids: Sequence[int] | None = None,
@@ -535,10 +344,10 @@ class Sampler:
         """params.n completions of each prompt, ordered by (prompt, sample).
 
         sample_ids: a number a prompt that, with the seed and the sample's index, decides its random
-        numbers; by default its index in this call. on_finish: called as soon as the host sees that a
-        completion ended. Uses the model's weights as they are now. Raises ValueError for what can't
-        work before computing anything. On Ctrl-C and when memory runs out, the exception's
-        `completions` holds the finished ones.
+        numbers; by default its index in this call. on_finish: called as soon as the host sees
+        that a completion ended. Uses the model's weights as they are now. Raises ValueError for
+        what can't work before computing anything. On Ctrl-C and when memory runs out, the
+        exception's `completions` holds the finished ones.
         """
         self.sample_ids = range(len(prompts)) if sample_ids is None else sample_ids
         self._check(prompts, params)
@@ -586,7 +395,7 @@ class Sampler:
             self.stats["decode_tokens"] = sum(len(c.tokens) for c in finished)
         return sorted(finished, key=lambda c: (c.prompt_index, c.sample_index))
 
-    def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+    def _check(self, prompts: Sequence, params: SamplingParams) -> None:
         vocab = self.config.vocab_size
         if len(self.sample_ids) != len(prompts):
             raise ValueError(f"{len(self.sample_ids)} sample_ids for {len(prompts)} prompts")
@@ -660,7 +469,7 @@ class Sampler:
         self.stats["prefill_seconds"] += time.perf_counter() - begin
         self.stats["prefill_tokens"] += len(tokens)
 
-    def _positions(self, prompt: Prompt) -> tuple[torch.Tensor, int]:
+    def _positions(self, prompt) -> tuple[torch.Tensor, int]:
         if prompt.grid_thw is None:
             return torch.arange(len(prompt.tokens)).expand(3, -1), 0
         return mrope_positions(

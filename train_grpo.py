@@ -1,12 +1,12 @@
 """Stage two of X-Reasoner: GRPO on text-only problems with an exact 1/0 reward.
 
-    torchrun --nproc_per_node=8 train_grpo.py --model runs/sft/final --data orz57k.jsonl --out runs/grpo
-    python train_grpo.py --model DIR --data problems.jsonl --out runs/try --steps 20 --prompts 8
+    torchrun --nproc_per_node=8 train_grpo.py --model runs/sft/final --data orz57k.jsonl --out OUT
+    python train_grpo.py --model DIR --data problems.jsonl --out OUT --steps 20 --prompts 8
 
-A step: `prompts` problems → `group` rollouts of each, graded while others still decode → advantages
-within each group → clipped loss over all sampled tokens → AdamW → the next step samples from the new
-weights. Defaults are the paper's (arXiv 2505.03981, section 2.3, appendix B.2); where it is silent
-or contradicts itself, --help says what we took.
+A step: `prompts` problems → `group` rollouts of each, graded while others still decode →
+advantages within each group → clipped loss over all sampled tokens → AdamW → the next step samples
+from the new weights. Defaults are the paper's (arXiv 2505.03981, section 2.3, appendix B.2); where
+it is silent or contradicts itself, --help says what we took.
 
 OUT/final           the trained model            OUT/metrics.jsonl   one line a step
 OUT/best            best on --eval_data          OUT/eval.jsonl      evaluations during training
@@ -18,15 +18,17 @@ from __future__ import annotations
 import gc
 import math
 import time
-from dataclasses import MISSING, dataclass
-from functools import lru_cache, partial
+from dataclasses import MISSING, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from statistics import fmean as mean
+from typing import Any, ClassVar, Iterable, Literal
 
 import numpy as np
 import torch
 
 from core import attention, optim
+from core.chat import banned_token_ids, stop_token_ids
 from core.checkpoint import require_space, resume, save_state
 from core.lora import LoRA, lora_disabled, save_adapter
 from core.parallel import World, all_any, all_gather_objects, all_max, all_sum, gathered, init
@@ -42,10 +44,12 @@ from core.run import (
     run_and_exit,
     script,
 )
-from core.samples import Sample, generate_and_grade, problem_seed, write_samples
+from core.samples import Sample, generate_and_grade, problem_seed, rollout_metrics, write_samples
+from core.slots import ForcedExit
 from core.vision import ImageConfig
 from core.weights import export_hf
 from data import (
+    Prompt,
     RolloutBatch,
     image_token_count,
     load_problems,
@@ -55,8 +59,8 @@ from data import (
     rollout_batches,
 )
 from model import Model, build_model, resolve_model_dir
-from rewards import Grader
-from sampler import ForcedExit, Sampler, SamplingParams, banned_token_ids, stop_token_ids
+from rewards import RULES, Grader
+from sampler import Sampler, SamplingParams
 
 DATA, GOAL, SAMPLE, OPTIM, MEMORY, RUN = (
     partial(option, group=g)
@@ -81,6 +85,7 @@ class Config:
     prompt_style: str = DATA("train", "train: the paper's; kind: its evaluation prompts; plain")
     max_prompt_tokens: int = DATA(2048, "longer prompts are left out and counted", ge=1)
     skip_bad_rows: bool = DATA(False, "train without the rows that fail the check")
+    rule: Literal[RULES] = DATA("answer", "where the built-in reward looks for the answer")
     reward: str = DATA("", "module:function(problem, completion, finish_reason) → number")
 
     advantage: Literal["grpo", "mean_only", "rloo"] = GOAL(
@@ -177,7 +182,7 @@ def group_advantages(rewards: torch.Tensor, kind: str, eps: float = 1e-6) -> tor
 
     grpo: (r - mean) / (std + eps), std unbiased (arXiv 2402.03300); mean_only: r - mean (Dr. GRPO,
     2503.20783); rloo: r - mean of the others (2402.14740). Groups of equal rewards get exactly 0.
-    [[1, 0, 0]] → grpo [[1.1547, -.5774, -.5774]], mean_only [[2/3, -1/3, -1/3]], rloo [[1, -.5, -.5]]
+    [1, 0, 0] → grpo [1.1547, -.5774, -.5774], mean_only [2/3, -1/3, -1/3], rloo [1, -1/2, -1/2]
     """
     size = rewards.shape[1]
     centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -355,45 +360,39 @@ def train_on(
 
 
 # --------------------------------------------------------------------------------- the rollouts
-@lru_cache(maxsize=2)
-def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    """(size,): the problems of an epoch in random order."""
-    return np.random.default_rng([seed, epoch]).permutation(size)
-
-
-def stream_problem(problems: list[dict], position: int, seed: int) -> dict:
-    """The problem at a position of the endless stream, epoch after epoch."""
-    epoch, i = divmod(position, len(problems))
-    return problems[epoch_order(len(problems), seed, epoch)[i]]
+def next_problems(problems: list[dict], positions: Iterable[int], seed: int) -> list[dict]:
+    """The problems at these positions of the endless stream: epoch after epoch, each shuffled."""
+    orders, chosen = {}, []
+    for position in positions:
+        epoch, i = divmod(position, len(problems))
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(problems))
+        chosen.append(problems[orders[epoch][i]])
+    return chosen
 
 
 class Roller:
     """Samples and grades on all ranks. What is sampled depends on the weights, the seed and the
     position in the stream; not on the number of ranks, nor on where a run was stopped."""
 
-    def __init__(self, c: Config, sampler: Sampler, exit, grader, tokenizer, images, world: World):
-        self.c, self.sampler, self.grader, self.world = c, sampler, grader, world
-        self.tokenizer, self.images, self.exit = tokenizer, images, exit
-        self.seconds = {"sample_s": 0.0, "reward_s": 0.0}  # of this rank in this step
+    def __init__(
+        self, c: Config, sampler, params: SamplingParams, grader, tokenizer, images, world
+    ):
+        self.c, self.sampler, self.params, self.grader = c, sampler, params, grader
+        self.tokenizer, self.images, self.world = tokenizer, images, world
+        self.sample_s = self.reward_s = 0.0  # of this rank in this step
 
     def sample(
-        self, problems: list[dict], salts: list[int], n: int, temperature: float
-    ) -> tuple[list[Sample], list]:
-        """n graded samples of each problem in order of (problem, sample), and the prompts; the same
-        on every rank. salts: with the problem's id they seed its samples. Collective."""
-        c, mine = self.c, list(range(self.world.rank, len(problems), self.world.size))
-        begin = time.perf_counter()
-        prompts = [
-            render_problem(p, self.tokenizer, self.images, style=c.prompt_style) for p in problems
-        ]
-        params = SamplingParams(
-            n=n,
-            temperature=temperature,
-            max_new_tokens=c.max_new_tokens,
-            stop_ids=stop_token_ids(self.tokenizer),
-            seed=c.seed,
-            forced_exit=self.exit,
+        self, problems: list[dict], salts: list[int], params: SamplingParams
+    ) -> tuple[list[Sample], list[Prompt]]:
+        """params.n graded samples of each problem in order of (problem, sample), and the prompts;
+        the same on every rank. salts: with the problem's id they seed its samples. Collective."""
+        mine, begin = (
+            list(range(self.world.rank, len(problems), self.world.size)),
+            time.perf_counter(),
         )
+        style = self.c.prompt_style
+        prompts = [render_problem(p, self.tokenizer, self.images, style=style) for p in problems]
         with gathered(self.sampler.model):  # whole weights: no collective while decoding
             samples, waited = generate_and_grade(
                 self.sampler,
@@ -404,16 +403,16 @@ class Roller:
                 params,
                 seeds=[problem_seed(problems[i], salts[i]) for i in mine],
             )
-            if not c.keep_sampler and self.world.device.type == "cuda":
+            if not self.c.keep_sampler and self.world.device.type == "cuda":
                 self.sampler.release()
-        self.seconds["sample_s"] += time.perf_counter() - begin - waited
-        self.seconds["reward_s"] += waited  # grading that was not hidden behind decoding
+        self.sample_s += time.perf_counter() - begin - waited
+        self.reward_s += waited  # grading that was not hidden behind decoding
         for s in samples:
             s.problem = mine[s.problem]
         everyone = [s for part in all_gather_objects(samples) for s in part]
         return sorted(everyone, key=lambda s: (s.problem, s.sample)), prompts
 
-    def step(self, problems: list[dict], cursor: int) -> tuple[list[Sample], list, int]:
+    def step(self, problems: list[dict], cursor: int) -> tuple[list[Sample], list[Prompt], int]:
         """The rollouts of one step from `cursor` of the stream on → (samples, prompts, new cursor).
 
         drop: groups of equal rewards are not trained on. refill: more problems are sampled until
@@ -421,14 +420,15 @@ class Roller:
         are sampled again by the next step, so no problem is passed over.
         """
         c, samples, prompts, used, end = self.c, [], [], 0, cursor
+        self.sample_s = self.reward_s = 0.0
         while used < c.prompts and len(prompts) < MOST_BATCHES * c.prompts:
             seen, n = len(prompts), c.prompts
             if seen:  # as many as the share of useful groups so far asks for
                 n = min(n, math.ceil((c.prompts - used) * seen / max(used, 1)))
-            salts = list(range(cursor + seen, cursor + seen + n))
-            batch = [stream_problem(problems, position, c.seed) for position in salts]
-            new, new_prompts = self.sample(batch, salts, c.group, c.temperature)
-            for i, position in enumerate(salts):
+            positions = list(range(cursor + seen, cursor + seen + n))
+            batch = next_problems(problems, positions, c.seed)
+            new, new_prompts = self.sample(batch, positions, self.params)
+            for i, position in enumerate(positions):
                 group, wanted = new[i * c.group : (i + 1) * c.group], used < c.prompts
                 useful = c.zero_variance == "keep" or len({s.reward for s in group}) > 1
                 for s in group:
@@ -442,54 +442,19 @@ class Roller:
 
     def evaluate(self, problems: list[dict], step: int) -> dict:
         """Greedy accuracy and avg@n, with the same random numbers at every step. Collective."""
-        salts = [-1] * len(problems)
-        greedy, _ = self.sample(problems, salts, 1, 0.0)
-        result = {
-            "step": step,
-            "n": len(problems),
-            "greedy": float(np.mean([s.reward for s in greedy])),
-            "truncated": float(np.mean([s.truncated for s in greedy])),
-        }
-        if self.c.eval_n:
-            several, _ = self.sample(problems, salts, self.c.eval_n, self.c.temperature)
-            result[f"avg@{self.c.eval_n}"] = float(np.mean([s.reward for s in several]))
+        salts, n = [-1] * len(problems), self.c.eval_n
+        greedy, _ = self.sample(problems, salts, replace(self.params, n=1, temperature=0.0))
+        result = {"step": step, "n": len(problems), "greedy": mean(s.reward for s in greedy)}
+        result["truncated"] = mean(s.truncated for s in greedy)
+        if n:
+            several, _ = self.sample(problems, salts, replace(self.params, n=n))
+            result[f"avg@{n}"] = mean(s.reward for s in several)
         return result
 
 
-def rollout_metrics(samples: list[Sample], group: int) -> dict:
-    """What all samples of a step say, those that are not trained on too."""
-    rewards = np.array([s.reward for s in samples]).reshape(-1, group)
-    lengths, right = np.array([len(s.tokens) for s in samples]), rewards.flatten() > 0
-
-    def share(test) -> float:
-        return float(np.mean([test(s) for s in samples]))
-
-    return {
-        "reward": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "frac_reward_zero_std": float((rewards.max(1) == rewards.min(1)).mean()),
-        "solved": float(right.mean()),
-        "solved_all": float((rewards.min(1) > 0).mean()),
-        "solved_any": float((rewards.max(1) > 0).mean()),
-        "samples": len(samples),
-        "trained_samples": sum(s.trained for s in samples),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/max_length": int(lengths.max()),
-        "completions/mean_length_right": float(lengths[right].mean()) if right.any() else None,
-        "completions/mean_length_wrong": float(lengths[~right].mean()) if not right.all() else None,
-        "completions/clipped_ratio": share(lambda s: s.truncated),
-        "forced": share(lambda s: s.forced_at is not None),
-        "no_answer": share(lambda s: s.status == "no_answer"),
-        "reward_timeouts": share(lambda s: s.status == "timeout"),
-        "reward_errors": share(lambda s: s.status == "error"),
-        "tokens": int(lengths.sum()),
-    }
-
-
 # --------------------------------------------------------------------------------------- the run
-def load_data(c: Config, model_dir: Path, run: Run) -> tuple[list, list, int, ImageConfig | None]:
+def load_data(c: Config, model_dir: Path, tokenizer, run: Run) -> tuple[list, list, int, Any]:
     """Problems whose prompts fit, problems for evaluation, longest prompt, image settings."""
-    tokenizer = load_tokenizer(model_dir)
     problems, faults = load_problems(c.data, skip_bad_rows=c.skip_bad_rows)
     held_out = load_problems(c.eval_data, skip_bad_rows=c.skip_bad_rows)[0] if c.eval_data else []
     with_images = any(p.get("images") for p in problems + held_out)
@@ -499,14 +464,13 @@ def load_data(c: Config, model_dir: Path, run: Run) -> tuple[list, list, int, Im
         counts = [image_token_count(f, images) for f in p.get("images") or []]
         return len(prompt_tokens(p, tokenizer, counts, c.prompt_style))
 
-    lengths = [length(p) for p in problems]
+    lengths, eval_lengths = [length(p) for p in problems], [length(p) for p in held_out]
     fitting = [p for p, n in zip(problems, lengths) if n <= c.max_prompt_tokens]
     run.say(
         f"{len(fitting)} problems ({len({(f.file, f.line) for f in faults})} bad rows skipped, "
         f"{len(problems) - len(fitting)} prompts over {c.max_prompt_tokens} tokens left out), "
         f"{len(held_out)} for evaluation"
     )
-    eval_lengths = [length(p) for p in held_out]
     if not fitting or max(eval_lengths, default=0) > c.max_prompt_tokens:
         what = "a problem of --eval_data has" if fitting else "all problems have"
         raise ValueError(
@@ -536,16 +500,25 @@ def build(
     return model, reference, optimizer
 
 
-def restore(c: Config, run: Run, hashes, model: Model, optimizer, world: World) -> dict:
-    """Fill model and optimizer from this run's newest checkpoint, else from --resume, and return
-    where it stood. Rollout files of steps that will be done again are removed."""
-    at = resume(run.out / "checkpoints", c.resume, model, optimizer, world, hashes)
+def begin(c: Config, run: Run, model_dir: Path, model, optimizer, total: int, world) -> tuple:
+    """Resume from this run's newest checkpoint, else from --resume; check the disk; write the
+    header. Returns where the run stands, and the data's hashes."""
+    hashes, root = hash_files(c.data) if world.is_main else {}, run.out / "checkpoints"
+    at = resume(root, c.resume, model, optimizer, world, hashes)
     at = at or {"step": 0, "cursor": 0, "bad_steps": 0, "bad_in_a_row": 0}
-    if world.is_main:
+    exports = 1 + bool(c.eval_data) + (total // c.export_every if c.export_every else 0)
+    exports *= sum(f.stat().st_size for f in model_dir.glob("*.safetensors"))
+    copies = c.keep_last + 1 if c.save_every else 1
+    require_space(root, model, optimizer, world, copies=copies, export_bytes=exports)
+    if world.is_main:  # of steps that will be done again
         for file in (run.out / "rollouts").glob("step_*.jsonl"):
             if int(file.stem[5:]) > at["step"]:
                 file.unlink()
-    return at
+    facts = {"data": hashes | hash_files(c.eval_data), "model": str(model_dir)}
+    facts["attention"] = attention.backend(world.device, torch.bfloat16)
+    run.start(header(world_size=world.size, **facts), at["step"])
+    run.progress(total, at["step"])
+    return at, hashes
 
 
 def train(c: Config) -> int:
@@ -556,104 +529,67 @@ def train(c: Config) -> int:
         return run.finished()
     model_dir = resolve_model_dir(c.model, world)
     tokenizer = load_tokenizer(model_dir)
-    problems, held_out, longest, images = load_data(c, model_dir, run)
+    problems, held_out, longest, images = load_data(c, model_dir, tokenizer, run)
     model, reference, optimizer = build(c, model_dir, tokenizer, images is not None, world)
     total = c.steps or -(-c.epochs * len(problems) // c.prompts)
-    hashes = hash_files(c.data) if world.is_main else {}
-    at = restore(c, run, hashes, model, optimizer, world)
-    exports = 1 + bool(held_out) + (total // c.export_every if c.export_every else 0)
-    exports *= sum(f.stat().st_size for f in model_dir.glob("*.safetensors"))
-    copies = c.keep_last + 1 if c.save_every else 1
-    root = run.out / "checkpoints"
-    require_space(root, model, optimizer, world, copies=copies, export_bytes=exports)
-    saved, stop = at["step"], StopRequest()
-    exit = None
-    if c.think_budget:
-        exit = ForcedExit.from_tokenizer(tokenizer, model.config.vocab_size, c.think_budget)
     export = partial(export_hf, model, model_dir, world=world)
+    params = sampling_params(c, tokenizer, model.config.vocab_size)
     sampler = Sampler(model, max_len=longest + c.max_new_tokens, slots=c.slots, kv_gb=c.kv_gb)
-    grader = Grader(workers=c.graders, deadline=c.reward_deadline, reward=c.reward)
-    backend = attention.backend(world.device, torch.bfloat16)
-    run.start(
-        header(
-            world_size=world.size,
-            data=hashes | hash_files(c.eval_data),
-            model=str(model_dir),
-            attention=backend,
-        ),
-        saved,
-    )
-    run.progress(total, saved)
+    at, hashes = begin(c, run, model_dir, model, optimizer, total, world)
+    stop, grader = StopRequest(), Grader(c.graders, c.reward_deadline, reward=c.reward, rule=c.rule)
     quiet_garbage_collection()
     with grader:
-        roller = Roller(c, sampler, exit, grader, tokenizer, images, world)
+        roller = Roller(c, sampler, params, grader, tokenizer, images, world)
         for step in range(at["step"], total + 1):
-            if held_out and (step == total or step % c.eval_every == 0):
-                if not run.has("eval", step):
-                    result = roller.evaluate(held_out, step)
-                    run.keep_best(step, result["greedy"], export)
-                    run.log_evaluation(result)
+            evaluation_due = held_out and (step == total or step % c.eval_every == 0)
+            if evaluation_due and not run.has("eval", step):
+                result = roller.evaluate(held_out, step)
+                run.keep_best(step, result["greedy"], export)
+                run.log_evaluation(result)
             if step == total:
                 break
-            begin, roller.seconds = time.perf_counter(), dict.fromkeys(roller.seconds, 0.0)
-            if c.offload_optimizer:
-                optim.move_states(optimizer, "cpu")
-            samples, prompts, cursor = roller.step(problems, at["cursor"])
-            if c.offload_optimizer:
-                optim.move_states(optimizer, world.device)
-            rollout_s = time.perf_counter() - begin
+            clock = [time.perf_counter()]
+            optim.move_states(optimizer, "cpu" if c.offload_optimizer else world.device)
+            samples, prompts, cursor = roller.step(problems, at["cursor"])  # with rewards
+            optim.move_states(optimizer, world.device)
+            clock.append(time.perf_counter())
 
             trained = [s for s in samples if s.trained]
             set_advantages(trained, c)
-            metrics, stepped = rollout_metrics(samples, c.group), True
-            error = too_many_failed(metrics, samples, step + 1, c, run)
+            fault = failed_rewards(samples, c, run)
             lr = learning_rate(step, total, c)
-            if not error:
-                more, stepped = train_on(
-                    model, reference, optimizer, trained, prompts, lr, c, world
-                )
-                metrics |= more
+            metrics = {"step": step + 1, "epoch": round(cursor / len(problems), 4)}
+            metrics["learning_rate"] = lr
+            metrics |= rollout_metrics(samples, c.group)
+            if not fault:
+                batch = (model, reference, optimizer, trained, prompts)
+                updated, stepped = train_on(*batch, lr, c, world)
             if world.is_main:
                 write_samples(run.out / "rollouts" / f"step_{step + 1}.jsonl", samples)
-            if error:
-                raise ValueError(error)
+            if fault:
+                raise ValueError(f"step {step + 1}: {fault}")
 
             bad = 0 if stepped else at["bad_in_a_row"] + 1
             at |= {"step": step + 1, "cursor": cursor, "bad_in_a_row": bad}
             at["bad_steps"] += not stepped
-            seconds = time.perf_counter() - begin
-            memory, *slowest = all_max(memory_gib(), *roller.seconds.values())
-            metrics = {
-                "step": step + 1,
-                "epoch": round(cursor / len(problems), 4),
-                "learning_rate": lr,
-                **metrics,
-                "prompt_tokens": sum(len(p.tokens) for p in prompts),
-                "tok_per_s": round(metrics["tokens"] / seconds, 1),
-                "sample_tok_per_s": round(metrics["tokens"] / max(rollout_s, 1e-9), 1),
-                "step_time": round(seconds, 3),
-                "rollout_s": round(rollout_s, 3),
-                **{k: round(v, 3) for k, v in zip(roller.seconds, slowest)},
-                "memory_gib": round(memory, 3),
-                "bad_steps": at["bad_steps"],
-            }
-            run.log(metrics)
-            run.say(describe(metrics, total))
+            metrics |= updated | step_metrics(metrics["tokens"], prompts, clock, roller)
+            run.log(metrics | {"bad_steps": at["bad_steps"]})
+            run.say(describe(metrics, total, at["bad_steps"]))
             run.advance()
-            stop_asked, last = all_any(stop.requested), step + 1 == total
-            too_bad = bad >= c.max_bad_steps
+            last, stopping = step + 1 == total, all_any(stop.requested)
             due = c.save_every and (step + 1) % c.save_every == 0
-            if last or stop_asked or too_bad or due:
+            if last or stopping or due or bad >= c.max_bad_steps:
+                root = run.out / "checkpoints"
                 save_state(root, step + 1, model, optimizer, at, world, c.keep_last, hashes)
             if c.export_every and (step + 1) % c.export_every == 0:
                 export(run.out / "exports" / f"step_{step + 1}")
-            if too_bad:
+            if bad >= c.max_bad_steps:
                 raise ValueError(
-                    f"loss or gradient was not finite in {bad} steps in a row (now step {step + 1}); "
-                    f"the weights are those before them. Lower --lr, or look at {run.out}/rollouts"
+                    f"loss or gradient was not finite in {bad} steps in a row (now step "
+                    f"{step + 1}); the weights are those before them. Lower --lr"
                 )
             gc.collect(0)  # what this step left behind; automatic collection is off
-            if stop_asked and not last:
+            if stopping and not last:
                 return run.stopped(step + 1)
     export(run.out / "final")
     if c.lora:
@@ -661,49 +597,75 @@ def train(c: Config) -> int:
     return run.finished()
 
 
-def learning_rate(step: int, total: int, c: Config) -> float:
-    return optim.lr_at(
-        step,
-        lr=c.lr,
-        total_steps=total,
-        steps_per_epoch=total,
-        schedule=c.schedule,
-        warmup_steps=int(c.warmup_ratio * total),
+def sampling_params(c: Config, tokenizer, vocab_size: int) -> SamplingParams:
+    exit = None
+    if c.think_budget:
+        exit = ForcedExit.from_tokenizer(tokenizer, vocab_size, c.think_budget)
+    return SamplingParams(
+        n=c.group,
+        temperature=c.temperature,
+        max_new_tokens=c.max_new_tokens,
+        stop_ids=stop_token_ids(tokenizer),
+        seed=c.seed,
+        forced_exit=exit,
     )
 
 
-def too_many_failed(metrics: dict, samples: list[Sample], step: int, c: Config, run: Run) -> str:
-    """Name the first failed reward of a step; returns an error where too many failed, else ""."""
+def learning_rate(step: int, total: int, c: Config) -> float:
+    plan = dict(total_steps=total, steps_per_epoch=total, warmup_steps=int(c.warmup_ratio * total))
+    return optim.lr_at(step, lr=c.lr, schedule=c.schedule, **plan)
+
+
+def failed_rewards(samples: list[Sample], c: Config, run: Run) -> str:
+    """Say which rewards failed; returns why the run must stop where too many did, else ""."""
     failed = [s for s in samples if s.status in ("timeout", "error")]
     if not failed:
         return ""
-    first = f"problem {failed[0].id}: {failed[0].status}, {failed[0].why}"
-    run.say(f"{len(failed)} of {len(samples)} rewards failed; the first, of {first}")
-    if metrics["reward_timeouts"] + metrics["reward_errors"] <= c.max_reward_errors:
+    first = f"{failed[0].id}: {failed[0].status}, {failed[0].why}"
+    said = f"{len(failed)} of {len(samples)} rewards failed; the first, of problem {first}"
+    run.say(said)
+    if len(failed) / len(samples) <= c.max_reward_errors:
         return ""
     return (
-        f"step {step}: {len(failed)} of {len(samples)} rewards failed, more than --max_reward_errors "
-        f"{c.max_reward_errors} allows; nothing was trained on them. Fix the reward (the samples are "
-        f"in {run.out / 'rollouts'}), then rerun the command. The first, of {first}"
+        f"{said}. Nothing was trained on them, as this is more than --max_reward_errors "
+        f"{c.max_reward_errors}. Fix the reward (see {run.out / 'rollouts'}) and rerun the command"
     )
 
 
-def describe(m: dict, total: int) -> str:
+def step_metrics(tokens: int, prompts: list[Prompt], clock: list[float], roller: Roller) -> dict:
+    """Speed and memory of a step that began at clock[0] and had its rollouts at clock[1]."""
+    seconds, rollout_s = time.perf_counter() - clock[0], clock[1] - clock[0]
+    memory, sample_s, reward_s = all_max(memory_gib(), roller.sample_s, roller.reward_s)
+    return {
+        "prompt_tokens": sum(len(p.tokens) for p in prompts),
+        "tok_per_s": round(tokens / seconds, 1),
+        "sample_tok_per_s": round(tokens / max(rollout_s, 1e-9), 1),
+        "step_time": round(seconds, 3),
+        "rollout_s": round(rollout_s, 3),
+        "sample_s": round(sample_s, 3),  # of the slowest rank
+        "reward_s": round(reward_s, 3),
+        "memory_gib": round(memory, 3),
+    }
+
+
+def describe(m: dict, total: int, bad_steps: int) -> str:
     """A step's metrics on one line."""
-    parts = [
-        f"step {m['step']}/{total}",
-        f"reward {m['reward']:.3f}",
-        f"zero variance {m['frac_reward_zero_std']:.0%}",
-        f"length {m['completions/mean_length']:.0f} (max {m['completions/max_length']})",
-        f"truncated {m['completions/clipped_ratio']:.0%}",
-    ]
-    if "loss" in m:
-        difference = m["sampling/logp_difference_mean"]
-        parts += [f"loss {m['loss']:+.4f}", f"entropy {m['entropy']:.3f}", f"kl {m['kl']:.4f}"]
-        parts += [f"norm {m['grad_norm']:.3f}", f"logp difference {difference:.1e}"]
-    parts += [f"lr {m['learning_rate']:.1e}", f"{m['tok_per_s']:.0f} tok/s"]
+    shown = {
+        "reward": "reward {:.3f}",
+        "frac_reward_zero_std": "zero variance {:.0%}",
+        "completions/mean_length": "length {:.0f}",
+        "completions/clipped_ratio": "truncated {:.0%}",
+        "loss": "loss {:+.4f}",
+        "entropy": "entropy {:.3f}",
+        "kl": "kl {:.4f}",
+        "grad_norm": "norm {:.3f}",
+        "sampling/logp_difference_mean": "logp difference {:.1e}",
+        "learning_rate": "lr {:.1e}",
+        "tok_per_s": "{:.0f} tok/s",
+    }
+    parts = [f"step {m['step']}/{total}", *(f.format(m[k]) for k, f in shown.items() if k in m)]
     parts += [f"rollouts {m['rollout_s']:.1f} s of {m['step_time']:.1f} s"]
-    return " | ".join(parts + ([f"bad steps {m['bad_steps']}"] if m["bad_steps"] else []))
+    return " | ".join(parts + [f"bad steps {bad_steps}"] * bool(bad_steps))
 
 
 def main(argv: list[str] | None = None) -> None:

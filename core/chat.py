@@ -116,3 +116,18 @@ def chat_segments(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
         segments += [(whole[at : len(before)], False), (reply, True)]
         at = len(after)
     return [s for s in [*segments, (whole[at:], False)] if s[0]]
+
+
+def stop_token_ids(tokenizer) -> list[int]:
+    """Both end tokens of Qwen models: a sample ending with <|endoftext|> would otherwise run on."""
+    ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+    return sorted({*ids, tokenizer.eos_token_id} - {None, tokenizer.unk_token_id})
+
+
+def banned_token_ids(tokenizer, vocab_size: int) -> list[int]:
+    """Ids never to be sampled: vision placeholders (the next forward would look for an image) and
+    the vocabulary's padded end."""
+    names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
+    ids = [i for i in ids if i is not None and i != tokenizer.unk_token_id]
+    return ids + list(range(len(tokenizer), vocab_size))

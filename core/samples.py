@@ -154,6 +154,36 @@ def generate_and_grade(
     return samples, time.perf_counter() - decoded
 
 
+def rollout_metrics(samples: list[Sample], group: int) -> dict:
+    """What all samples of a step say, those that are not trained on too."""
+    rewards = np.array([s.reward for s in samples]).reshape(-1, group)
+    lengths, right = np.array([len(s.tokens) for s in samples]), rewards.flatten() > 0
+
+    def share(test) -> float:
+        return float(np.mean([test(s) for s in samples]))
+
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "frac_reward_zero_std": float((rewards.max(1) == rewards.min(1)).mean()),
+        "solved": float(right.mean()),
+        "solved_all": float((rewards.min(1) > 0).mean()),
+        "solved_any": float((rewards.max(1) > 0).mean()),
+        "samples": len(samples),
+        "trained_samples": sum(s.trained for s in samples),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": int(lengths.max()),
+        "completions/mean_length_right": float(lengths[right].mean()) if right.any() else None,
+        "completions/mean_length_wrong": float(lengths[~right].mean()) if not right.all() else None,
+        "completions/clipped_ratio": share(lambda s: s.truncated),
+        "forced": share(lambda s: s.forced_at is not None),
+        "no_answer": share(lambda s: s.status == "no_answer"),
+        "reward_timeouts": share(lambda s: s.status == "timeout"),
+        "reward_errors": share(lambda s: s.status == "error"),
+        "tokens": int(lengths.sum()),
+    }
+
+
 # ----------------------------------------------------------------------------------------- disk
 def write_samples(file: Path, samples: Iterable[Sample]) -> None:
     """One json object a line; the file is written aside and renamed, so it is whole or absent."""

@@ -19,7 +19,7 @@ from real_data import REAL, needs_real
 import data
 import eval as ev
 import rewards
-from sampler import ForcedExit, close_table, exit_positions
+from core.slots import ForcedExit, close_table, exit_positions
 from scoring import metrics
 
 ROOT = Path(ev.__file__).parent

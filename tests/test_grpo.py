@@ -15,7 +15,7 @@ from tiny_model import make_tiny_vl
 import train_grpo
 from core.samples import Sample, read_samples
 from data import collate_samples, rollout_batches
-from train_grpo import Config, Roller, grpo_loss, score, set_advantages, stream_problem
+from train_grpo import Config, Roller, grpo_loss, next_problems, score, set_advantages
 
 
 def config(**more):
@@ -809,7 +809,7 @@ def test_problems_with_images_train_the_language_model_alone(place, tmp_path):
 def test_an_epoch_has_every_problem_once_in_an_order_of_its_own():
     problems = [{"id": str(i)} for i in range(10)]
     epochs = [
-        [stream_problem(problems, e * 10 + i, seed=3)["id"] for i in range(10)] for e in range(2)
+        [p["id"] for p in next_problems(problems, range(e * 10, e * 10 + 10), 3)] for e in range(2)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == [p["id"] for p in problems]
     assert epochs[0] != epochs[1]
@@ -824,13 +824,13 @@ def make_roller():
 
     def make(zero_variance, reward):
         r = object.__new__(Roller)
-        r.c = config(zero_variance=zero_variance, group=2)
+        r.c, r.params = config(zero_variance=zero_variance, group=2), SimpleNamespace(n=2)
 
-        def sample(problems, salts, n, temperature):
+        def sample(problems, salts, params):
             samples = [
                 Sample(str(p["id"]), j, [5], "stop", "", problem=i, reward=reward(p["id"], j))
                 for i, p in enumerate(problems)
-                for j in range(n)
+                for j in range(params.n)
             ]
             return samples, [None] * len(problems)
 
@@ -852,7 +852,7 @@ def test_refill_fills_the_batch_and_passes_no_problem_over(make_roller):
         assert len(samples) == 2 * len(prompts) and len(prompts) > 4
         used += [int(s.id) for s in samples if s.sample == 0 and s.problem < end - cursor]
         cursor = end
-    assert used == [stream_problem(PROBLEMS, i, 0)["id"] for i in range(cursor)]
+    assert used == [p["id"] for p in next_problems(PROBLEMS, range(cursor), 0)]
 
 
 def test_refill_gives_up_when_all_groups_are_equal(make_roller):
@@ -864,7 +864,7 @@ def test_refill_gives_up_when_all_groups_are_equal(make_roller):
 
 @pytest.mark.parametrize("kind, trained", [("keep", 8), ("drop", 4)])
 def test_keep_and_drop_sample_one_batch(make_roller, kind, trained):
-    differing = [stream_problem(PROBLEMS, i, 0)["id"] for i in (0, 1)]
+    differing = [p["id"] for p in next_problems(PROBLEMS, (0, 1), 0)]
     r = make_roller(kind, lambda i, j: float(j) if i in differing else 0.0)
     samples, _, cursor = r.step(PROBLEMS, 0)
     assert (len(samples), sum(s.trained for s in samples), cursor) == (8, trained, 4)

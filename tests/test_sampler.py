@@ -13,26 +13,14 @@ from tiny_model import TEXT, VOCAB, make_tiny_qwen2, make_tiny_vl
 
 import sampler as sampler_module
 from core.attention import attend
+from core.chat import banned_token_ids, stop_token_ids
 from core.decode_kernels import bucket_of, decode_attend, plan_attention
+from core.slots import ForcedExit, Slots, close_table, exit_positions, force_exit
 from core.vision import mrope_positions
 from core.weights import load_hf
 from data import Prompt
 from model import Model, ModelConfig
-from sampler import (
-    ForcedExit,
-    Sampler,
-    SamplingParams,
-    Slots,
-    banned_token_ids,
-    close_table,
-    exit_positions,
-    force_exit,
-    sample_key,
-    sample_token,
-    stop_token_ids,
-    truncate,
-    uniform,
-)
+from sampler import Sampler, SamplingParams, sample_key, sample_token, truncate, uniform
 
 IMAGE, START, END = 302, 300, 301  # ids of tiny_model's configs
 BANNED = [300, 301, 302, 303]

@@ -1,0 +1,176 @@
+"""The samples being decoded, a KV slot each, and the forced end of a thought that is too long.
+
+Shapes: B running samples, S slots, L layers, C hidden size, Hkv KV heads, D head size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Sequence
+
+import torch
+
+
+@dataclass
+class Slots:
+    """The samples being decoded, one a slot. `first(B)` gives views of slots 0 … B-1."""
+
+    state: torch.Tensor  # (9, S) int64, by name below
+    kv: torch.Tensor | None = None  # (2, L, S, capacity, Hkv, D)
+    hidden: torch.Tensor | None = None  # (S, C) of the last token, after the final norm
+    tokens: torch.Tensor | None = None  # (S, capacity + 1); finished rows write to the last column
+    logprobs: torch.Tensor | None = None  # (S, capacity + 1) fp32
+
+    def __post_init__(self):
+        (
+            self.length,  # tokens whose KV is cached
+            self.rope_delta,  # M-RoPE: position of a new token - its index
+            self.count,  # tokens of the completion so far
+            self.limit,  # the most it may have
+            self.matched,  # characters of the thought's close at the end of the text
+            self.closing,  # 1: the last token added to them
+            self.exit_at,  # token at which the forced exit began, -1: none
+            self.done,  # 1: ended or empty; the row runs along and changes nothing
+            self.key,  # of its random numbers
+        ) = self.state.unbind(0)
+
+    @classmethod
+    def allocate(cls, slots: int, capacity: int, c, dtype, device: torch.device) -> Slots:
+        size = (2, c.num_hidden_layers, slots, capacity, c.num_key_value_heads, c.head_dim)
+        if device.type == "cpu":  # same dimensions, but each head contiguous: SDPA is faster
+            size = (*size[:3], size[4], size[3], size[5])
+        kv = torch.zeros(size, dtype=dtype, device=device)  # a masked NaN would still do: 0 · NaN
+        slots_ = cls(
+            torch.zeros(9, slots, dtype=torch.int64, device=device),
+            kv.transpose(3, 4) if device.type == "cpu" else kv,
+            torch.zeros(slots, c.hidden_size, dtype=dtype, device=device),
+            torch.zeros(slots, capacity + 1, dtype=torch.int64, device=device),
+            torch.zeros(slots, capacity + 1, device=device),
+        )
+        slots_.done.fill_(1)
+        return slots_
+
+    def first(self, rows: int) -> Slots:
+        tensors = (self.hidden, self.tokens, self.logprobs)
+        return Slots(self.state[:, :rows], self.kv[:, :, :rows], *(t[:rows] for t in tensors))
+
+    def start(self, slots: list[int], lengths, deltas, limit: int, keys) -> None:
+        """Set the state of new samples whose KV and hidden state are in place."""
+        zero, one = [0] * len(slots), [1] * len(slots)
+        limits, no_exit = [limit * i for i in one], [-i for i in one]
+        values = [lengths, deltas, zero, limits, zero, zero, no_exit, zero, keys]
+        self.state[:, slots] = torch.tensor(values, device=self.state.device)
+
+    def free(self, slot: int, length: int) -> None:
+        """Zero what a sample of `length` cached tokens wrote: the next must see no trace of it,
+        above all no NaN. The row goes on writing at position 0, which every prompt overwrites."""
+        self.kv[:, :, slot, : length + 1] = 0
+        self.length[slot] = 0
+        self.done[slot] = 1
+
+    def move(self, source: int, target: int, length: int, count: int) -> None:
+        """A running sample with `length` cached and `count` new tokens into a free slot."""
+        self.kv[:, :, target, :length] = self.kv[:, :, source, :length]
+        for t in (self.tokens, self.logprobs):
+            t[target, :count] = t[source, :count]
+        self.hidden[target] = self.hidden[source]
+        self.state[:, target] = self.state[:, source]
+        self.free(source, length)
+
+
+# -------------------------------------------------------------------------------- forced exit
+@dataclass(frozen=True)
+class ForcedExit:
+    """End a thought that is still open after `budget` sampled tokens (from_tokenizer builds it)."""
+
+    budget: int
+    tokens: Sequence[int] | torch.Tensor  # what is inserted
+    close_table: torch.Tensor = field(repr=False)  # finds the model's own close in its tokens
+    answer_budget: int | None = None  # tokens left for the answer; None: up to max_new_tokens
+
+    @classmethod
+    def from_tokenizer(
+        cls, tokenizer, vocab_size: int, budget: int, answer_budget: int | None = None
+    ) -> ForcedExit:
+        """Inserts "</think>" and the newline that training data have behind it: in Qwen's
+        vocabulary the newline belongs to the last token of the close."""
+        pieces = [tokenizer.decode([i]) for i in range(min(len(tokenizer), vocab_size))]
+        pieces += [""] * (vocab_size - len(pieces))
+        tokens = tokenizer.encode("</think>\n", add_special_tokens=False)
+        return cls(budget, tokens, close_table(pieces, "</think>"), answer_budget)
+
+
+def close_table(pieces: list[str], close: str) -> torch.Tensor:
+    """(len(close) + 1, V) uint8: characters of `close` at the end of the text after each token,
+    given how many there were before it. The last state, closed, is final.
+
+    `</think>` is several tokens, and which ones depends on its neighbours (" </" and ">\\n" are
+    tokens of their own), so it is followed as text. For close "</t>" and pieces "</", "t", ">\\n",
+    "a": from state 0 "</" leads to 2, "t" then to 3, ">\\n" then to 4 (closed); "a" leads to 0.
+    """
+
+    def advance(state: int, piece: str) -> int:
+        text = close[:state] + piece
+        if close in text:
+            return len(close)
+        return next(k for k in range(len(close) - 1, -1, -1) if text.endswith(close[:k]))
+
+    table = torch.zeros(len(close) + 1, len(pieces), dtype=torch.uint8)
+    for i, piece in enumerate(pieces):
+        if not piece:  # says nothing: the state stays
+            table[:, i] = torch.arange(len(close) + 1)
+        elif piece[-1] in close or piece[0] in close:  # all other pieces lead to 0
+            table[:, i] = torch.tensor([advance(s, piece) for s in range(len(close) + 1)])
+        elif close in piece:
+            table[:, i] = len(close)
+    table[-1] = len(close)
+    return table
+
+
+def force_exit(
+    s: Slots, token: torch.Tensor, exit: ForcedExit
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace sampled tokens (B,) where thinking is over its budget → (tokens, inserted (B,) bool).
+
+    Thinking lasts until the close has been written, whether prompt or completion opened it. The
+    exit waits while the model is closing by itself: each token must bring the close further, so it
+    waits for len(close) - 1 tokens at most. After the exit `answer_budget` tokens are left.
+    """
+    closed, inserted = len(exit.close_table) - 1, len(exit.tokens)
+    is_open = (s.matched < closed) & (s.closing == 0) & (s.exit_at < 0) & (s.done == 0)
+    starts = (s.count >= exit.budget) & is_open
+    s.exit_at.copy_(torch.where(starts, s.count, s.exit_at))
+    if exit.answer_budget is not None:
+        s.limit.copy_(torch.where(starts, s.count + inserted + exit.answer_budget, s.limit))
+    index = s.count - s.exit_at
+    forced = (s.exit_at >= 0) & (index < inserted)
+    token = torch.where(forced, exit.tokens[index.clamp(0, inserted - 1)], token)
+    matched = exit.close_table[s.matched, token].long()
+    s.closing.copy_((matched > s.matched) & (matched < closed))
+    s.matched.copy_(matched)
+    return token, forced
+
+
+def exit_positions(
+    completions: Sequence[Sequence[int]], unfinished: Sequence[bool], exit: ForcedExit
+) -> list[int | None]:
+    """Where a forced exit would have begun in stored completions (evaluation's budget curve): index
+    of its first token, or None where the thought was closed before.
+
+    unfinished: the completion was cut at its end, where an exit may still begin. "a b c d", budget
+    2, never closed → 2; "a </think> c d" → None; "a" that ended by itself → None.
+    """
+    lengths = torch.tensor([len(c) for c in completions])
+    tokens = torch.zeros(len(lengths), int(lengths.max()) + 1, dtype=torch.int64)
+    for row, c in zip(tokens, completions):
+        row[: len(c)] = torch.as_tensor(c)
+    ends, s = torch.tensor(unfinished), Slots(torch.zeros(9, len(lengths), dtype=torch.int64))
+    s.exit_at.fill_(-1)
+    exit = replace(exit, tokens=torch.as_tensor(exit.tokens), answer_budget=None)
+    for t in range(tokens.shape[1]):
+        s.count.fill_(t)
+        s.done.copy_((t > lengths) | ((t == lengths) & ~ends))
+        s.closing.masked_fill_(t >= lengths, 0)  # it was cut while closing: nothing to wait for
+        force_exit(s, tokens[:, t], exit)
+    return [None if at < 0 else at for at in s.exit_at.tolist()]
