@@ -18,11 +18,12 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import Counter
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean as mean
-from typing import Any, ClassVar, Iterable, Literal
+from typing import Any, Callable, ClassVar, Iterable, Literal
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from core import attention, optim
 from core.chat import banned_token_ids, stop_token_ids
 from core.checkpoint import require_space, resume, save_state
 from core.lora import LoRA, lora_disabled, save_adapter
-from core.parallel import World, all_any, all_gather_objects, all_max, all_sum, gathered, init
+from core.parallel import World, all_any, all_gather_objects, all_max, all_sum, init
 from core.run import (
     Run,
     StopRequest,
@@ -44,7 +45,7 @@ from core.run import (
     run_and_exit,
     script,
 )
-from core.samples import Sample, generate_and_grade, problem_seed, rollout_metrics, write_samples
+from core.samples import Sample, problem_seed, rollout_metrics, sample_on_ranks, write_samples
 from core.slots import ForcedExit
 from core.vision import ImageConfig
 from core.weights import export_hf
@@ -86,7 +87,7 @@ class Config:
     max_prompt_tokens: int = DATA(2048, "longer prompts are left out and counted", ge=1)
     skip_bad_rows: bool = DATA(False, "train without the rows that fail the check")
     rule: Literal[RULES] = DATA("answer", "where the built-in reward looks for the answer")
-    reward: str = DATA("", "module:function(problem, completion, finish_reason) → number")
+    reward: str = DATA("", "module:name or file.py:name of your own function, see rewards.py")
 
     advantage: Literal["grpo", "mean_only", "rloo"] = GOAL(
         "grpo", "grpo: (r - mean) / std (paper); mean_only: Dr. GRPO; rloo: leave-one-out mean"
@@ -371,85 +372,50 @@ def next_problems(problems: list[dict], positions: Iterable[int], seed: int) -> 
     return chosen
 
 
-class Roller:
-    """Samples and grades on all ranks. What is sampled depends on the weights, the seed and the
-    position in the stream; not on the number of ranks, nor on where a run was stopped."""
+def sample_step(
+    sample: Callable, problems: list[dict], cursor: int, c: Config
+) -> tuple[list[Sample], list[Prompt], int]:
+    """The rollouts of one step from `cursor` of the stream on → (samples, prompts, new cursor).
+    sample: `train`'s, with the problems' positions in the stream.
 
-    def __init__(
-        self, c: Config, sampler, params: SamplingParams, grader, tokenizer, images, world
-    ):
-        self.c, self.sampler, self.params, self.grader = c, sampler, params, grader
-        self.tokenizer, self.images, self.world = tokenizer, images, world
-        self.sample_s = self.reward_s = 0.0  # of this rank in this step
+    drop: groups of equal rewards are not trained on. refill: more problems are sampled until
+    `prompts` groups differ in reward, at most MOST_BATCHES batches; groups beyond those needed are
+    sampled again by the next step, so no problem is passed over.
+    """
+    samples, prompts, used, end = [], [], 0, cursor
+    while used < c.prompts and len(prompts) < MOST_BATCHES * c.prompts:
+        seen, n = len(prompts), c.prompts
+        if seen:  # as many as the share of useful groups so far asks for
+            n = min(n, math.ceil((c.prompts - used) * seen / max(used, 1)))
+        positions = list(range(cursor + seen, cursor + seen + n))
+        new, new_prompts = sample(next_problems(problems, positions, c.seed), positions)
+        for i, position in enumerate(positions):
+            group, wanted = new[i * c.group : (i + 1) * c.group], used < c.prompts
+            useful = c.zero_variance == "keep" or len({s.reward for s in group}) > 1
+            for s in group:
+                s.problem, s.trained = seen + i, wanted and useful
+            used += wanted and useful
+            end = position + 1 if wanted else end
+        samples, prompts = samples + new, prompts + new_prompts
+        if c.zero_variance != "refill":
+            break
+    return samples, prompts, end
 
-    def sample(
-        self, problems: list[dict], salts: list[int], params: SamplingParams
-    ) -> tuple[list[Sample], list[Prompt]]:
-        """params.n graded samples of each problem in order of (problem, sample), and the prompts;
-        the same on every rank. salts: with the problem's id they seed its samples. Collective."""
-        mine, begin = (
-            list(range(self.world.rank, len(problems), self.world.size)),
-            time.perf_counter(),
-        )
-        style = self.c.prompt_style
-        prompts = [render_problem(p, self.tokenizer, self.images, style=style) for p in problems]
-        with gathered(self.sampler.model):  # whole weights: no collective while decoding
-            samples, waited = generate_and_grade(
-                self.sampler,
-                self.grader,
-                self.tokenizer,
-                [problems[i] for i in mine],
-                [prompts[i] for i in mine],
-                params,
-                seeds=[problem_seed(problems[i], salts[i]) for i in mine],
-            )
-            if not self.c.keep_sampler and self.world.device.type == "cuda":
-                self.sampler.release()
-        self.sample_s += time.perf_counter() - begin - waited
-        self.reward_s += waited  # grading that was not hidden behind decoding
-        for s in samples:
-            s.problem = mine[s.problem]
-        everyone = [s for part in all_gather_objects(samples) for s in part]
-        return sorted(everyone, key=lambda s: (s.problem, s.sample)), prompts
 
-    def step(self, problems: list[dict], cursor: int) -> tuple[list[Sample], list[Prompt], int]:
-        """The rollouts of one step from `cursor` of the stream on → (samples, prompts, new cursor).
-
-        drop: groups of equal rewards are not trained on. refill: more problems are sampled until
-        `prompts` groups differ in reward, at most MOST_BATCHES batches; groups beyond those needed
-        are sampled again by the next step, so no problem is passed over.
-        """
-        c, samples, prompts, used, end = self.c, [], [], 0, cursor
-        self.sample_s = self.reward_s = 0.0
-        while used < c.prompts and len(prompts) < MOST_BATCHES * c.prompts:
-            seen, n = len(prompts), c.prompts
-            if seen:  # as many as the share of useful groups so far asks for
-                n = min(n, math.ceil((c.prompts - used) * seen / max(used, 1)))
-            positions = list(range(cursor + seen, cursor + seen + n))
-            batch = next_problems(problems, positions, c.seed)
-            new, new_prompts = self.sample(batch, positions, self.params)
-            for i, position in enumerate(positions):
-                group, wanted = new[i * c.group : (i + 1) * c.group], used < c.prompts
-                useful = c.zero_variance == "keep" or len({s.reward for s in group}) > 1
-                for s in group:
-                    s.problem, s.trained = seen + i, wanted and useful
-                used += wanted and useful
-                end = position + 1 if wanted else end
-            samples, prompts = samples + new, prompts + new_prompts
-            if c.zero_variance != "refill":
-                break
-        return samples, prompts, end
-
-    def evaluate(self, problems: list[dict], step: int) -> dict:
-        """Greedy accuracy and avg@n, with the same random numbers at every step. Collective."""
-        salts, n = [-1] * len(problems), self.c.eval_n
-        greedy, _ = self.sample(problems, salts, replace(self.params, n=1, temperature=0.0))
-        result = {"step": step, "n": len(problems), "greedy": mean(s.reward for s in greedy)}
-        result["truncated"] = mean(s.truncated for s in greedy)
-        if n:
-            several, _ = self.sample(problems, salts, replace(self.params, n=n))
-            result[f"avg@{n}"] = mean(s.reward for s in several)
-        return result
+def evaluate(
+    sample: Callable, problems: list[dict], step: int, c: Config, run: Run, export: Callable
+) -> None:
+    """Log greedy accuracy and avg@n, with the same random numbers at every step, and keep the best
+    model. Collective."""
+    salts = [-1] * len(problems)
+    greedy, _ = sample(problems, salts, n=1, temperature=0.0)
+    result = {"step": step, "n": len(problems), "greedy": mean(s.reward for s in greedy)}
+    result["truncated"] = mean(s.truncated for s in greedy)
+    if c.eval_n:
+        several, _ = sample(problems, salts, n=c.eval_n)
+        result[f"avg@{c.eval_n}"] = mean(s.reward for s in several)
+    run.keep_best(step, result["greedy"], export)
+    run.log_evaluation(result)
 
 
 # --------------------------------------------------------------------------------------- the run
@@ -531,39 +497,49 @@ def train(c: Config) -> int:
     tokenizer = load_tokenizer(model_dir)
     problems, held_out, longest, images = load_data(c, model_dir, tokenizer, run)
     model, reference, optimizer = build(c, model_dir, tokenizer, images is not None, world)
+    checkpoints = run.out / "checkpoints"
     total = c.steps or -(-c.epochs * len(problems) // c.prompts)
     export = partial(export_hf, model, model_dir, world=world)
-    params = sampling_params(c, tokenizer, model.config.vocab_size)
     sampler = Sampler(model, max_len=longest + c.max_new_tokens, slots=c.slots, kv_gb=c.kv_gb)
+    params = sampling_params(c, tokenizer, model.config.vocab_size)
     at, hashes = begin(c, run, model_dir, model, optimizer, total, world)
     stop, grader = StopRequest(), Grader(c.graders, c.reward_deadline, reward=c.reward, rule=c.rule)
+    seconds = Counter()  # of the current step, by what they went into
     quiet_garbage_collection()
+
+    def sample(problems: list[dict], salts: list[int], **changes):
+        """Graded samples and prompts, the same on every rank; id and salt seed a problem's."""
+        prompts = [render_problem(p, tokenizer, images, style=c.prompt_style) for p in problems]
+        seeds = [problem_seed(p, salt) for p, salt in zip(problems, salts)]
+        engine, how = (sampler, grader, tokenizer), replace(params, **changes)
+        return sample_on_ranks(*engine, problems, prompts, how, seeds, world, seconds), prompts
+
     with grader:
-        roller = Roller(c, sampler, params, grader, tokenizer, images, world)
         for step in range(at["step"], total + 1):
-            evaluation_due = held_out and (step == total or step % c.eval_every == 0)
-            if evaluation_due and not run.has("eval", step):
-                result = roller.evaluate(held_out, step)
-                run.keep_best(step, result["greedy"], export)
-                run.log_evaluation(result)
+            due = held_out and (step == total or step % c.eval_every == 0)
+            if due and not run.has("eval", step):
+                evaluate(sample, held_out, step, c, run, export)
             if step == total:
                 break
-            clock = [time.perf_counter()]
+            begun = time.perf_counter()
+            seconds.clear()
             optim.move_states(optimizer, "cpu" if c.offload_optimizer else world.device)
-            samples, prompts, cursor = roller.step(problems, at["cursor"])  # with rewards
+            samples, prompts, cursor = sample_step(sample, problems, at["cursor"], c)
+            if not c.keep_sampler and world.device.type == "cuda":
+                sampler.release()
             optim.move_states(optimizer, world.device)
-            clock.append(time.perf_counter())
+            seconds["rollout_s"] = time.perf_counter() - begun
 
             trained = [s for s in samples if s.trained]
             set_advantages(trained, c)
             fault = failed_rewards(samples, c, run)
             lr = learning_rate(step, total, c)
             metrics = {"step": step + 1, "epoch": round(cursor / len(problems), 4)}
-            metrics["learning_rate"] = lr
-            metrics |= rollout_metrics(samples, c.group)
+            metrics |= {"learning_rate": lr} | rollout_metrics(samples, c.group)
             if not fault:
-                batch = (model, reference, optimizer, trained, prompts)
-                updated, stepped = train_on(*batch, lr, c, world)
+                more, stepped = train_on(
+                    model, reference, optimizer, trained, prompts, lr, c, world
+                )
             if world.is_main:
                 write_samples(run.out / "rollouts" / f"step_{step + 1}.jsonl", samples)
             if fault:
@@ -572,22 +548,19 @@ def train(c: Config) -> int:
             bad = 0 if stepped else at["bad_in_a_row"] + 1
             at |= {"step": step + 1, "cursor": cursor, "bad_in_a_row": bad}
             at["bad_steps"] += not stepped
-            metrics |= updated | step_metrics(metrics["tokens"], prompts, clock, roller)
+            seconds["step_time"] = time.perf_counter() - begun
+            metrics |= more | speed(metrics["tokens"], prompts, seconds)
             run.log(metrics | {"bad_steps": at["bad_steps"]})
             run.say(describe(metrics, total, at["bad_steps"]))
             run.advance()
             last, stopping = step + 1 == total, all_any(stop.requested)
             due = c.save_every and (step + 1) % c.save_every == 0
             if last or stopping or due or bad >= c.max_bad_steps:
-                root = run.out / "checkpoints"
-                save_state(root, step + 1, model, optimizer, at, world, c.keep_last, hashes)
+                save_state(checkpoints, step + 1, model, optimizer, at, world, c.keep_last, hashes)
             if c.export_every and (step + 1) % c.export_every == 0:
                 export(run.out / "exports" / f"step_{step + 1}")
             if bad >= c.max_bad_steps:
-                raise ValueError(
-                    f"loss or gradient was not finite in {bad} steps in a row (now step "
-                    f"{step + 1}); the weights are those before them. Lower --lr"
-                )
+                raise ValueError(f"step {step + 1}: {bad} steps in a row not finite; lower --lr")
             gc.collect(0)  # what this step left behind; automatic collection is off
             if stopping and not last:
                 return run.stopped(step + 1)
@@ -601,13 +574,9 @@ def sampling_params(c: Config, tokenizer, vocab_size: int) -> SamplingParams:
     exit = None
     if c.think_budget:
         exit = ForcedExit.from_tokenizer(tokenizer, vocab_size, c.think_budget)
+    stop = stop_token_ids(tokenizer)
     return SamplingParams(
-        n=c.group,
-        temperature=c.temperature,
-        max_new_tokens=c.max_new_tokens,
-        stop_ids=stop_token_ids(tokenizer),
-        seed=c.seed,
-        forced_exit=exit,
+        c.group, c.temperature, 1.0, 0, c.max_new_tokens, stop, c.seed, forced_exit=exit
     )
 
 
@@ -632,40 +601,35 @@ def failed_rewards(samples: list[Sample], c: Config, run: Run) -> str:
     )
 
 
-def step_metrics(tokens: int, prompts: list[Prompt], clock: list[float], roller: Roller) -> dict:
-    """Speed and memory of a step that began at clock[0] and had its rollouts at clock[1]."""
-    seconds, rollout_s = time.perf_counter() - clock[0], clock[1] - clock[0]
-    memory, sample_s, reward_s = all_max(memory_gib(), roller.sample_s, roller.reward_s)
+def speed(tokens: int, prompts: list[Prompt], seconds: dict[str, float]) -> dict:
+    """Tokens a second, peak memory, and where a step's seconds went on the slowest rank."""
+    names = ("step_time", "rollout_s", "sample_s", "reward_s")
+    memory, *times = all_max(memory_gib(), *(seconds[k] for k in names))
     return {
         "prompt_tokens": sum(len(p.tokens) for p in prompts),
-        "tok_per_s": round(tokens / seconds, 1),
-        "sample_tok_per_s": round(tokens / max(rollout_s, 1e-9), 1),
-        "step_time": round(seconds, 3),
-        "rollout_s": round(rollout_s, 3),
-        "sample_s": round(sample_s, 3),  # of the slowest rank
-        "reward_s": round(reward_s, 3),
+        "tok_per_s": round(tokens / times[0], 1),
+        "sample_tok_per_s": round(tokens / max(times[1], 1e-9), 1),
+        **{k: round(v, 3) for k, v in zip(names, times)},
         "memory_gib": round(memory, 3),
     }
 
 
 def describe(m: dict, total: int, bad_steps: int) -> str:
     """A step's metrics on one line."""
-    shown = {
-        "reward": "reward {:.3f}",
-        "frac_reward_zero_std": "zero variance {:.0%}",
-        "completions/mean_length": "length {:.0f}",
-        "completions/clipped_ratio": "truncated {:.0%}",
-        "loss": "loss {:+.4f}",
-        "entropy": "entropy {:.3f}",
-        "kl": "kl {:.4f}",
-        "grad_norm": "norm {:.3f}",
-        "sampling/logp_difference_mean": "logp difference {:.1e}",
-        "learning_rate": "lr {:.1e}",
-        "tok_per_s": "{:.0f} tok/s",
-    }
-    parts = [f"step {m['step']}/{total}", *(f.format(m[k]) for k, f in shown.items() if k in m)]
-    parts += [f"rollouts {m['rollout_s']:.1f} s of {m['step_time']:.1f} s"]
-    return " | ".join(parts + [f"bad steps {bad_steps}"] * bool(bad_steps))
+    text = (
+        f"step {m['step']}/{total} | reward {m['reward']:.3f} | "
+        f"zero variance {m['frac_reward_zero_std']:.0%} | "
+        f"length {m['completions/mean_length']:.0f} | "
+        f"truncated {m['completions/clipped_ratio']:.0%} | lr {m['learning_rate']:.1e} | "
+    )
+    if "loss" in m:
+        text += (
+            f"loss {m['loss']:+.4f} | entropy {m['entropy']:.3f} | kl {m['kl']:.4f} | "
+            f"norm {m['grad_norm']:.3f} | "
+            f"logp difference {m['sampling/logp_difference_mean']:.1e} | "
+        )
+    text += f"{m['tok_per_s']:.0f} tok/s | rollouts {m['rollout_s']:.1f} of {m['step_time']:.1f} s"
+    return text + (f" | bad steps {bad_steps}" if bad_steps else "")
 
 
 def main(argv: list[str] | None = None) -> None:

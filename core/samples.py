@@ -20,6 +20,8 @@ from typing import Any, Iterable, Sequence
 
 import numpy as np
 
+from core.parallel import World, all_gather_objects, gathered
+
 
 @dataclass
 class Sample:
@@ -44,6 +46,7 @@ class Sample:
     answer: str | None = None  # as extracted; None: no answer found
     status: str = "ok"  # ok | no_answer | truncated | timeout | error
     why: str | None = None  # what went wrong with the reward
+    parts: dict[str, float] | None = None  # named parts of a user's reward
     # GRPO
     problem: int | None = None  # index of the problem within the step
     advantage: float | None = None
@@ -117,7 +120,7 @@ def set_grade(sample: Sample, grade) -> None:
     """Copy a grader's result (score, answer, status, why) into the sample."""
     sample.reward, sample.status = grade.score, grade.status
     sample.answer = None if grade.answer is None else str(grade.answer)
-    sample.why = grade.why or None
+    sample.why, sample.parts = grade.why or None, getattr(grade, "parts", None) or None
 
 
 def generate_and_grade(
@@ -154,10 +157,43 @@ def generate_and_grade(
     return samples, time.perf_counter() - decoded
 
 
+def sample_on_ranks(
+    sampler,
+    grader,
+    tokenizer,
+    problems: Sequence[dict],
+    prompts: Sequence,
+    params,
+    seeds: Sequence[int],
+    world: World,
+    seconds: dict[str, float],
+) -> list[Sample]:
+    """`generate_and_grade` with every rank doing its share; all samples on every rank, in order of
+    (problem, sample). Adds to seconds["sample_s"] and seconds["reward_s"] (grading that was not
+    hidden behind decoding). Collective."""
+    mine, begin = list(range(world.rank, len(problems), world.size)), time.perf_counter()
+    share = [[x[i] for i in mine] for x in (problems, prompts, seeds)]
+    with gathered(sampler.model):  # whole weights: no collective while decoding
+        samples, waited = generate_and_grade(
+            sampler, grader, tokenizer, *share[:2], params, seeds=share[2]
+        )
+    seconds["sample_s"] += time.perf_counter() - begin - waited
+    seconds["reward_s"] += waited
+    for s in samples:
+        s.problem = mine[s.problem]
+    everyone = [s for part in all_gather_objects(samples) for s in part]
+    return sorted(everyone, key=lambda s: (s.problem, s.sample))
+
+
 def rollout_metrics(samples: list[Sample], group: int) -> dict:
     """What all samples of a step say, those that are not trained on too."""
     rewards = np.array([s.reward for s in samples]).reshape(-1, group)
     lengths, right = np.array([len(s.tokens) for s in samples]), rewards.flatten() > 0
+
+    parts: dict[str, list[float]] = {}
+    for s in samples:
+        for name, value in (s.parts or {}).items():
+            parts.setdefault(name, []).append(value)
 
     def share(test) -> float:
         return float(np.mean([test(s) for s in samples]))
@@ -181,6 +217,7 @@ def rollout_metrics(samples: list[Sample], group: int) -> dict:
         "reward_timeouts": share(lambda s: s.status == "timeout"),
         "reward_errors": share(lambda s: s.status == "error"),
         "tokens": int(lengths.sum()),
+        **{f"rewards/{k}/mean": float(np.mean(v)) for k, v in parts.items()},
     }
 
 

@@ -15,7 +15,7 @@ from tiny_model import make_tiny_vl
 import train_grpo
 from core.samples import Sample, read_samples
 from data import collate_samples, rollout_batches
-from train_grpo import Config, Roller, grpo_loss, next_problems, score, set_advantages
+from train_grpo import Config, grpo_loss, next_problems, score, set_advantages
 
 
 def config(**more):
@@ -818,35 +818,31 @@ def test_an_epoch_has_every_problem_once_in_an_order_of_its_own():
 PROBLEMS = [{"id": i, "task": "t"} for i in range(20)]
 
 
-@pytest.fixture
-def make_roller():
-    """A roller whose samples get the rewards of `reward(problem, sample index)`, without a model."""
+def fake_sampling(reward):
+    """`train`'s `sample`, with the rewards of `reward(problem, sample index)` and no model."""
 
-    def make(zero_variance, reward):
-        r = object.__new__(Roller)
-        r.c, r.params = config(zero_variance=zero_variance, group=2), SimpleNamespace(n=2)
+    def sample(problems, salts):
+        samples = [
+            Sample(str(p["id"]), j, [5], "stop", "", problem=i, reward=reward(p["id"], j))
+            for i, p in enumerate(problems)
+            for j in range(2)
+        ]
+        return samples, [None] * len(problems)
 
-        def sample(problems, salts, params):
-            samples = [
-                Sample(str(p["id"]), j, [5], "stop", "", problem=i, reward=reward(p["id"], j))
-                for i, p in enumerate(problems)
-                for j in range(params.n)
-            ]
-            return samples, [None] * len(problems)
-
-        r.sample = sample
-        return r
-
-    return make
+    return sample
 
 
-def test_refill_fills_the_batch_and_passes_no_problem_over(make_roller):
+def one_step(zero_variance, reward, cursor=0):
+    c = config(zero_variance=zero_variance, group=2)
+    return train_grpo.sample_step(fake_sampling(reward), PROBLEMS, cursor, c)
+
+
+def test_refill_fills_the_batch_and_passes_no_problem_over():
     """Half the problems teach nothing: each step trains on 4 that do, and the stream goes on where
     it was used up."""
-    r = make_roller("refill", lambda i, j: float(j) if i % 2 else 1.0)
     cursor, used = 0, []
     for _ in range(3):
-        samples, prompts, end = r.step(PROBLEMS, cursor)
+        samples, prompts, end = one_step("refill", lambda i, j: float(j) if i % 2 else 1.0, cursor)
         trained = [s for s in samples if s.trained]
         assert len(trained) == 8 and all(int(s.id) % 2 for s in trained)
         assert len(samples) == 2 * len(prompts) and len(prompts) > 4
@@ -855,18 +851,17 @@ def test_refill_fills_the_batch_and_passes_no_problem_over(make_roller):
     assert used == [p["id"] for p in next_problems(PROBLEMS, range(cursor), 0)]
 
 
-def test_refill_gives_up_when_all_groups_are_equal(make_roller):
+def test_refill_gives_up_when_all_groups_are_equal():
     """A solved data set must not make the step sample for ever."""
-    samples, prompts, cursor = make_roller("refill", lambda i, j: 1.0).step(PROBLEMS, 0)
+    samples, prompts, cursor = one_step("refill", lambda i, j: 1.0)
     assert len(prompts) == train_grpo.MOST_BATCHES * 4 == cursor
     assert not any(s.trained for s in samples)
 
 
 @pytest.mark.parametrize("kind, trained", [("keep", 8), ("drop", 4)])
-def test_keep_and_drop_sample_one_batch(make_roller, kind, trained):
+def test_keep_and_drop_sample_one_batch(kind, trained):
     differing = [p["id"] for p in next_problems(PROBLEMS, (0, 1), 0)]
-    r = make_roller(kind, lambda i, j: float(j) if i in differing else 0.0)
-    samples, _, cursor = r.step(PROBLEMS, 0)
+    samples, _, cursor = one_step(kind, lambda i, j: float(j) if i in differing else 0.0)
     assert (len(samples), sum(s.trained for s in samples), cursor) == (8, trained, 4)
 
 
