@@ -30,8 +30,9 @@ def test_the_last_k_states_are_kept(training, world, tmp_path):
     assert load_state(newest_state(tmp_path, world), *training) == {"step": 10}
 
 
-def test_a_torn_newer_state_does_not_push_out_the_good_one(training, world, tmp_path):
-    """keep_last 1, newest torn, the run goes on from the older: its next save must survive, the torn one not."""
+def test_a_truncated_newer_state_does_not_push_out_the_good_one(training, world, tmp_path):
+    """keep_last 1, the newest truncated, the run resumes from the older: its next save survives,
+    the truncated one does not."""
     save_state(tmp_path, 5, *training, {}, world, keep_last=2)
     save_state(tmp_path, 10, *training, {}, world, keep_last=2)
     next((tmp_path / "step_10").glob("*.distcp")).write_bytes(b"")
@@ -48,7 +49,7 @@ def test_what_a_kill_left_half_written_is_no_state_and_is_cleared(training, worl
     assert steps_in(tmp_path) == [1, 3]
 
 
-@pytest.mark.parametrize("damage", ["gone", "shorter", "marker gone", "marker torn"])
+@pytest.mark.parametrize("damage", ["gone", "shorter", "marker gone", "marker truncated"])
 def test_every_damage_is_noticed(training, world, tmp_path, damage):
     """A state that loads but is wrong would be the worst: training would go on from it."""
     folder = save_state(tmp_path, 1, *training, {}, world)

@@ -38,9 +38,9 @@ def test_the_papers_schedule_is_torchs_step_lr():
     ],
 )
 def test_schedules_have_the_shape_of_transformers(schedule, name):
-    """Ours reaches its peak at the last warmup step and its end at the last step; transformers' starts at 0, one step
-    that trains nothing, and never reaches its end. So ours over n steps is theirs one step on, after warmup over one
-    step less."""
+    """Ours reaches its peak at the last warmup step and its end at the last step; transformers'
+    starts at 0, one step that trains nothing, and never reaches its end. So ours over n steps is
+    theirs one step on, after warmup over one step less."""
     import transformers
 
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-5)
@@ -61,7 +61,8 @@ def test_warmup_then_epochs_and_a_floor():
 
 
 def trained(tiny_vl, steps=3, **settings):
-    """A tiny model after some steps of ours, and the same steps by torch's plain AdamW and clip_grad_norm_."""
+    """A tiny model after some steps of ours, and the same steps by torch's plain AdamW and
+    clip_grad_norm_."""
     stream = text_stream([20, 9])
     ours, theirs = load(tiny_vl), load(tiny_vl)
     optimizer = adamw(ours, lr=1e-3, **settings)
@@ -90,8 +91,10 @@ def trained(tiny_vl, steps=3, **settings):
 
 
 def test_steps_equal_plain_adamw_without_decay_on_norms_and_biases(tiny_vl):
-    """Groups, clipping, bias correction and pre-made moments at once; a decay on norms would pull them to zero."""
-    # eps: some key biases have a gradient of rounding noise alone (softmax ignores a shift), which Adam would blow up
+    """Groups, clipping, bias correction and pre-made moments at once; a decay on norms would pull
+    them to zero."""
+    # eps: some key biases have a gradient of rounding noise alone (softmax ignores a shift),
+    # which Adam would blow up
     ours, theirs, norms = trained(tiny_vl, weight_decay=0.5, betas=(0.9, 0.95), eps=1e-4)
     assert norms[::2] == pytest.approx(norms[1::2], rel=1e-6) and norms[0] > 1
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
@@ -111,7 +114,8 @@ def test_no_clipping_when_it_is_off(tiny_vl):
 
 @pytest.mark.parametrize("loss, poison", [(math.nan, False), (math.inf, False), (1.0, True)])
 def test_a_non_finite_step_changes_nothing(tiny_vl, loss, poison):
-    """Neither weights nor moments; and the gradients are gone, or they would poison the next step."""
+    """Neither weights nor moments; and the gradients are gone, or they would poison the next
+    step."""
     model, stream = load(tiny_vl), text_stream([20])
     optimizer = adamw(model, lr=1e-3, weight_decay=0.1)
     (-model(*stream, targets=stream[0])[0].sum()).backward()
@@ -158,7 +162,8 @@ def decayed(state_dtype, nearest=False):
 
 
 def test_bf16_moments_follow_a_falling_gradient():
-    """With beta2 0.999 the nearest bf16 to v * 0.999 is v: the update would stay at 0.3 of its size."""
+    """With beta2 0.999 the nearest bf16 to v * 0.999 is v: the update would stay at 0.3 of its
+    size."""
     exact = decayed(torch.float32)
     assert exact == pytest.approx(0.09 + 0.91 * 0.999**4000, rel=1e-3)
     assert decayed(torch.bfloat16) == pytest.approx(exact, rel=0.01)

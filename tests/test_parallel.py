@@ -1,8 +1,7 @@
-"""Several real processes: one gradient whatever the ranks and micro-batches, gathered weights, sharded states.
+"""Several real processes: one gradient for any ranks, gathered weights, sharded states.
 
-Processes are dear to start, so each number of ranks is started once: `on_two_ranks` and `on_four_ranks` do everything
-that needs them and write what they saw, the tests read it.
-"""
+Processes are dear to start, so each number of ranks is started once: `on_two_ranks` and
+`on_four_ranks` do everything that needs them and write what they saw, the tests read it."""
 
 import json
 import shutil
@@ -62,8 +61,9 @@ def whole_gradients(model):
 
 
 def one_step(world, model_dir, micro, naive=False, replicas=1):
-    """All documents over world.size ranks × `micro` micro-batches (empty ones where they run out) → gradients, loss
-    sum, norm. naive: each rank divides by its own token count, the mistake that these tests must notice."""
+    """All documents over world.size ranks × `micro` micro-batches (empty ones where they run out) →
+    gradients, loss sum, norm. naive: each rank divides by its own token count, the mistake that
+    these tests must notice."""
     from core.parallel import all_sum, grad_norm
     from data import collate
     from model import build_model
@@ -81,7 +81,8 @@ def one_step(world, model_dir, micro, naive=False, replicas=1):
 
 
 def gather_twice(world, model_dir):
-    """Ranks run different numbers of forwards inside `gathered`, train, and gather again → the logits of both."""
+    """Ranks run different numbers of forwards inside `gathered`, train, gather again → both
+    logits."""
     from core.optim import adamw, guarded_step
     from core.parallel import gathered
     from model import build_model
@@ -119,7 +120,8 @@ def dtypes_in_bf16(world, model_dir):
 
 
 def train_from_newest(world, model_dir, root, save=False):
-    """Three steps, or what is left of them after the newest whole checkpoint → (where it began, weights at the end)."""
+    """Three steps, or what is left of them after the newest whole checkpoint → (where it began,
+    weights at the end)."""
     from core.checkpoint import load_state, newest_state, save_state
     from core.optim import adamw, guarded_step
     from model import build_model
@@ -165,10 +167,10 @@ def on_two_ranks(world, model_dir, folder):
     seen["trained"] = train_from_newest(world, model_dir, folder / "ck", save=True)
     export_after_training(world, model_dir, folder)
     if world.is_main:
-        shutil.copytree(folder / "ck", folder / "torn")
-        cut_one_byte(next((folder / "torn" / "step_3").glob("__1_*.distcp")))
+        shutil.copytree(folder / "ck", folder / "cut")
+        cut_one_byte(next((folder / "cut" / "step_3").glob("__1_*.distcp")))
     barrier()
-    seen["fell_back"] = train_from_newest(world, model_dir, folder / "torn")
+    seen["fell_back"] = train_from_newest(world, model_dir, folder / "cut")
     if world.is_main:
         torch.save(seen, folder / "seen.pt")
 
@@ -236,12 +238,14 @@ def test_two_ranks_give_the_same_gradient(two, single, micro):
 
 @pytest.mark.parametrize("micro", [1, 4])
 def test_four_ranks_give_the_same_gradient(four, single, micro):
-    """With 4 micro-batches each there are more than documents: some ranks run empty ones, one holds only document 3."""
+    """With 4 micro-batches each there are more than documents: some ranks run empty ones, one holds
+    only document 3."""
     assert_same_step(vars(four)[f"gradient_{micro}"], single)
 
 
 def test_hsdp_gives_the_same_gradient(four, single):
-    """2 × 2: sharded in pairs, replicated over the pairs; a missing reduction over replicas would show."""
+    """2 × 2: sharded in pairs, replicated over pairs; a missing reduction over replicas would
+    show."""
     assert_same_step(four.hsdp, single)
 
 
@@ -251,18 +255,18 @@ def test_a_mean_of_per_rank_means_is_noticed(two, single):
 
 
 def test_gathered_weights_allow_unequal_forwards_and_are_fresh_after_a_step(two, model_dir):
-    """Under FSDP a forward is a collective: ranks that decode different lengths would hang. The second gathering must
-    see the updated weights."""
+    """Under FSDP a forward is a collective: ranks that decode different lengths would hang. The
+    second gathering must see the updated weights."""
     first, second = two.gathered
     b = batch(documents())
     assert (first - load(model_dir)(b.tokens, b.position_ids, b.cu_seqlens)).abs().max() <= 1e-5
     assert (first - second).abs().max() > 1e-2
 
 
-def test_bf16_compute_keeps_fp32_masters_and_fp32_gradients(two):
-    """bf16 masters at lr 1e-6 would leave 98% of the weights unchanged by a step."""
-    grads, masters, compute = two.dtypes
-    assert grads == masters == {torch.float32} and compute == {torch.bfloat16}
+def test_bf16_compute_keeps_fp32_weights_and_fp32_gradients(two):
+    """bf16 master weights at lr 1e-6 would leave 98% of the weights unchanged by a step."""
+    grads, weights, compute = two.dtypes
+    assert grads == weights == {torch.float32} and compute == {torch.bfloat16}
 
 
 def test_a_state_of_two_ranks_is_read_by_one(two, world, model_dir):
@@ -272,17 +276,17 @@ def test_a_state_of_two_ranks_is_read_by_one(two, world, model_dir):
     assert at == 3 and all(torch.equal(weights[n], w) for n, w in two.trained[1].items())
 
 
-def test_a_torn_newest_checkpoint_is_passed_over(two, world, model_dir):
-    """One byte less in step 3, in the file of rank 1 alone: both ranks go on from step 2, and step 3 done again is
-    the same bit for bit. Without its marker step 2 does not count either."""
+def test_a_truncated_newest_checkpoint_is_passed_over(two, world, model_dir):
+    """One byte less in step 3, in the file of rank 1 alone: both ranks resume from step 2, and step
+    3 done again is the same bit for bit. Without its marker step 2 does not count either."""
     at, weights = two.fell_back
     assert at == 2 and all(torch.equal(weights[n], w) for n, w in two.trained[1].items())
-    (two.folder / "torn" / "step_2" / "complete.json").unlink()
-    assert train_from_newest(world, model_dir, two.folder / "torn")[0] == 0
+    (two.folder / "cut" / "step_2" / "complete.json").unlink()
+    assert train_from_newest(world, model_dir, two.folder / "cut")[0] == 0
 
 
 def test_the_marker_lists_every_file(two):
-    """A file that it does not list could be torn unnoticed."""
+    """A file that it does not list could be truncated unnoticed."""
     folder = two.folder / "ck" / "step_3"
     listed = set(json.loads((folder / "complete.json").read_text())["files"])
     assert listed == {p.name for p in folder.iterdir()} - {"complete.json"}

@@ -66,7 +66,7 @@ def test_an_out_that_cannot_be_made_is_one_line(world, tmp_path):
 
 
 def test_settings_that_do_not_change_the_method_may_change(world, tmp_path):
-    """After running out of memory one goes on with smaller micro-batches; --val_data may come."""
+    """After running out of memory one resumes with smaller micro-batches; --val_data may come."""
     begun(tmp_path, world)
     run = Run(tmp_path, Settings(micro_tokens=5, val_data=("v",)), world)
     assert json.loads((run.out / "config.json").read_text())["micro_tokens"] == 5
@@ -94,7 +94,7 @@ def test_two_spellings_of_a_path_are_one_setting(world, tmp_path, monkeypatch):
 
 def test_a_start_that_did_no_step_does_not_hold_the_directory(world, tmp_path):
     """A bad --reward fails after set-up, with header, status and a step-0 evaluation written: the
-    mended command must run, and must not take that evaluation for its own."""
+    corrected command must run, and must not take that evaluation for its own."""
     run = Run(tmp_path, Settings(), world)
     run.start({}, 0)
     run.keep_best(0, 0.5, lambda folder: None)
@@ -193,7 +193,7 @@ def test_a_failure_is_written_to_the_status(world, tmp_path, monkeypatch, capsys
     ],
 )
 def test_a_script_ends_with_its_code_and_its_words(body, code, said):
-    """Prevents an early exit that loses the last lines, a traceback, or the code that schedulers read."""
+    """Prevents an early exit that loses last lines, a traceback, or the code schedulers read."""
     program = f"""
 from core.run import run_and_exit
 def main():
@@ -225,7 +225,7 @@ run_and_exit(main)"""
 
 
 def test_the_best_model_is_kept_whatever_comes_later(world, tmp_path):
-    """A collapse late in a run must leave a model behind; a resumed run compares with the old best."""
+    """A collapse late in a run leaves a model behind; a resumed run compares with the old best."""
     run, seen = begun(tmp_path, world), []
     assert run.keep_best(0, 0.25, seen.append) and run.keep_best(10, 0.5, seen.append)
     assert not run.keep_best(20, 0.5, seen.append)
