@@ -537,9 +537,7 @@ def train(c: Config) -> int:
             metrics = {"step": step + 1, "epoch": round(cursor / len(problems), 4)}
             metrics |= {"learning_rate": lr} | rollout_metrics(samples, c.group)
             if not fault:
-                more, stepped = train_on(
-                    model, reference, optimizer, trained, prompts, lr, c, world
-                )
+                new, stepped = train_on(model, reference, optimizer, trained, prompts, lr, c, world)
             if world.is_main:
                 write_samples(run.out / "rollouts" / f"step_{step + 1}.jsonl", samples)
             if fault:
@@ -549,7 +547,7 @@ def train(c: Config) -> int:
             at |= {"step": step + 1, "cursor": cursor, "bad_in_a_row": bad}
             at["bad_steps"] += not stepped
             seconds["step_time"] = time.perf_counter() - begun
-            metrics |= more | speed(metrics["tokens"], prompts, seconds)
+            metrics |= new | speed(metrics["tokens"], prompts, seconds)
             run.log(metrics | {"bad_steps": at["bad_steps"]})
             run.say(describe(metrics, total, at["bad_steps"]))
             run.advance()
