@@ -49,7 +49,10 @@ def convert(
         rows = {key: (i, row.get("subset", "")) for i, key, row in converted(SPECS[name], dry)}
         chosen = sample_keys({key: subset for key, (_, subset) in rows.items()}, limit, seed)
         keep, ctx.dropped = {rows[key][0] for key in chosen}, dry.dropped
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--out {out}: its folder cannot be created ({e.strerror})") from None
     partial = target.with_name(target.name + ".tmp")
     try:
         counts = write_rows((row for _, _, row in converted(SPECS[name], ctx, keep)), partial)
@@ -68,7 +71,8 @@ def convert(
     info = dict(name=name, rows_in=ctx.rows_in, rows_expected=SPECS[name].rows, **counts)
     info |= dict(limit=limit, seed=None if limit is None else seed, dropped=dropped)
     info |= dict(notes=dict(ctx.notes), images=len(ctx.written), sha256=file_sha256(target))
-    info |= dict(check=dict(Counter(re.sub(r"\d+", "N", f.why)[:60] for f in faults)))
+    reasons = [re.sub(r" as .*|\d+", "", f.why)[:60] for f in faults]
+    info |= dict(check=dict(Counter(reasons)))
     info |= dict(download=source_revision(sources), source_files=source.hashes())
     text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
     target.with_name(target.name + ".info.json").write_text(text, encoding="utf-8")

@@ -19,6 +19,8 @@ def refuse_other_file(path: Path, head: bytes) -> None:
         ([b"["], f"one JSON list, not one object on each line; {CONVERT}"),
         ([b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd"], "compressed; unpack it first"),
         ([b"\xff\xfe", b"\xfe\xff"], "UTF-16 text; save it as UTF-8"),
+        ([b"{\n", b"{\r\n"], "an object over several lines; write each object on one line"),
+        ([b""] * (path.suffix.lower() == ".csv"), f"csv, not jsonl; {CONVERT}"),
     ):
         if head.startswith(tuple(magics)):
             raise ValueError(f"{path}: {what.format(path=path)}")
@@ -51,11 +53,11 @@ def refuse_other_format(path: str | Path, rows: Sequence[object], schema: str) -
     the other schema. schema: "conversation" or "problem"."""
     formats = [name for name in map(chat_format, rows) if name]
     if 2 * len(formats) > len(rows):
-        raise ValueError(
-            f"{path}: {formats[0]} format, not the {schema} schema; {CONVERT.format(path=path)}"
-        )
-    kinds = ["messages" in r and "question" not in r for r in rows if isinstance(r, dict)]
-    problems = ["question" in r and "messages" not in r for r in rows if isinstance(r, dict)]
-    if rows and all(problems if schema == "conversation" else kinds) and kinds:
+        raise ValueError(f"{path}: {formats[0]} format; {CONVERT.format(path=path)}")
+    kinds = {("messages" in row, "question" in row) for row in rows if isinstance(row, dict)}
+    if kinds == {(False, False)}:
+        fields = ", ".join(next(row for row in rows if isinstance(row, dict)))[:200]
+        raise ValueError(f"{path}: of neither schema (no messages, no question; fields: {fields})")
+    if kinds == {(schema == "problem", schema == "conversation")}:
         found = "problems" if schema == "conversation" else "conversations"
         raise ValueError(f"{path}: a file of {found}, where one of {schema}s is needed")

@@ -806,6 +806,10 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
             convert.convert("gsm8k", [str(source)], out)
     with pytest.raises(SystemExit, match="unknown data set 'gsm9k'; there are: chat, openthoughts"):
         main(["gsm9k", str(wrong), "--out", out])
+    with pytest.raises(SystemExit, match=r"--out .*: its folder cannot be created"):
+        main(["gsm8k", str(wrong), "--out", f"{wrong}/o.jsonl"])
+    with pytest.raises(SystemExit, match="is the source itself"):
+        main(["gsm8k", str(wrong), "--out", str(wrong)])
     with pytest.raises(SystemExit, match="--limit 0: must be at least 1"):
         main(["gsm8k", str(wrong), "--out", out, "--limit", "0"])
     assert not Path(out).exists() and not list(tmp_path.glob("*.tmp"))

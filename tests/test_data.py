@@ -984,6 +984,8 @@ def test_a_file_in_another_format_is_named_once_with_the_command(row, name, load
         (json.dumps([SHAREGPT]).encode(), "one JSON list"),
         (b"\x1f\x8b\x08", "compressed"),
         ("{}".encode("utf-16"), "UTF-16"),
+        (json.dumps(problem(), indent=1).encode(), "an object over several lines"),
+        (b'{"text": "x"}\n', r"neither schema .*fields: text"),
     ],
 )
 def test_a_file_that_is_no_jsonl_is_named(content, why, tmp_path):

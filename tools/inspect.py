@@ -65,6 +65,8 @@ def encode(rows: list[dict], schema: str, tokenizer, images) -> list[tuple[np.nd
 
 def inspect(path: str, model_dir: str, max_len: int | None, number: int) -> None:
     """Print counts, lengths in tokens, and row `number` (from 0) with its loss mask."""
+    if max_len is not None and max_len < 1:
+        raise ValueError(f"--max_len {max_len}: must be at least 1")
     tokenizer, schema = data.load_tokenizer(model_dir), schema_of(path)
     scanned = list(scan(path, schema, control_tokens(tokenizer)))
     rows = [row for *_, row, bad in scanned if not bad]
