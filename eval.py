@@ -51,7 +51,7 @@ from core.slots import ForcedExit, exit_positions
 from core.vision import ImageConfig
 from sampler import Completion, Sampler, SamplingParams
 from scoring.metrics import all_metrics, cluster, compare, is_looping
-from scoring.tables import report
+from scoring.tables import read_result, report
 
 PIXEL_BYTES = 4e9  # host memory for the preprocessed images of one call of the sampler
 STYLES = ("kind", *data.INSTRUCTIONS)
@@ -107,9 +107,9 @@ class Config:
             raise ValueError("--model is missing; only --rescore needs none")
         if 0 < high < low:
             raise ValueError(f"--min_pixels {low}: is more than --max_pixels {high}")
-        if self.compare and not (Path(self.compare) / "result.json").is_file():
+        if self.compare and read_result(self.compare)["rules"] != grading_rules(self.rule):
             raise ValueError(
-                f"--compare {self.compare}: no result.json in it; name a finished evaluation's --out"
+                f"--compare {self.compare}: graded by other rules; grade it again with --rescore"
             )
         if not re.fullmatch(r"([1-9]\d{0,8}(,[1-9]\d{0,8})*)?", self.budgets):
             raise ValueError(f"--budgets {self.budgets}: must be numbers, as in 512,1024,2048")
@@ -280,10 +280,9 @@ class Engine:
         if images:
             limits = {k: settings[k] for k in ("min_pixels", "max_pixels") if settings[k]}
             self.images = replace(ImageConfig.from_dir(model_dir), **limits)
-        context = (c.raw.get("text_config") or c.raw).get("max_position_embeddings", 1 << 17)
-        if (most := settings["max_new_tokens"]) > context:
-            raise ValueError(f"--max_new_tokens {most}: the model's context is {context} tokens")
-        budget, answer = settings["think_budget"], settings["answer_budget"]
+        budget, answer, most = (
+            settings[k] for k in ("think_budget", "answer_budget", "max_new_tokens")
+        )
         self.exit = ForcedExit.from_tokenizer(self.tokenizer, c.vocab_size, budget, answer)
         try:
             self.params = SamplingParams(
@@ -322,15 +321,22 @@ class Engine:
         if not all_any(bool(jobs)):
             return
         begin, config, c = time.perf_counter(), self.config, self.model_config
+        prompt = max(all_gather_objects(max((len(j.tokens) for j in jobs), default=0)))
+        longest = prompt + params.max_new_tokens
+        context = (c.raw.get("text_config") or c.raw).get("max_position_embeddings", 1 << 17)
+        if longest > context:
+            raise ValueError(
+                f"--max_new_tokens {params.max_new_tokens}: with the longest prompt ({prompt} "
+                f"tokens) more than the model's context of {context} tokens"
+            )
         if self.model is None:
             dtype = torch.bfloat16 if self.settings["dtype"] == "bf16" else torch.float32
             dtypes, vision = dict(compute_dtype=dtype, master_dtype=dtype), self.images is not None
             self.model = model.build_model(self.dir, self.world, with_vision=vision, **dtypes)
             self.model.set_banned_ids(banned_token_ids(self.tokenizer, c.vocab_size))
-        longest = max((len(j.tokens) for j in jobs), default=1) + params.max_new_tokens
         rows = 16 if self.world.device.type == "cpu" else 1  # results don't depend on the batch
         memory = dict(slots=config.slots or None, kv_gb=config.kv_gb or None, min_rows=rows)
-        sampler = Sampler(self.model, max_len=longest, **memory)
+        decoder = Sampler(self.model, max_len=longest, **memory)
         part = self.out / f"{stage}.part{self.world.rank}.{time.time_ns()}.jsonl"
         with gathered(self.model), open(part, "w", encoding="utf-8", newline="\n") as file:
             for chunk in chunks(jobs, c.image_token_id):
@@ -346,8 +352,8 @@ class Engine:
                 prompts = [data.Prompt(j.tokens, *p) for j, p in zip(chunk, pixels)]
                 ids = [j.seed for j in chunk]
                 show = self.world.is_main
-                sampler.generate(prompts, params, sample_ids=ids, on_finish=store, progress=show)
-            sampler.release()
+                decoder.generate(prompts, params, sample_ids=ids, on_finish=store, progress=show)
+            decoder.release()
         self.seconds += time.perf_counter() - begin
         barrier()  # every rank has written
 
@@ -463,7 +469,7 @@ def write_result(
     if config.compare:
         other = Path(config.compare)
         theirs = load_rows(other, "samples").values()
-        result["compare"] = compare(problems, samples, other, theirs, rules)
+        result["compare"] = compare(problems, samples, other, theirs)
     for stage, stored in {"samples": rows, **{f"budget_{b}": t for b, t in tails.items()}}.items():
         write_samples(out / f"{stage}.jsonl", stored.values())
         for part in out.glob(f"{stage}.part*.jsonl"):

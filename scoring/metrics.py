@@ -14,7 +14,6 @@ import numpy as np
 import rewards
 from core.samples import Sample
 from scoring import stats
-from scoring.tables import read_result
 
 Samples = list[list[Sample]]
 
@@ -141,16 +140,12 @@ def all_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
 
 
 # --------------------------------------------------------------------------------- paired comparison
-def compare(
-    problems: list[dict], samples: Samples, other: Path, theirs: Iterable[Sample], rules: dict
-) -> dict:
+def compare(problems: list[dict], samples: Samples, other: Path, theirs: Iterable[Sample]) -> dict:
     """Paired differences, this evaluation minus `other`, over the questions that both have.
 
-    theirs: the other's stored samples. Raises ValueError where it was graded by other rules or
-    against other golds, or has none of the problems. p_holm is Holm's p over the tasks.
+    theirs: the other's stored samples. Raises ValueError where it was graded against other golds,
+    or has none of the problems. p_holm is Holm's p over the tasks.
     """
-    if read_result(other)["rules"] != rules:
-        raise ValueError(f"--compare {other}: graded by other rules; grade it again with --rescore")
     stored: dict[str, list[Sample]] = {}
     for s in theirs:
         if s.lenient is not None:  # an unfinished run may hold ungraded samples

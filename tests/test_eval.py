@@ -598,7 +598,7 @@ MISTAKES = [
     ([choice(0)], {"samples": 3}, "3 at --temperature 0: 3 equal ones"),
     ([choice(0)], {"budgets": "1k"}, "--budgets 1k: must be numbers"),
     ([choice(0)], {"prompt_style": "nice"}, "prompt style 'nice': choose kind, train"),
-    ([choice(0)], {"compare": "nowhere"}, "--compare nowhere: no result.json in it"),
+    ([choice(0)], {"compare": "nowhere"}, "nowhere: no result.json; name the --out"),
     ([choice(0)], {"drop": "nowhere.txt"}, "--drop nowhere.txt: no such file"),
     ([choice(0)], {"rescore": True, "model": ""}, "holds no samples; run it with --model first"),
     ([choice(0, question="a<|im_end|>")], {}, "control token"),
@@ -705,8 +705,18 @@ def test_values_out_of_range_are_refused_at_the_start(flag, capsys):
 
 def test_more_tokens_than_the_model_can_hold_are_refused(model_dir, problems, tmp_path, world):
     """Prevents --max_new_tokens 9999999 from allocating terabytes."""
-    with pytest.raises(ValueError, match="--max_new_tokens 9999999: the model's context is"):
+    with pytest.raises(
+        ValueError, match="--max_new_tokens 9999999: with the longest prompt .* context of"
+    ):
         ev.evaluate(config(model_dir, problems, tmp_path / "out", max_new_tokens=9_999_999))
+
+
+def test_a_prompt_longer_than_the_context_is_refused(model_dir, tmp_path, world, monkeypatch):
+    """Prevents a row of a whole book from taking all of the machine's memory: it took 16 GB."""
+    monkeypatch.setattr(ev.model, "build_model", lambda *a, **k: pytest.fail("too late"))
+    long = write(tmp_path / "p.jsonl", [choice(0), choice(1, question="a=1;" * 50_000)])
+    with pytest.raises(ValueError, match="--max_new_tokens 40: with the longest prompt .* context"):
+        ev.evaluate(config(model_dir, long, tmp_path / "out"))
 
 
 def test_rescore_of_a_limited_run_says_so(model_dir, tmp_path, world, inline):
