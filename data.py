@@ -12,13 +12,10 @@ packing, options as "A: text".
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -26,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from core import chat, schema, token_cache
+from core import chat, schema
 from core.chat import chat_segments, load_tokenizer, with_image_parts  # noqa: F401
 from core.packing import attention_cost, balance, pack_plan  # noqa: F401
 from core.parallel import World
@@ -41,7 +38,7 @@ from core.schema import (  # noqa: F401
     refuse,
     scan,
 )
-from core.token_cache import Cut, Document, TokenizedDataset, join_parts, write_parts
+from core.token_cache import Cut, Document, TokenizedDataset, cache_key, join_parts, write_parts
 from core.vision import (
     ImageConfig,
     load_image,
@@ -52,8 +49,6 @@ from core.vision import (
 )
 
 IMAGE_PAD = "<|image_pad|>"
-TOKENIZER_FILES = """tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json
-special_tokens_map.json chat_template.json chat_template.jinja preprocessor_config.json""".split()
 
 
 # ---------------------------------------------------------------------- conversations
@@ -109,21 +104,6 @@ def encode_conversations(
 
 
 # ---------------------------------------------------------------------- token cache
-def cache_key(paths: Sequence[str | Path], model_dir: str | Path, **settings) -> str:
-    """Changes with whatever the tokens depend on: files, tokenizer, template, settings, versions of
-    the libraries, this code."""
-    settings |= {name: version(name) for name in ("transformers", "tokenizers")}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    code = [Path(file) for file in (__file__, chat.__file__, schema.__file__, token_cache.__file__)]
-    model_files = [Path(model_dir) / name for name in TOKENIZER_FILES]
-    for path in [*code, *model_files, *map(Path, paths)]:
-        digest.update(f"\n{path.name if path in model_files else path.resolve()}\n".encode())
-        if path.is_file():
-            with open(path, "rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:20]
-
-
 def tokenize_files(
     paths: Sequence[str | Path],
     model_dir: str | Path,
@@ -151,7 +131,9 @@ def tokenize_files(
     for path in paths:
         next(read_jsonl(path))  # missing or empty: an error at once
     settings = dict(max_len=max_len, overlong=overlong, skip=skip_bad_rows)
-    final = Path(cache_dir) / cache_key(paths, model_dir, **settings)
+    final = Path(cache_dir) / cache_key(
+        paths, model_dir, code=(__file__, chat.__file__, schema.__file__), **settings
+    )
     if not (final / "meta.json").is_file():
         tokenizer = load_tokenizer(model_dir)
         good, faults, with_images = 0, [], False

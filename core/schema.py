@@ -20,7 +20,6 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ from typing import Iterable, Iterator, Sequence
 from tqdm import tqdm
 
 from core.formats import refuse_other_file, refuse_other_format
-from core.vision import ImageConfig, load_image, smart_resize
+from core.vision import image_size
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CONTROL_TOKENS = tuple(  # Qwen2.5's; those of another tokenizer are refused too
@@ -120,25 +119,6 @@ def image_findings(images: object, folder: Path, marks: int, optional: bool) -> 
             yield "images", f"{name[:40]}… is no file name", fix
         elif isinstance(size := image_size(folder / name), str):
             yield "images", size, "a readable file, relative to the jsonl's folder"
-
-
-def image_size(path: str | Path) -> tuple[int, int] | str:
-    """(width, height) of an image that was read to its end and has a usable shape; else why not.
-    Cached: rows are checked, then tokenised, and many questions may share an image."""
-    try:
-        return _image_size(str(path), os.stat(path).st_mtime_ns)
-    except (OSError, ValueError):
-        return f"{path}: no such file"
-
-
-@lru_cache(maxsize=1 << 20)
-def _image_size(path: str, modified: int) -> tuple[int, int] | str:
-    try:
-        image = load_image(path)
-        smart_resize(image.height, image.width, ImageConfig())
-        return image.size
-    except ValueError as e:
-        return str(e)
 
 
 def conversation_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator[Finding]:

@@ -13,15 +13,18 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 
 from core.schema import Fault, progress
 
 ROWS_PER_PART = 1024
+TOKENIZER_FILES = """tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json
+special_tokens_map.json chat_template.json chat_template.jinja preprocessor_config.json""".split()
 DROPPED = ("dropped_overlong", "dropped_cut_image", "dropped_nothing_to_learn")
 
 
@@ -80,6 +83,22 @@ class TokenizedDataset:
         tokens, loss_mask = np.asarray(self.tokens[at]), np.asarray(self.loss_mask[at])
         source = f"{self.names[self.files[i]]}:{self.lines[i]}"
         return Document(tokens, loss_mask, images, self.image_token_id, source)
+
+
+def cache_key(
+    paths: Sequence[str | Path], model_dir: str | Path, *, code: Sequence[str] = (), **settings
+) -> str:
+    """Changes with whatever the tokens depend on: files, tokenizer, template, settings, versions of
+    the libraries, and the source files `code`."""
+    settings |= {name: version(name) for name in ("transformers", "tokenizers")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    model_files = [Path(model_dir) / name for name in TOKENIZER_FILES]
+    for path in [*map(Path, (__file__, *code)), *model_files, *map(Path, paths)]:
+        digest.update(f"\n{path.name if path in model_files else path.resolve()}\n".encode())
+        if path.is_file():
+            with open(path, "rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:20]
 
 
 @dataclass(frozen=True)

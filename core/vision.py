@@ -27,6 +27,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -75,6 +76,25 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
             return _to_checked_rgb(_open(f, str(path)), str(path))
     except OSError as e:
         raise ValueError(f"{path}: cannot be read ({e.strerror or e})") from e
+
+
+def image_size(path: str | Path) -> tuple[int, int] | str:
+    """(width, height) of an image that was read to its end and has a usable shape; else why not.
+    Cached: rows are checked, then tokenised, and many questions may share an image."""
+    try:
+        return _image_size(str(path), os.stat(path).st_mtime_ns)
+    except (OSError, ValueError):
+        return f"{path}: no such file"
+
+
+@lru_cache(maxsize=1 << 20)
+def _image_size(path: str, modified: int) -> tuple[int, int] | str:
+    try:
+        image = load_image(path)
+        smart_resize(image.height, image.width, ImageConfig())
+        return image.size
+    except ValueError as e:
+        return str(e)
 
 
 def _open(file, name: str) -> Image.Image:

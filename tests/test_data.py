@@ -555,7 +555,9 @@ def test_the_cache_knows_the_versions_and_the_data_has_a_hash(model_dir, tmp_pat
     first = data.cache_key([file], model_dir)
     for library in ("transformers", "tokenizers"):
         with monkeypatch.context() as m:
-            m.setattr(data, "version", lambda n, old=library: "0" if n == old else version(n))
+            m.setattr(
+                core.token_cache, "version", lambda n, old=library: "0" if n == old else version(n)
+            )
             assert data.cache_key([file], model_dir) != first
     assert data.cache_key([file], model_dir) == first
     here = tokenize(file, model_dir, tmp_path)[0].data_hash
