@@ -1,4 +1,4 @@
-r"""Verifiable rewards.   reward = 1 if the extracted answer equals the gold, else 0   (the paper's rule)
+r"""Verifiable rewards. The paper's rule: 1 if the extracted answer equals the gold, else 0.
 
     completion, gold 42                         extracted     reward
     <think>6*7</think> <answer>42</answer>      42            1
@@ -9,10 +9,10 @@ r"""Verifiable rewards.   reward = 1 if the extracted answer equals the gold, el
     <answer>42 (cut at the length limit)        nothing       0      status "truncated"
     <answer>B: cough</answer>, gold B           B             1      kind "choice"
 
-1. `extract_answer` finds the answer after the last `</think>`: `<answer>…</answer>`, else `\boxed{}`.
+1. `extract_answer` looks after the last `</think>` for `<answer>…</answer>`, else `\boxed{}`.
    It never guesses: no nearest option, no last number of the prose (`lenient` is a second score).
-2. Choices compare letters; math compares values (`grading/equality.py`). An answer that is copied
-   from the question counts only if it equals the gold as a string or number, without algebra.
+2. Choices compare letters; math compares values (`grading/equality.py`). A formula that is copied
+   from the question counts only if it is the gold as a string or number.
 3. `Reward(score, answer, why, status, parts)`. `reward` waits for it; `Grader.submit` returns a
    Future, so that a training loop can grade while it samples. Neither hangs or raises on any text.
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 import re
-import signal
 import threading
 from collections import Counter
 from concurrent.futures import Future
@@ -33,8 +32,6 @@ from grading import equality, extraction, workers
 from grading.extraction import RULES, extract_answer, last_boxed, tagged  # noqa: F401
 from grading.notation import normalise, read_number
 from grading.workers import Outcome, WorkerPool
-
-ALGEBRA_SECONDS = 0.5  # CPU seconds of algebra for one answer; half of them take 0.01
 
 
 class Reward(NamedTuple):
@@ -46,32 +43,6 @@ class Reward(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------- reward
-class OutOfTime(BaseException):
-    """Not an Exception, so that sympy's handlers let it pass."""
-
-
-def grade_equality(pred: str, golds: list[str]) -> bool:
-    """Runs in a worker: is the prediction equal to any gold? False after ALGEBRA_SECONDS of CPU.
-
-    The worker survives that; only a single long C call (a huge power) needs the kill at the deadline.
-    """
-
-    def stop(*_):
-        raise OutOfTime
-
-    signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, ALGEBRA_SECONDS, 0.1)
-    try:
-        return any(equality.full_equal(pred, gold) for gold in golds)
-    except OutOfTime:
-        return False
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-grade_equality.warm_up = equality.warm_up  # before the worker says that it is ready
-
-
 def _verdict(equal: bool, text: str | None) -> Reward:
     return Reward(1.0 if equal else 0.0, text, "equal" if equal else "not equal", "ok")
 
@@ -169,9 +140,9 @@ def _algebra(pred: str, golds: list[str]) -> Outcome:
     """Here if this is a worker already, else in one shared worker that starts when first needed."""
     global _shared
     if workers.IN_WORKER:
-        return Outcome("ok", grade_equality(pred, golds), "", 0.0)
+        return Outcome("ok", equality.equal_to_any(pred, golds), "", 0.0)
     with _shared_lock:
-        _shared = _shared or WorkerPool("rewards:grade_equality", workers=1)
+        _shared = _shared or WorkerPool("grading.equality:equal_to_any", workers=1)
     return _shared.submit(pred, golds).result()
 
 
@@ -184,8 +155,8 @@ def is_equal(pred: str, gold: str) -> bool:
 def reward(problem: dict, completion: str, finish_reason: str = "stop", **how) -> Reward:
     """Score one completion of a problem row and wait for it.
 
-    problem: kind, answer, options?, question?, meta? {precision, unit}. finish_reason: stop | length |
-    forced+stop | forced+length; a length scores 0. how: rule, open_thought, lenient of
+    problem: kind, answer, options?, question?, meta? {precision, unit}. finish_reason: stop |
+    length | forced+stop | forced+length; a length scores 0. how: rule, open_thought, lenient of
     `extract_answer`. A bad gold or an unknown kind is a Reward with status "error".
     """
     settled = _settle(problem, completion, finish_reason, how)
@@ -211,7 +182,7 @@ class Grader:
         rewards = [f.result() for f in futures]
 
     reward: your own "module:name" or "path/file.py:name", called in the workers as
-    function(problem, completion, finish_reason); an exception, a hang, NaN or None there is a Reward
+    function(problem, completion, finish_reason); an exception, a hang, NaN or None is a Reward
     with status error or timeout. how: see `reward`.
     """
 
@@ -227,7 +198,9 @@ class Grader:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {how['rule']!r}")
         self.user, self.how = bool(reward), how
         self._lock, self._counts = threading.Lock(), Counter()
-        self.pool = WorkerPool(reward or "rewards:grade_equality", workers, deadline, memory_gb)
+        self.pool = WorkerPool(
+            reward or "grading.equality:equal_to_any", workers, deadline, memory_gb
+        )
 
     def submit(self, problem: dict, completion: str, finish_reason: str = "stop") -> Future:
         """A Future of a Reward, done at once if no worker is needed; cancelled only by `close`."""

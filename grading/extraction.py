@@ -1,7 +1,7 @@
 r"""Where the answer of a completion stands: the last tag, the last box, or the last "Answer: X".
 
-Strict on purpose: what the extraction can be fooled into is what training will learn. Linear time on
-any text: only the last `SCANNED` characters are read, and every repetition is bounded.
+Strict on purpose: what the extraction can be fooled into is what training will learn. Linear time
+on any text: only the last `SCANNED` characters are read, and every repetition is bounded.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _NEXT_BOX = re.compile(
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last outermost `\boxed{…}`; None if there is none or if a later one stays open.
+    r"""Content of the last outermost `\boxed{…}`; None without one or if a later one stays open.
 
-    Boxes joined by `,`, `and`, `or` are a list: `\boxed{1} and \boxed{2}` → "1, 2"; `\boxed{17}, no:
-    \boxed{42}` → "42".
+    Boxes joined by `,`, `and`, `or` are a list: `\boxed{1} and \boxed{2}` → "1, 2";
+    `\boxed{17}, no: \boxed{42}` → "42".
     """
     text = text[-SCANNED:]
     spans: list[tuple[int, int, int]] = []  # start of the command, start and end of the content
@@ -180,8 +180,8 @@ _ANCHOR = re.compile(  # every repetition is bounded: linear time on hostile tex
     r"(?:(?i:answers?|option|choice|réponse|respuesta|antwort|risposta|resposta|ответ|答案|答え|정답)"
     r"\**\s{0,3}(?:\((?i:letter)\)\s{0,3})?"
     r"(?:\s(?i:is|would be|should be|must be|est|es|ist)|:|=|是|为|為|は|è|é)[\s:*]{0,9}"
-    r"(?:(?i:therefore|thus|most likely|likely|clearly|definitely|option|choice|letter)[\s:,*]{1,9})"
-    r"{0,3}|\b(?i:it['’]?s|it is|choose|pick|select)\s+(?=\())"
+    r"(?:(?i:therefore|thus|most likely|likely|clearly|definitely|option|choice|letter)"
+    r"[\s:,*]{1,9}){0,3}|\b(?i:it['’]?s|it is|choose|pick|select)\s+(?=\())"
     r"(?P<wrap>(?:\\[a-z]{2,10}\{|\\[(\[]|[\s*$`\"“(\[{<]){0,12})(?P<letter>[A-Z])"
     r"(?!['’]?[A-Za-z0-9_])(?P<rest>[^\n]*)"
 )

@@ -61,6 +61,8 @@ _RULES = [  # pattern ~~ replacement, in this order; ␣ is a blank, § a mark o
 \^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-z])|\\(?:degree|textdegree) ~~
 \{,\}|,\s*\\!|\\!\s*,|(?<=\d)\\,(?=\d{3}(?!\d)) ~~ §
 \\! ~~
+\{\s*(\w+)\s*\\choose\s*(\w+)\s*\} ~~ \\binom{\1}{\2}
+\\log\s*_\s*\{?e\}? ~~ \\ln
 \\[,;:> ]|~ ~~ ␣
 \\lbrace(?![a-z]) ~~ \\{
 \\rbrace(?![a-z]) ~~ \\}
@@ -252,6 +254,26 @@ def _unsigned(text: str) -> tuple[Fraction | None, int | None]:
     return None, None
 
 
+def number_equal(pred: Number, gold: Number) -> bool:
+    """Equal; or one is a right rounding to >= 6 places of the other, which has no finite decimal.
+
+    A percent sign on one side only may mean 1/100 or be left out (who asks "what percent?").
+    """
+    a, b = pred.value, gold.value
+    if pred.percent != gold.percent:
+        return a == b or (a / 100 if pred.percent else a) == (b / 100 if gold.percent else b)
+    if a == b or (pred.decimals is None) == (gold.decimals is None):
+        return a == b
+    decimal, exact, places = (a, b, pred.decimals) if pred.decimals else (b, a, gold.decimals)
+    endless = pow(10, exact.denominator.bit_length(), exact.denominator) != 0
+    return endless and rounds_to(decimal, exact, places)
+
+
+def rounds_to(decimal, exact, places: int) -> bool:
+    enough = places >= 6 and abs(decimal) * 10**places >= 10**5
+    return enough and bool(abs(decimal - exact) * 2 * 10**places <= 1)
+
+
 # Units that contradict one another if both answers name one; other words after a value are ignored.
 _UNITS = {}
 for _row in (
@@ -274,7 +296,7 @@ _WORD_TAIL = re.compile(  # after a value: 9.8 m/s^2, 441 lb, 12 square feet, 5 
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    r"""Value and unit: `12\sqrt{13}\text{ feet}` → (`12\sqrt{13}`, `ft`), `5 apples` → (`5`, ``)."""
+    r"""Value and unit: `12\pi\text{ feet}` → (`12\pi`, `ft`), `5 apples` → (`5`, ``)."""
     unit = ""
     for pattern in (_TEXT_TAIL, _WORD_TAIL):
         m = pattern.search(text)

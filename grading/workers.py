@@ -1,19 +1,20 @@
 r"""Worker processes that can be killed: each item has a deadline, whatever the function does.
 
-    with WorkerPool("rewards:grade_equality", workers=2, deadline=5) as pool:
+    with WorkerPool("grading.equality:equal_to_any", workers=2, deadline=5) as pool:
         outcome = pool.submit(r"\frac12", ["0.5"]).result()     # Outcome("ok", True, "", 0.003)
 
 SymPy can't be interrupted from a thread and a user's reward can do anything, so items run in
 processes of their own. One spare has loaded the function already and takes over after a kill.
-Workers are new interpreters (no fork: no CUDA context, no torch, no copy of the caller's `__main__`)
-that read and write JSON lines. Promises, each with a test:
+Workers are new interpreters (no fork: no CUDA context, no torch, no copy of the caller's
+`__main__`) that read and write JSON lines. Promises, each with a test:
 
 - The deadline counts from the moment that a worker takes the item, not while it waits.
 - An exception, a hang or a death of the worker is an Outcome; every Future is resolved.
 - Memory is bounded (RLIMIT_AS). `submit` may be called from any thread.
-- No worker outlives the pool or its parent, even one killed with SIGKILL (Linux: parent-death signal;
-  elsewhere: end of file on the pipe). What the function started, in whatever session, is killed with
-  its worker on Linux (found by an environment variable; elsewhere only the worker's process group).
+- No worker outlives the pool or its parent, even one killed with SIGKILL (Linux: parent-death
+  signal; elsewhere: end of file on the pipe).
+- A worker's kill also ends what the function started, in whatever session (Linux: found by an
+  environment variable; elsewhere only the worker's process group).
 """
 
 from __future__ import annotations
@@ -239,7 +240,7 @@ class WorkerPool:
             future.set_result(outcome._replace(seconds=seconds))
 
     def _living(self, worker: _Worker | str | None) -> _Worker | str:
-        """The worker, or the next ready one if it died while it waited; why, if three don't start."""
+        """The worker, or the next ready one if it died idle; why, if three don't start."""
         for _ in range(3):
             while isinstance(worker, _Worker) and worker.process.poll() is not None:
                 self._replace(worker)
@@ -277,7 +278,7 @@ class WorkerPool:
 
 # ------------------------------------------------------------------------------ inside the worker
 def serve() -> None:
-    """argv: function, memory in GB, pid of the parent. One reply to each line; ends with the pipe."""
+    """argv: function, memory in GB, pid of the parent. Replies to each line; ends with the pipe."""
     global IN_WORKER
     IN_WORKER = True
     name, memory_gb, parent = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
