@@ -136,6 +136,8 @@ def run_ours(folder: Path, steps: int) -> dict:
                 str(1 << 30),
                 "--steps",
                 str(steps + 1),
+                "--checkpointing",
+                "full",
                 "--save_every",
                 "0",
                 "--device",

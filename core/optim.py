@@ -85,7 +85,8 @@ def guarded_step(
     Returns (gradient norm before clipping, stepped).
     """
     norm = grad_norm(model)
-    stepped = bool(torch.isfinite(norm)) and math.isfinite(loss)
+    value = norm.item()  # the one wait for the GPU
+    stepped = math.isfinite(value) and math.isfinite(loss)
     if stepped:
         if max_norm:
             trained = [p for p in model.parameters() if p.grad is not None]
@@ -97,7 +98,7 @@ def guarded_step(
         else:
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm), stepped
+    return value, stepped
 
 
 @torch.no_grad()

@@ -154,7 +154,8 @@ def fastest_setting(model: nn.Module, s: Setting, free: int, tokens: list[int]) 
     """The setting that recomputes least and fits into `free` bytes. s.checkpointing "auto" tries
     every mode, each with these numbers of tokens; the last of them is taken if none fits.
 
-    The 7B on 8 GPUs of 79 GiB, tokens [16384, 8192]: matmul with 8,192 tokens, 49 GiB.
+    The 7B, tokens [16384, 8192]: none with 8,192 (67 GiB) on 8 × 80 GB, matmul with 8,192 (63 GiB)
+    on 4 × 80 GB, full with 8,192 (126 GiB) on 1 × H200.
     """
     modes = FASTEST_FIRST if s.checkpointing == "auto" else (s.checkpointing,)
     tries = [replace(s, checkpointing=mode, tokens=n) for mode in modes for n in tokens]

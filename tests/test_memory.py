@@ -5,7 +5,17 @@ import torch
 from test_model import FLAT_7B, text_stream
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from core.plan import GIB, Setting, block_activations, count_parameters, kv_bytes, plan_step
+from core.plan import (
+    GIB,
+    Setting,
+    block_activations,
+    choose_setting,
+    count_parameters,
+    fastest_setting,
+    fits,
+    kv_bytes,
+    plan_step,
+)
 from data import Batch
 from model import Block, ModelConfig, rope_cos_sin
 from tools import memory
@@ -68,12 +78,15 @@ def test_gathered_copies_and_kv_cache_of_the_7b():
 
 
 def test_grpo_adds_reference_cache_and_gathered_weights():
-    """The larger half decides; offloading moments helps the sampling half alone."""
+    """The larger half decides; sampling holds the weights twice (FSDP's copy, and the one that CUDA
+    graphs read); offloading moments helps the sampling half alone."""
     setting = Setting(8)
     plain = plan_grpo(SEVEN, setting, reference=False, kv_gb=40)
     with_reference = plan_grpo(SEVEN, setting, reference=True, kv_gb=40)
     assert with_reference["reference"] / GIB == pytest.approx(14.19 / 8, abs=0.01)
-    assert plain["sampling peak"] / GIB == pytest.approx(3.55 + 7.09 + 14.19 + 40e9 / GIB, abs=0.05)
+    assert plain["sampling peak"] / GIB == pytest.approx(
+        3.55 + 7.09 + 2 * 14.19 + 40e9 / GIB, abs=0.05
+    )
     assert with_reference["sampling peak"] - plain["sampling peak"] == with_reference["reference"]
     offloaded = plan_grpo(SEVEN, setting, reference=True, kv_gb=40, offload_optimizer=True)
     assert with_reference["sampling peak"] - offloaded["sampling peak"] == offloaded["optimizer"]
@@ -83,7 +96,36 @@ def test_grpo_adds_reference_cache_and_gathered_weights():
         == 100 * 6144 * 57_344
     )
     kept = plan_grpo(SEVEN, setting, reference=True, kv_gb=40, keep_sampler=True)
-    assert kept["training peak"] - with_reference["training peak"] == 40e9
+    held = 40e9 + kept["copy for CUDA graphs"]  # both stay
+    assert kept["training peak"] - with_reference["training peak"] == held
+
+
+@pytest.mark.parametrize(
+    "ranks, gib, mode, tokens",
+    [
+        (8, 139, "none", 16384),
+        (8, 79, "none", 8192),
+        (4, 79, "matmul", 8192),
+        (1, 139, "full", 8192),
+    ],
+)
+def test_the_setting_that_recomputes_least_and_fits_is_taken(ranks, gib, mode, tokens):
+    """--checkpointing auto: full was the default everywhere, and its recomputation costs 31% of a step."""
+    setting = Setting(ranks, checkpointing="auto")
+    chosen = fastest_setting(SEVEN, setting, gib * GIB, [16384, 8192])
+    assert (chosen.checkpointing, chosen.tokens) == (mode, tokens)
+    assert fits(plan_step(SEVEN, chosen), gib * GIB)
+    fixed = fastest_setting(SEVEN, Setting(ranks), gib * GIB, [16384])
+    assert (fixed.checkpointing, fixed.tokens) == ("full", 16384)  # the user's own word counts
+
+
+def test_a_plan_that_does_not_fit_is_said(world):
+    """The smallest setting is tried anyway, with a warning that says how to get by."""
+    flags = dict(dtype="auto", adam_dtype="fp32", reshard=True, replicas=1, train_vision=False)
+    flags |= dict(checkpointing="auto", plan_ranks=1)
+    setting, text = choose_setting(SEVEN, world, [16384, 8192], **flags)
+    assert (setting.checkpointing, setting.tokens) == ("full", 8192)
+    assert "warning: that is too much for 79 GiB" in text and "peak" in text
 
 
 # --------------------------------------------------------------------------------------------- against what happens

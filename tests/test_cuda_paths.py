@@ -1,0 +1,111 @@
+"""The CUDA paths on fake CUDA tensors (tests/helpers/fake_cuda.py): FSDP2's real hooks on rank 0 of 8,
+the 7B's true widths. Values and speed are not seen here; shapes, memory and waits for the GPU are."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from core import attention, decode_kernels
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("c++") is None,
+    reason="the fake CUDA device needs Linux and a C++ compiler (c++)",
+)
+
+
+def seen_in(case: str) -> dict:
+    """What a case of tests/helpers/fake_cuda_cases.py prints; a process of its own, as torch looks for
+    CUDA once, at import."""
+    file = ROOT / "tests" / "helpers" / "fake_cuda_cases.py"
+    done = subprocess.run([sys.executable, str(file), case], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def modes():
+    return seen_in("modes")
+
+
+@pytest.mark.parametrize("mode, off", [("full", 0.03), ("matmul", 0.03), ("none", 0.05)])
+def test_memory_of_an_sft_step_is_as_planned(modes, mode, off):
+    """torch's memory tracker against core/plan.py. With 3 of 28 layers: what is not per layer weighs
+    more here than in the whole 7B, where full was 28.37 GiB against 28.27 planned."""
+    assert modes[mode]["peak"] == pytest.approx(modes[mode]["plan"], rel=off)
+
+
+@pytest.mark.parametrize("mode", ["full", "matmul", "none", "compiled"])
+def test_waits_for_the_gpu_in_an_sft_step(modes, mode):
+    """A step of two micro-batches waits for its loss and its gradient norm, and within micro-batches
+    never. It was 6 a micro-batch: max_len and supervised rows were read from the GPU, inputs copied."""
+    waits = modes[mode]["waits"]
+    assert sum(waits.values()) == 2 == waits["aten._local_scalar_dense.default"], waits
+
+
+def test_gradients_are_fp32_and_sharded(modes):
+    """bf16 compute must not reach master weights or gradients; a rank holds an eighth of them."""
+    for seen in modes.values():
+        assert seen["weights"] == seen["gradients"] == ["torch.float32"]
+    parameters = 3 * 233_057_792 + 2 * 544_997_376 + 3584
+    assert modes["full"]["gradient_bytes"] == pytest.approx(parameters * 4 / 8, rel=1e-4)
+
+
+def test_selective_checkpointing_keeps_attention_and_matmuls(modes):
+    """`full` runs the forward of each block twice, `matmul` only what is cheap."""
+    forward = "torch_attn._varlen_attn.default"
+    runs = {mode: modes[mode]["attention"][forward] for mode in ("full", "matmul", "none")}
+    assert runs == {"full": 2 * 2 * 3, "matmul": 2 * 3, "none": 2 * 3}
+    assert modes["full"]["mm"] > modes["matmul"]["mm"] == modes["none"]["mm"]
+
+
+def test_kernels_of_an_sft_step(modes):
+    """Operations a block and micro-batch, forward and backward: an upper bound, so that none creep in."""
+    for mode, most in (("full", 420), ("matmul", 420), ("none", 330)):
+        assert modes[mode]["operations"] / (2 * 3) < 3 * most
+
+
+def test_a_decode_step_waits_for_nothing():
+    """A CUDA graph cannot record a wait."""
+    seen = seen_in("decode")
+    for dtype in ("torch.bfloat16", "torch.float32"):
+        assert seen[dtype]["shape"] == [64, 28, 128] and seen[dtype]["waits"] == 0
+    assert seen["torch.bfloat16"]["operations"] <= 20
+
+
+def test_the_flash_attn_package_on_request():
+    """ATTENTION=flash_attn takes its function, and selective checkpointing knows its operator: it was
+    recomputed, because no name matched."""
+    seen = seen_in("flash_attn_package")
+    operator = "flash_attn._flash_attn_varlen_forward.default"
+    runs = {mode: seen[mode]["attention"][operator] for mode in ("full", "matmul")}
+    assert seen["name"] == "flash-attn" and runs == {"full": 2 * 2 * 2, "matmul": 2 * 2}
+
+
+@pytest.mark.parametrize(
+    "value, words", [("flash_attn", "does not import"), ("fast", "must be torch")]
+)
+def test_a_backend_that_is_not_there(value, words):
+    code = "import core.attention"
+    env = {**os.environ, "ATTENTION": value}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode and words in done.stderr
+
+
+def test_fp32_decode_on_a_gpu_equals_the_cpus():
+    """The branch for fp32 on CUDA masks the whole cache; here with CPU tensors."""
+    g = torch.Generator().manual_seed(0)
+    q, lengths = torch.randn(5, 8, 16, generator=g), torch.tensor([0, 3, 63, 64, 99])
+    k, v = torch.randn(2, 5, 100, 2, 16, generator=g)
+    plan = decode_kernels.plan_attention(lengths, 100, lengths.tolist())
+    mask = decode_kernels._mask(lengths + 1, 100)
+    masked = decode_kernels._attend_sdpa(q, k, v, [(0, 5, 100, mask)])
+    assert (masked - decode_kernels.decode_attend(q, k, v, plan)).abs().max() < 2e-6
+    assert attention.backend("cpu", torch.bfloat16) == "SDPA per document"
