@@ -1,7 +1,7 @@
 """Evaluate a model on flat jsonl problems, text and image, by the rule that rewards training.
 
 torchrun --nproc_per_node=8 eval.py --model DIR --data mmmu.jsonl gsm8k.jsonl --out runs/eval/base
-python eval.py … --samples 5 --temperature 0.3    avg@5, maj@5, pass@5: the paper's second protocol
+python eval.py … --samples 5 --temperature 0.3    avg@5, maj@5, pass@5: the second protocol
 python eval.py … --budgets 512,1024,2048          accuracy by thinking budget, from stored samples
 python eval.py … --blind --samples 3 --temperature 0.3    no images; OUT/solved.txt: always solved
 python eval.py --data … --out OUT --rescore       grade the stored samples again, without a model
@@ -82,8 +82,8 @@ class Config:
     top_p: float = option(1.0, "nucleus sampling", group="sampling", gt=0, le=1)
     max_new_tokens: int = option(4096, "answer included (paper: 4096)", group="sampling", ge=1)
     think_budget: int = option(
-        3800, "force </think> after this many tokens (paper: at 4096, with no room for the answer); "
-        "0: never", group="sampling", ge=0,
+        3800, "force </think> after this many tokens (paper: at 4096, room for the answer not "
+        "stated); 0: never", group="sampling", ge=0,
     )  # fmt: skip
     answer_budget: int = option(256, "tokens after a forced exit", group="sampling", ge=1)
     seed: int = option(0, "decides every sampled token", group="sampling", ge=0)
@@ -180,7 +180,7 @@ def model_fingerprint(model_dir: Path) -> str:
 
 
 def opens_thought(model_dir: Path) -> bool:
-    """Whether the chat template ends the prompt with <think>; then a completion begins in a thought."""
+    """Whether the chat template ends the prompt with <think>, so that completions begin inside."""
     chat = [{"role": "user", "content": "x"}]
     template = data.load_tokenizer(model_dir).apply_chat_template
     return template(chat, tokenize=False, add_generation_prompt=True).rstrip().endswith("<think>")
@@ -223,7 +223,7 @@ def data_hashes(files: list[str]) -> list[list[str]]:
 
 
 def load_rows(out: Path, stage: str) -> Rows:
-    """Stored samples by (problem, sample index): OUT/STAGE.jsonl, and what ranks have appended since."""
+    """Samples by (problem, sample index): of OUT/STAGE.jsonl and of the parts that ranks wrote."""
     rows: Rows = {}
     for file in [*out.glob(f"{stage}.jsonl"), *sorted(out.glob(f"{stage}.part*.jsonl"))]:
         for s in read_samples(file, truncated_end=".part" in file.name):
@@ -239,8 +239,8 @@ def check_stored(config: Config, settings: dict, problems: list[dict], rows: Row
         limit = settings["limit"]
         hint = f"it was made with --limit {limit}: pass that, or sample the rest with --model"
         raise ValueError(
-            f"--rescore: {len(missing)} of {len(problems)} problems have no stored samples, the first "
-            f"is {missing[0]}; {hint if limit != config.limit else 'sample them with --model'}"
+            f"--rescore: {len(missing)} of {len(problems)} problems have no stored samples, the "
+            f"first is {missing[0]}; {hint if limit != config.limit else 'sample with --model'}"
         )
     for p in problems:
         if rows[p["id"], 0].prompt != data.prompt_text(p, settings["prompt_style"]):
@@ -372,7 +372,7 @@ class Engine:
         return s
 
     def sample_missing(self, problems: list[dict]) -> Rows:
-        """All samples of `problems`; each rank samples its share of the missing ones. Collective."""
+        """All samples of `problems`; each rank samples its share of the missing. Collective."""
         rows, n, world = load_rows(self.out, "samples"), self.settings["samples"], self.world
         missing = [p for p in problems if any((p["id"], i) not in rows for i in range(n))]
         mine = missing[world.rank :: world.size]
@@ -487,7 +487,7 @@ def write_result(
 
 
 def evaluate(config: Config) -> dict | None:
-    """Sample what is missing, grade everything, write and print the result. Returns it on rank 0."""
+    """Sample what is missing, grade all, write and print the result. Returns it on rank 0."""
     world, out = init(config.device, timeout_minutes=24 * 60), Path(config.out)
     problems, left_out = choose_problems(config)
     model_dir = None if config.rescore else model.resolve_model_dir(config.model, world)

@@ -53,7 +53,7 @@ def protocol_of(result: dict) -> str:
 
 
 def departures(result: dict) -> list[str]:
-    """What an evaluation did differently from the paper: ["--think_budget 0 (paper: 3800)", …]."""
+    """What an evaluation did differently from the paper: ["--think_budget 0 (paper: 3800)"]."""
     s = result["settings"]
     found = [f"--{k} {s[k]} (paper: {v})" for k, v in PROTOCOL.items() if s.get(k, v) != v]
     if s["temperature"] not in (0, 0.3):
@@ -151,7 +151,7 @@ def report(results: list[tuple[str, dict]]) -> str:
 
 
 def load(argument: str) -> tuple[str, dict]:
-    """ "NAME=DIR" or "DIR" → name and result.json. Raises ValueError for what can't be compared."""
+    """ "NAME=DIR" or "DIR" → name, result.json. Raises ValueError for what can't be compared."""
     name, _, folder = (
         argument.rpartition("=") if not Path(argument).is_dir() else ("", "", argument)
     )

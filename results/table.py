@@ -18,15 +18,15 @@ from scoring.tables import markdown, percent, read_result  # noqa: E402
 def row(name: str, result: dict, sets: list[str]) -> list[str]:
     """Name, accuracy on each set, then means over its sets: shares of outputs, words per answer."""
     having = [result["sets"].get(s) for s in sets]
-    accuracies = [
-        f"{percent(s['accuracy'])} ± {50 * (s['high'] - s['low']):.1f}" if s else "" for s in having
-    ]
+
+    def cell(s: dict) -> str:
+        return f"{percent(s['accuracy'])} ± {50 * (s['high'] - s['low']):.1f}"
 
     def mean(key: str) -> float:
         return sum(s[key] for s in result["sets"].values()) / len(result["sets"])
 
     shares = [f"{percent(mean(key), 0)}%" for key in ("forced", "truncated", "unparsed")]
-    return [name, *accuracies, *shares, f"{mean('words_mean'):.0f}"]
+    return [name, *(cell(s) if s else "" for s in having), *shares, f"{mean('words_mean'):.0f}"]
 
 
 def table(arguments: list[str]) -> str:

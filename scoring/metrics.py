@@ -72,7 +72,7 @@ def is_looping(tokens: Sequence[int], window: int = 512, gram: int = 8) -> bool:
 
 
 def vote_metrics(samples: Samples, n: int) -> dict[str, dict[str, float]]:
-    """pass@k, maj@n and all@n of n samples per problem, as {"pass": {"1": …}, "maj": …, "all": …}.
+    """pass@k, maj@n, all@n of n samples per problem: {"pass": {"1": …}, "maj": …, "all": …}.
     In the vote, right answers agree, since all equal the gold; no answer is no vote."""
     right, votes = [round(sum(scores)) for scores in rewards_of(samples)], []
     for group in samples:
@@ -139,7 +139,7 @@ def all_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
     return {"sets": sets, "micro": micro, "macro": mean(tasks)}
 
 
-# --------------------------------------------------------------------------------- paired comparison
+# ------------------------------------------------------------------------------- paired comparison
 def compare(problems: list[dict], samples: Samples, other: Path, theirs: Iterable[Sample]) -> dict:
     """Paired differences, this evaluation minus `other`, over the questions that both have.
 
@@ -172,7 +172,8 @@ def compare(problems: list[dict], samples: Samples, other: Path, theirs: Iterabl
 
 def compare_set(clusters: list[str], pairs: list[tuple[list[Sample], list[Sample]]]) -> dict:
     """The paired difference of one set; exact McNemar where both runs have one sample per problem.
-    low, high, p and mde are None where all questions differ equally: that says nothing of chance."""
+    low, high, p and mde are None where all questions differ equally, which says nothing of chance.
+    """
     a, b = (np.array([mean(s.reward for s in pair[side]) for pair in pairs]) for side in (0, 1))
     d = stats.paired_difference(a, b, clusters)
     out = {"n": len(pairs), "clusters": d.clusters, "this": mean(a), "other": mean(b)}
