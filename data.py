@@ -25,6 +25,7 @@ from PIL import Image
 
 from core import chat, schema
 from core.chat import chat_segments, load_tokenizer, with_image_parts  # noqa: F401
+from core.images import load_images  # noqa: F401
 from core.packing import attention_cost, balance, pack_plan  # noqa: F401
 from core.parallel import World
 from core.samples import Sample
@@ -212,18 +213,6 @@ class Batch:
         )
 
 
-def load_images(
-    paths: Sequence[str], config: ImageConfig | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """pixel_values and grid_thw of these images in order; (None, None) of none."""
-    if not paths:
-        return None, None
-    if config is None:
-        raise ValueError(f"{paths[0]}: an image, but this model has no image settings (text-only?)")
-    patches, grids = zip(*(preprocess_image(load_image(p), config) for p in paths))
-    return torch.cat(patches), torch.tensor([tuple(g) for g in grids])
-
-
 def pack(
     sequences: Sequence[tuple[np.ndarray, np.ndarray, torch.Tensor | None, torch.Tensor | None]],
     image_token_id: int | None = None,
@@ -343,12 +332,17 @@ def prompt_tokens(problem: dict, tokenizer, counts: list[int], style: str = "kin
 
 
 def render_problem(
-    problem: dict, tokenizer, images: ImageConfig | None, style: str = "kind"
+    problem: dict,
+    tokenizer,
+    images: ImageConfig | None,
+    style: str = "kind",
+    loaded: tuple | None = None,
 ) -> Prompt:
-    """A problem of `load_problems` → its prompt in the model's chat template, images preprocessed.
-    style "train" for GRPO, "kind" for evaluation. Raises ValueError when a text holds one of the
-    tokenizer's own control tokens, or an image cannot be used."""
-    pixels, grids = load_images(problem.get("images") or [], images)
+    """A problem of `load_problems` → its prompt in the model's chat template, images preprocessed
+    (or as `loaded` before). style "train" for GRPO, "kind" for evaluation. Raises
+    ValueError when a text holds one of the tokenizer's own control tokens, or an image cannot be
+    used."""
+    pixels, grids = loaded or load_images(problem.get("images") or [], images)
     grid_list = [] if grids is None else grids.tolist()
     counts = [num_image_tokens(grid, images.merge_size) for grid in grid_list]
     return Prompt(prompt_tokens(problem, tokenizer, counts, style), pixels, grids)

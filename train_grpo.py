@@ -31,6 +31,7 @@ import torch
 from core import attention, optim
 from core.chat import banned_token_ids, stop_token_ids
 from core.checkpoint import require_space, resume, save_state
+from core.images import ImageLoader
 from core.lora import LoRA, lora_disabled, save_adapter
 from core.parallel import World, all_any, all_gather_objects, all_max, all_sum, init
 from core.run import (
@@ -86,6 +87,8 @@ class Config:
     prompt_style: str = DATA("train", "train: the paper's; kind: its evaluation prompts; plain")
     max_prompt_tokens: int = DATA(2048, "longer prompts are left out and counted", ge=1)
     skip_bad_rows: bool = DATA(False, "train without the rows that fail the check")
+    train_vision: bool = DATA(False, "train the vision tower too, where problems have images")
+    max_pixels: int = DATA(0, "scale images down to this area; 0: the model's own limit", ge=0)
     rule: Literal[RULES] = DATA("answer", "where the built-in reward looks for the answer")
     reward: str = DATA("", "module:name or file.py:name of your own function, see rewards.py")
 
@@ -425,6 +428,9 @@ def load_data(c: Config, model_dir: Path, tokenizer, run: Run) -> tuple[list, li
     held_out = load_problems(c.eval_data, skip_bad_rows=c.skip_bad_rows)[0] if c.eval_data else []
     with_images = any(p.get("images") for p in problems + held_out)
     images = ImageConfig.from_dir(model_dir) if with_images else None
+    if images and c.max_pixels:
+        low, high = (min(c.max_pixels, n) for n in (images.min_pixels, images.max_pixels))
+        images = replace(images, min_pixels=low, max_pixels=high)
 
     def length(p: dict) -> int:
         counts = [image_token_count(f, images) for f in p.get("images") or []]
@@ -454,7 +460,8 @@ def build(
     bf16 = c.dtype == "bf16" or (c.dtype == "auto" and world.device.type == "cuda")
     compute = torch.bfloat16 if bf16 else torch.float32
     load = partial(build_model, model_dir, world, with_vision=with_images, compute_dtype=compute)
-    model = load(checkpointing=c.checkpointing, compile_blocks=c.compile, lora=c.lora)
+    train_vision, more = c.train_vision and with_images, dict(compile_blocks=c.compile, lora=c.lora)
+    model = load(train_vision=train_vision, checkpointing=c.checkpointing, **more)
     reference = None
     if c.kl_coef:
         reference = model if c.lora else load(master_dtype=compute)
@@ -504,12 +511,19 @@ def train(c: Config) -> int:
     params = sampling_params(c, tokenizer, model.config.vocab_size)
     at, hashes = begin(c, run, model_dir, model, optimizer, total, world)
     stop, grader = StopRequest(), Grader(c.graders, c.reward_deadline, reward=c.reward, rule=c.rule)
+    loader = ImageLoader(images)
     seconds = Counter()  # of the current step, by what they went into
     quiet_garbage_collection()
 
     def sample(problems: list[dict], salts: list[int], **changes):
         """Graded samples and prompts, the same on every rank; id and salt seed a problem's."""
-        prompts = [render_problem(p, tokenizer, images, style=c.prompt_style) for p in problems]
+        start = time.perf_counter()
+        loaded = loader([p.get("images") or [] for p in problems])
+        seconds["image_s"] += time.perf_counter() - start  # 0 where they were ready
+        prompts = [
+            render_problem(p, tokenizer, images, c.prompt_style, pixels)
+            for p, pixels in zip(problems, loaded)
+        ]
         seeds = [problem_seed(p, salt) for p, salt in zip(problems, salts)]
         engine, how = (sampler, grader, tokenizer), replace(params, **changes)
         return sample_on_ranks(*engine, problems, prompts, how, seeds, world, seconds), prompts
@@ -525,6 +539,8 @@ def train(c: Config) -> int:
             seconds.clear()
             optim.move_states(optimizer, "cpu" if c.offload_optimizer else world.device)
             samples, prompts, cursor = sample_step(sample, problems, at["cursor"], c)
+            coming = next_problems(problems, range(cursor, cursor + c.prompts), c.seed)
+            loader.announce([p.get("images") or [] for p in coming])
             if not c.keep_sampler and world.device.type == "cuda":
                 sampler.release()
             optim.move_states(optimizer, world.device)
@@ -601,7 +617,7 @@ def failed_rewards(samples: list[Sample], c: Config, run: Run) -> str:
 
 def speed(tokens: int, prompts: list[Prompt], seconds: dict[str, float]) -> dict:
     """Tokens a second, peak memory, and where a step's seconds went on the slowest rank."""
-    names = ("step_time", "rollout_s", "sample_s", "reward_s")
+    names = ("step_time", "rollout_s", "image_s", "sample_s", "reward_s")
     memory, *times = all_max(memory_gib(), *(seconds[k] for k in names))
     return {
         "prompt_tokens": sum(len(p.tokens) for p in prompts),

@@ -342,6 +342,16 @@ def mathvision(row: Row, i: int, ctx: Context) -> dict:
     return problem(ctx, row["id"], kind, question, answer, options, images, subset, level=level)
 
 
+def geometry3k(row: Row, i: int, ctx: Context) -> dict:
+    """`problem` with an <image> for each of `images`, `answer` (hiyouga/geometry3k)."""
+    images = [ctx.image(image) for image in row["images"]]
+    question = text_of(row["problem"], "problem")
+    if question.count("<image>") != len(images):
+        question = "<image>" * len(images) + question.replace("<image>", "")
+    answer = text_of(row["answer"], "the answer")
+    return problem(ctx, i, "math", question, answer, images=images)
+
+
 def omnimedvqa(row: Row, i: int, ctx: Context) -> dict:
     """Two to four options; the gold is a text; one entry has `modality` for `modality_type`."""
     options = [str(v).strip() for c in "ABCD" if (v := row.get(f"option_{c}")) not in (None, "")]
@@ -451,11 +461,13 @@ SPECS: dict[str, Spec] = {
     "mmstar": Spec(mmstar, r"(^|/)(mmstar\.parquet$|val\b)", 1500),
     "mathvista": Spec(mathvista, r"(^|/)testmini\b", 1000),
     "mathvision": Spec(mathvision, r"(^|/)test\b", 3040),
+    "geometry3k": Spec(geometry3k, r"(^|/)train\b", 2101),
+    "geometry3k_test": Spec(geometry3k, r"(^|/)test\b", 601, "geometry3k"),
     "omnimedvqa": Spec(omnimedvqa, r"Open-access/[^/]*\.json$", 88996),
     "nejm": Spec(nejm, r"\.(json|parquet)$", 947),
 }
 # Where the releases are on the hub: name@commit, then the files that are read. The commits are
-# those that public evaluation code pins. For the two without one no public pin was found: the
+# those that public evaluation code pins. For the three without one no public pin was found: the
 # newest is taken and download.json says which; pass --revision to repeat it.
 HUB: dict[str, tuple[str, ...]] = {
     "openthoughts": ("open-thoughts/OpenThoughts-114k", "data/train-*"),
@@ -480,6 +492,7 @@ HUB: dict[str, tuple[str, ...]] = {
     "mmstar": ("Lin-Chen/MMStar@bc98d668301da7b14f648724866e57302778ab27", "mmstar.parquet"),
     "mathvista": ("AI4Math/MathVista@2b6ad69445fbb5695c9b165475e8decdbeb97747", "data/testmini-*"),
     "mathvision": ("MathLLMs/MathVision@0c681f39d3dacd336abf62ceb833e40320c8599f", "data/test-*"),
+    "geometry3k": ("hiyouga/geometry3k", "data/train-*", "data/test-*"),
     "omnimedvqa": (
         "foreverbeliever/OmniMedVQA@1ba51c28fc0773bdf7efb8396e5bcfd4227e22da",
         "OmniMedVQA.zip",

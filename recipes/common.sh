@@ -52,7 +52,8 @@ data() {  # data NAME FLAGS…: DATA/NAME.jsonl from the published release; on m
     [ ! -f "$out.info.json" ] || return 0  # written last
     if [ "$NODE_RANK" != 0 ]; then until [ -f "$out.info.json" ]; do sleep 10; done; return; fi
     local release=$name
-    case $name in openthoughts_direct) release=openthoughts ;; medqa_train) release=medqa ;; esac
+    case $name in openthoughts_direct) release=openthoughts ;; medqa_train) release=medqa ;;
+        geometry3k_test) release=geometry3k ;; esac
     local raw=$RAW/$release
     if [ "$name" = nejm ]; then
         raw=$NEJM  # copyrighted: the user's own files

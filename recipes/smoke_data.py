@@ -256,6 +256,17 @@ def write_image_releases(out: Path, make: Maker) -> None:
     )
 
 
+def write_geometry_release(out: Path, make: Maker) -> None:
+    """Geometry3K; the first problem has two images."""
+    for split in ("train", "test"):
+        rows = []
+        for i, q in enumerate(make.questions()):
+            count = 1 if i else 2
+            row = {"problem": "<image>" * count + "Find x.", "answer": q["answer"]}
+            rows.append(row | {"images": [embedded(q)] * count})
+        write_parquet(out / f"geometry3k/data/{split}-00000-of-00001.parquet", rows)
+
+
 def write_medical_releases(out: Path, make: Maker) -> None:
     """MedXpertQA-MM, OmniMedVQA, NEJM."""
     chosen = make.questions()
@@ -403,6 +414,7 @@ def write(folder: Path, model: str = "") -> None:
     shutil.rmtree(releases, ignore_errors=True)
     write_text_releases(releases, make)
     write_image_releases(releases, make)
+    write_geometry_release(releases, make)
     write_medical_releases(releases, make)
     for release in releases.iterdir():
         if release.name != "nejm":  # that one is the user's own folder

@@ -494,6 +494,22 @@ def test_mathvista_questions_carry_unit_and_form_of_the_answer(tmp_path):
     ]
 
 
+def test_geometry3k_has_a_marker_for_each_image(tmp_path):
+    """Prevents a row with fewer markers than images, which the check would refuse; the test split
+    read as training data."""
+    rows = [
+        {"problem": "<image>Find $x$.", "answer": "2 \\sqrt { 3 }", "images": [embedded(1)]},
+        {"problem": "Find y.", "answer": "3", "images": [embedded(2), embedded(3)]},
+    ]
+    parquet(tmp_path / "raw/data/train-0.parquet", rows)
+    parquet(tmp_path / "raw/data/test-0.parquet", rows[:1] * 3)
+    out, info = run("geometry3k", tmp_path / "raw", tmp_path)
+    assert info["rows_in"] == 2 and [len(row["images"]) for row in out] == [1, 2]
+    assert [row["question"] for row in out] == ["<image>Find $x$.", "<image><image>Find y."]
+    assert out[0]["answer"] == "2 \\sqrt { 3 }" and out[0]["kind"] == "math"
+    assert run("geometry3k_test", tmp_path / "raw", tmp_path)[1]["rows_in"] == 3
+
+
 def test_mathvision_has_one_picture_whatever_its_tags_say(tmp_path):
     """Prevents tag counts that no image meets, and options that are bare letters of the picture
     rejected."""

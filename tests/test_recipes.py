@@ -211,9 +211,13 @@ def test_made_up_releases_have_the_published_forms(tmp_path, monkeypatch):
     each set."""
     monkeypatch.setattr(smoke_data, "write_base", lambda out: None)
     smoke_data.write(tmp_path)
-    assert len(recipe_sets()) == 16
+    assert len(recipe_sets()) == 18
     for name in recipe_sets():
-        release = {"openthoughts_direct": "openthoughts", "medqa_train": "medqa"}.get(name, name)
+        release = {
+            "openthoughts_direct": "openthoughts",
+            "medqa_train": "medqa",
+            "geometry3k_test": "geometry3k",
+        }.get(name, name)
         out = tmp_path / "data" / f"{name}.jsonl"
         info = convert.convert(name, [str(tmp_path / "releases" / release)], str(out))
         assert info["rows_out"] == info["rows_in"] >= smoke_data.ROWS, name
