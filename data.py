@@ -40,14 +40,7 @@ from core.schema import (  # noqa: F401
     scan,
 )
 from core.token_cache import Cut, Document, TokenizedDataset, cache_key, join_parts, write_parts
-from core.vision import (
-    ImageConfig,
-    load_image,
-    mrope_positions,
-    num_image_tokens,
-    preprocess_image,
-    smart_resize,
-)
+from core.vision import ImageConfig, mrope_positions, num_image_tokens, smart_resize
 
 IMAGE_PAD = "<|image_pad|>"
 

@@ -461,6 +461,7 @@ TIMES = (
     "sample_tok_per_s",
     "step_time",
     "rollout_s",
+    "image_s",
     "sample_s",
     "reward_s",
     "logprob_s",

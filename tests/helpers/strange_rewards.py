@@ -30,3 +30,8 @@ def hostile(problem: dict, completion: str, finish_reason: str):
     if first == "2":
         return [float("nan"), None, "1.0", float("inf"), -float("inf")][int(second)]
     return exact(problem, completion, finish_reason)
+
+
+def parity(problem: dict, completion: str, finish_reason: str) -> float:
+    """Differs between samples, and is the same in every run."""
+    return float(len(completion) % 2)
