@@ -303,6 +303,29 @@ def test_named_parts_and_a_class_from_a_file(tmp_path):
     assert second.score == 2 and second.parts == {"correct": 1, "format": 1.0}
 
 
+def test_the_table_at_the_head_of_rewards():
+    """The first thing that a reader sees must be what the code does."""
+    rows = [re.split(r"\s{2,}", r) for r in rewards.__doc__.splitlines() if r.startswith("    ")]
+    assert len(rows) == 8
+    for completion, extracted, score, *_ in (r[1:] for r in rows[1:]):
+        text, _, gold = completion.partition(", gold ")
+        problem = CHOICE if gold else MATH
+        graded = reward(problem, text, "length" if "cut at" in text else "stop")
+        assert graded.score == float(score), text
+        assert graded.answer == (None if extracted == "nothing" else extracted)
+
+
+def test_the_exact_rule_inside_a_users_reward(tmp_path):
+    """Algebra runs in that worker itself: loading sympy must not count against the answer."""
+    (tmp_path / "mine.py").write_text(
+        "import rewards\ndef score(*args):\n    return rewards.reward(*args).score\n"
+    )
+    problem = {"kind": "math", "answer": r"2\sqrt{3}"}
+    with Grader(workers=1, deadline=60, reward=f"{tmp_path}/mine.py:score") as grader:
+        got = [grader.submit(problem, rf"\boxed{{\sqrt{{{n}}}}}").result() for n in (12, 12, 13)]
+    assert [(g.score, g.status) for g in got] == [(1, "ok"), (1, "ok"), (0, "ok")]
+
+
 class _Judge(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
