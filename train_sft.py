@@ -38,7 +38,7 @@ from core.packing import attention_cost, balance, pack_plan, repack
 from core.parallel import World, all_sum, init, rank0_first
 from core.plan import Setting, choose_setting, compute_dtype
 from core.run import Run, StopRequest, header, quiet_garbage_collection, run_and_exit, script
-from core.throughput import prefetch, speed, train_flops
+from core.throughput import describe_step, prefetch, speed
 from core.token_cache import TokenizedDataset
 from core.vision import ImageConfig
 from core.weights import export_hf
@@ -348,20 +348,16 @@ def train(config, plan: Plan, model: Model, optimizer, at: dict, run: Run, world
     make, steps = partial(my_batches, data, packs_of, world, plan.images), range(at["step"], total)
     begin = time.perf_counter()
     for i, batches, waited in prefetch(make, steps, world.device):
-        documents = np.concatenate(packs_of[i])
-        supervised = int(data.supervised[documents].sum())
+        supervised = int(data.supervised[np.concatenate(packs_of[i])].sum())
         local_sum = accumulate_gradients(model, batches, supervised, world)
         # one reduction: all ranks know the loss, and stop together
         loss_sum, stopping = all_sum(local_sum, float(stop.requested))
         lr, clip = learning_rate(config, plan, i), config.grad_clip
         norm, stepped = guarded_step(model, optimizer, lr=lr, max_norm=clip, loss=loss_sum)
 
-        in_a_row = 0 if stepped else at["bad_in_a_row"] + 1
-        bad = at["bad_steps"] + (not stepped)
+        in_a_row, bad = 0 if stepped else at["bad_in_a_row"] + 1, at["bad_steps"] + (not stepped)
         at = {"step": i + 1, "bad_steps": bad, "bad_in_a_row": in_a_row}
-        # PaLM's convention counts attention over each whole stream, which is a micro-batch
-        flops = sum(np.array(train_flops(model.config, data.lengths[p])) for p in packs_of[i])
-        seconds, tokens = time.perf_counter() - begin, int(data.lengths[documents].sum())
+        streams, seconds = [data.lengths[p] for p in packs_of[i]], time.perf_counter() - begin
         metrics = {
             "step": i + 1,
             "epoch": round((i + 1) / plan.steps_per_epoch, 4),
@@ -370,7 +366,7 @@ def train(config, plan: Plan, model: Model, optimizer, at: dict, run: Run, world
             "grad_norm": norm,
             "supervised_tokens": supervised,
             "bad_steps": bad,
-            **speed(tokens, flops, seconds, waited, world),
+            **speed(model.config, streams, seconds, waited, world),
         }
         run.log(metrics)
         run.say(describe_step(metrics, total))
@@ -392,8 +388,7 @@ def train(config, plan: Plan, model: Model, optimizer, at: dict, run: Run, world
         begin = time.perf_counter()  # what was due is no part of the next step's time
     export_hf(model, plan.model_dir, run.out / "final", world)
     if config.lora:
-        base = plan.model_dir
-        save_adapter(model, run.out / "adapter", base_model=base, is_main=world.is_main)
+        save_adapter(model, run.out / "adapter", base_model=plan.model_dir, is_main=world.is_main)
     return run.finished()
 
 
@@ -408,17 +403,6 @@ def learning_rate(config: Config, plan: Plan, step: int) -> float:
         epoch_factor=config.lr_factor,
         warmup_steps=int(config.warmup_ratio * len(plan.steps)),
     )
-
-
-def describe_step(m: dict, total: int) -> str:
-    """A step's metrics on one line."""
-    text = (
-        f"step {m['step']}/{total} | loss {m['loss']:.4f} | lr {m['learning_rate']:.2e} | "
-        f"norm {m['grad_norm']:.3f} | {m['tok_per_s']:.0f} tok/s | mem {m['memory_gib']:.2f} GiB | "
-        f"data {m['data_wait_s']:.3f} s"
-    )
-    text += f" | MFU {m['mfu']:.1%} (PaLM {m['mfu_palm']:.1%})" if m["mfu"] else ""
-    return text + (f" | bad steps {m['bad_steps']}" if m["bad_steps"] else "")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,14 +1,22 @@
-"""Correctness, then speed and memory, on one GPU, each figure beside its limit. Random weights: speed does not depend on
+"""Correctness, then speed and memory, on one GPU, each figure beside its limit. Random weights:
+speed does not depend on
 them.
 
-    python benchmarks/gpu.py --size 7b                      # everything, about 20 minutes on an H200
-    python benchmarks/gpu.py --size 7b --only check decode  # some sections, so that each call fits in a few minutes
-    python benchmarks/gpu.py --dry                          # tiny sizes on CPU: does the script itself run?
-    python benchmarks/gpu.py --size 7b --only sft --profile sft.txt      # the kernels that take the time
+    python benchmarks/gpu.py --size 7b                      # everything, about 20 minutes on an
+    H200
+    python benchmarks/gpu.py --size 7b --only check decode  # some sections, so that each call fits
+    in a few minutes
+    python benchmarks/gpu.py --dry                          # tiny sizes on CPU: does the script
+    itself run?
+    python benchmarks/gpu.py --size 7b --only sft --profile sft.txt      # the kernels that take the
+    time
 
-Sections: check (CUDA paths against CPU fp32), sft, prefill, decode, grpo, vision, peer (HF generate on the same weights).
-Prints a table and, as the last line, one JSON object. A section that fails is a row with its error; the others go on.
-Limits: matrix work at the GPU's dense bf16 peak; decode by what it must read, weights once and each row's KV cache, at
+Sections: check (CUDA paths against CPU fp32), sft, prefill, decode, grpo, vision, peer (HF generate
+on the same weights).
+Prints a table and, as the last line, one JSON object. A section that fails is a row with its error;
+the others go on.
+Limits: matrix work at the GPU's dense bf16 peak; decode by what it must read, weights once and each
+row's KV cache, at
 the memory bandwidth, or compute, whichever is slower.
 """
 
@@ -111,7 +119,8 @@ def model_config(size: str) -> ModelConfig:
 
 @torch.no_grad()
 def fill(model: torch.nn.Module) -> None:
-    """Random weights of a trained model's scale, the same on every device: 0.02 matrices, norms 1, biases 0."""
+    """Random weights of a trained model's scale, the same on every device: 0.02 matrices, norms 1,
+    biases 0."""
     for i, (name, p) in enumerate(model.named_parameters()):
         local = p.to_local() if hasattr(p, "to_local") else p
         if p.dim() >= 2:
@@ -129,7 +138,7 @@ def plain_model(bench, dtype: torch.dtype, with_vision: bool = False, device=Non
     return model.requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 class Bench:
     """What the sections share: sizes, limits, rows."""
 
@@ -215,7 +224,7 @@ def stream(config: ModelConfig, lengths: list[int], seed: int = 0):
     return tokens, positions, torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-# -------------------------------------------------------------------------------------------------------- sections
+# ----------------------------------------------------------------------------------------- sections
 def check(b: Bench) -> None:
     """CUDA paths against the CPU's fp32 reference: errors must be those of bf16 and not more."""
     g = torch.Generator().manual_seed(0)
@@ -278,7 +287,8 @@ def check(b: Bench) -> None:
 
 
 def sft(b: Bench) -> None:
-    """One optimizer step of train_sft's inner loop on one packed micro-batch, fp32 masters, bf16 compute."""
+    """One optimizer step of train_sft's inner loop on one packed micro-batch, fp32 masters, bf16
+    compute."""
     from train_sft import accumulate_gradients
 
     for context in [96] if b.dry else b.args.contexts:
@@ -335,7 +345,8 @@ def sft_case(b: Bench, accumulate_gradients, context: int, mode: str, compiled: 
 
 
 def decode_limit(b: Bench, rows: int, context: int) -> float | None:
-    """Tokens/s at which a decode step can go at most: max(bytes / bandwidth, FLOP / peak) a step."""
+    """Tokens/s at which a decode step can go at most: max(bytes / bandwidth, FLOP / peak) a
+    step."""
     if not b.bandwidth:
         return None
     c = b.config
@@ -413,7 +424,8 @@ def decode(b: Bench) -> None:
 
 
 def grpo(b: Bench) -> None:
-    """Rollouts and update of one step as train_grpo does them, rewards at random: end-to-end tokens/s."""
+    """Rollouts and update of one step as train_grpo does them, rewards at random: end-to-end
+    tokens/s."""
     import numpy as np
 
     import train_grpo

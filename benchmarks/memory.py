@@ -2,8 +2,10 @@
 
     python benchmarks/memory.py [--layers 8] [--tokens 8192] [--dtype bf16]
 
-On a GPU: a random model of the 7B's widths with fewer layers, measured by CUDA's allocator. Without one: a small model,
-measured by torch's memory tracker, which counts every tensor's bytes. One process; states are those of one rank.
+On a GPU: a random model of the 7B's widths with fewer layers, measured by CUDA's allocator. Without
+one: a small model,
+measured by torch's memory tracker, which counts every tensor's bytes. One process; states are those
+of one rank.
 """
 
 from __future__ import annotations

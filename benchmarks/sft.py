@@ -1,14 +1,22 @@
-"""Our SFT trainer beside TRL's SFTTrainer: the same model, documents and tokens, on CPU, taking turns in one run.
+"""Our SFT trainer beside TRL's SFTTrainer: the same model, documents and tokens, on CPU, taking
+turns in one run.
 
-    python benchmarks/sft.py [--sizes tiny small] [--rounds 3] [--steps 3]        needs requirements-dev.txt
+    python benchmarks/sft.py [--sizes tiny small] [--rounds 3] [--steps 3]        needs
+    requirements-dev.txt
 
-Every step trains on the whole (small) set of documents, so both do the same work whatever their order, and the first
-step's losses must agree. Each turn is a process of its own, one thread, fp32, full activation checkpointing (TRL's
-default and ours), gradient clipping at 1, AdamW. TRL twice: with its default batch of 8, padded to the longest, and with
-a batch of 1, which has no padding. (Its packing needs flash-attn: without it documents would see each other.)
+Every step trains on the whole (small) set of documents, so both do the same work whatever their
+order, and the first
+step's losses must agree. Each turn is a process of its own, one thread, fp32, full activation
+checkpointing (TRL's
+default and ours), gradient clipping at 1, AdamW. TRL twice: with its default batch of 8, padded to
+the longest, and with
+a batch of 1, which has no padding. (Its packing needs flash-attn: without it documents would see
+each other.)
 
-Useful tokens: the documents' own, no padding. Time: from the end of the first step to the end of the last; CPU time is
-given too, which other programs on the machine disturb less. Memory: peak resident size above what the process had
+Useful tokens: the documents' own, no padding. Time: from the end of the first step to the end of
+the last; CPU time is
+given too, which other programs on the machine disturb less. Memory: peak resident size above what
+the process had
 before it made its trainer's data and model.
 """
 
@@ -50,7 +58,8 @@ DOCUMENTS, MAX_LEN = 16, 1024
 
 
 def make_inputs(folder: Path, size: str) -> None:
-    """A random Qwen2 of this size with the tests' tokenizer, and ragged chains of thought: lengths log-normal with
+    """A random Qwen2 of this size with the tests' tokenizer, and ragged chains of thought: lengths
+    log-normal with
     sigma 0.75, as in OpenThoughts, cut at MAX_LEN."""
     import torch
     from tiny import make_tiny_tokenizer

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Iterator, TypeVar
 
+import numpy as np
 import torch
 
 from core.config import ModelConfig
@@ -31,10 +32,13 @@ def prefetch(
 
 
 def speed(
-    tokens: int, flops: tuple[float, float], seconds: float, waited: float, world: World
+    config: ModelConfig, streams: list[np.ndarray], seconds: float, waited: float, world: World
 ) -> dict[str, float | None]:
-    """Metrics of one step: tokens and flops (strict, PaLM convention) of all ranks, seconds of the
-    step, seconds that this rank waited for data. MFU is None where the GPU's peak is unknown."""
+    """Metrics of one step. streams: document lengths of each micro-batch, of all ranks (the PaLM
+    convention takes a stream as one document: each micro-batch, not the step). seconds of the step;
+    seconds that this rank waited for data. MFU is None where the GPU's peak is unknown."""
+    tokens = sum(int(lengths.sum()) for lengths in streams)
+    flops = np.sum([train_flops(config, lengths) for lengths in streams], axis=0)
     memory, waited = all_max(memory_gib(), waited)
     peak = (peak_flops() or 0.0) * seconds * world.size
     strict, palm = (f / peak if peak else None for f in flops)
@@ -47,6 +51,17 @@ def speed(
         "memory_gib": round(memory, 3),
         "data_wait_s": round(waited, 4),
     }
+
+
+def describe_step(m: dict, total: int) -> str:
+    """A step's metrics on one line."""
+    text = (
+        f"step {m['step']}/{total} | loss {m['loss']:.4f} | lr {m['learning_rate']:.2e} | "
+        f"norm {m['grad_norm']:.3f} | {m['tok_per_s']:.0f} tok/s | mem {m['memory_gib']:.2f} GiB | "
+        f"data {m['data_wait_s']:.3f} s"
+    )
+    text += f" | MFU {m['mfu']:.1%} (PaLM {m['mfu_palm']:.1%})" if m["mfu"] else ""
+    return text + (f" | bad steps {m['bad_steps']}" if m["bad_steps"] else "")
 
 
 def train_flops(config: ModelConfig, lengths: list[int] | torch.Tensor) -> tuple[float, float]:

@@ -11,7 +11,8 @@ ROWS, WIDTH, WORDS = 96, 32, 300
 
 
 def inputs(dtype):
-    """Hidden states, output matrix and targets of which a quarter is ignored; realistic logits of a few units."""
+    """Hidden states, output matrix and targets of which a quarter is ignored; realistic logits of a
+    few units."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = (
         torch.randn(ROWS, WIDTH, generator=g),
@@ -23,7 +24,8 @@ def inputs(dtype):
 
 
 def ours(hidden, weight, targets, chunk):
-    """Sum of the token losses and its gradients, as the model calls it: ignored rows never reach the head."""
+    """Sum of the token losses and its gradients, as the model calls it: ignored rows never reach
+    the head."""
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     kept = targets != -100
     loss = -ChunkedLogProbs.apply(h[kept], w, targets[kept], 1.0, False, None, chunk)[0].sum()
@@ -55,8 +57,10 @@ def test_equal_to_torchs_own_fused_linear_cross_entropy():
 
 @pytest.mark.parametrize("chunks", [1, 8, 36])
 def test_bf16_weight_gradient_is_summed_in_fp32(monkeypatch, chunks):
-    """Before its final cast it is within 2e-4 of fp64 on the same rounded logit gradients, whatever the number of chunks;
-    a bf16 sum is not. The loss itself is fp32, and all within bf16's 2e-2 of the exact gradients."""
+    """Before its final cast it is within 2e-4 of fp64 on the same rounded logit gradients, whatever
+    the number of chunks;
+    a bf16 sum is not. The loss itself is fp32, and all within bf16's 2e-2 of the exact
+    gradients."""
     hidden, weight, targets = inputs(torch.bfloat16)
     total, pieces, real = [], [], logprobs.add_weight_gradient
 

@@ -1,4 +1,5 @@
-"""--compile changes nothing but speed. Inductor's C++ takes a minute, so dynamo and autograd tracing are run with the
+"""--compile changes nothing but speed. Inductor's C++ takes a minute, so dynamo and autograd
+tracing are run with the
 `aot_eager` backend here; by hand with inductor the gradients are within 2e-6 too."""
 
 import pytest
@@ -25,6 +26,7 @@ def gradients(path, mode, compiled):
 
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_compiled_blocks_give_the_same_gradients(tiny_vl, mode):
-    """A value that was traced as a constant (a length, a boundary of documents) would give another gradient."""
+    """A value that was traced as a constant (a length, a boundary of documents) would give another
+    gradient."""
     for a, b in zip(gradients(tiny_vl, mode, True), gradients(tiny_vl, mode, False)):
         assert (a - b).norm() <= 1e-5 * b.norm().clamp(min=1e-6)

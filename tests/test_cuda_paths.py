@@ -1,5 +1,7 @@
-"""The CUDA paths on fake CUDA tensors (tests/helpers/fake_cuda.py): FSDP2's real hooks on rank 0 of 8,
-the 7B's true widths. Values and speed are not seen here; shapes, memory and waits for the GPU are."""
+"""The CUDA paths on fake CUDA tensors (tests/helpers/fake_cuda.py): FSDP2's real hooks on rank 0 of
+8,
+the 7B's true widths. Values and speed are not seen here; shapes, memory and waits for the GPU
+are."""
 
 import json
 import os
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def seen_in(case: str) -> dict:
-    """What a case of tests/helpers/fake_cuda_cases.py prints; a process of its own, as torch looks for
+    """What a case of tests/helpers/fake_cuda_cases.py prints; a process of its own, as torch looks
+    for
     CUDA once, at import."""
     file = ROOT / "tests" / "helpers" / "fake_cuda_cases.py"
     done = subprocess.run([sys.executable, str(file), case], capture_output=True, text=True)
@@ -35,15 +38,18 @@ def modes():
 
 @pytest.mark.parametrize("mode, off", [("full", 0.03), ("matmul", 0.03), ("none", 0.05)])
 def test_memory_of_an_sft_step_is_as_planned(modes, mode, off):
-    """torch's memory tracker against core/plan.py. With 3 of 28 layers: what is not per layer weighs
+    """torch's memory tracker against core/plan.py. With 3 of 28 layers: what is not per layer
+    weighs
     more here than in the whole 7B, where full was 28.37 GiB against 28.27 planned."""
     assert modes[mode]["peak"] == pytest.approx(modes[mode]["plan"], rel=off)
 
 
 @pytest.mark.parametrize("mode", ["full", "matmul", "none", "compiled"])
 def test_waits_for_the_gpu_in_an_sft_step(modes, mode):
-    """A step of two micro-batches waits for its loss and its gradient norm, and within micro-batches
-    never. It was 6 a micro-batch: max_len and supervised rows were read from the GPU, inputs copied."""
+    """A step of two micro-batches waits for its loss and its gradient norm, and within
+    micro-batches
+    never. It was 6 a micro-batch: max_len and supervised rows were read from the GPU, inputs
+    copied."""
     waits = modes[mode]["waits"]
     assert sum(waits.values()) == 2 == waits["aten._local_scalar_dense.default"], waits
 
@@ -65,7 +71,8 @@ def test_selective_checkpointing_keeps_attention_and_matmuls(modes):
 
 
 def test_kernels_of_an_sft_step(modes):
-    """Operations a block and micro-batch, forward and backward: an upper bound, so that none creep in."""
+    """Operations a block and micro-batch, forward and backward: an upper bound, so that none creep
+    in."""
     for mode, most in (("full", 420), ("matmul", 420), ("none", 330)):
         assert modes[mode]["operations"] / (2 * 3) < 3 * most
 
@@ -79,7 +86,8 @@ def test_a_decode_step_waits_for_nothing():
 
 
 def test_the_flash_attn_package_on_request():
-    """ATTENTION=flash_attn takes its function, and selective checkpointing knows its operator: it was
+    """ATTENTION=flash_attn takes its function, and selective checkpointing knows its operator: it
+    was
     recomputed, because no name matched."""
     seen = seen_in("flash_attn_package")
     operator = "flash_attn._flash_attn_varlen_forward.default"

@@ -1,4 +1,5 @@
-"""The GPU benchmark's dry run: a script that a lent machine runs once must not fail on a misspelt name."""
+"""The GPU benchmark's dry run: a script that a lent machine runs once must not fail on a misspelt
+name."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""The memory plan against published arithmetic, torch's own memory tracker on a real training step, and saved tensors."""
+"""The memory plan against published arithmetic, torch's own memory tracker on a real training step,
+and saved tensors."""
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tools.memory import meta_model, plan_grpo, published_config
 SEVEN = meta_model(published_config("7B"))
 
 
-# ------------------------------------------------------------------------------------------------ the 7B in numbers
+# -------------------------------------------------------------------------------- the 7B in numbers
 def test_published_sizes_have_the_published_numbers():
     """Counts of the released checkpoints; the 7B's also from its own config.json."""
     counts = count_parameters(SEVEN)
@@ -60,14 +61,16 @@ def test_states_of_the_7b(ranks, adam_bytes, gib):
 @pytest.mark.parametrize("mode, gib", [("full", 3.06), ("matmul", 45.5 + 3.06), ("none", 84.2)])
 @pytest.mark.parametrize("tokens", [16384, 32768])
 def test_activations_of_the_7b(mode, gib, tokens):
-    """Independent arithmetic: boundaries 3.06 GiB at 16k, attention's output and statistics 3.11, q, k, v, o 7.0, gate
+    """Independent arithmetic: boundaries 3.06 GiB at 16k, attention's output and statistics 3.11,
+    q, k, v, o 7.0, gate
     and up 32.4, to which down's output (3.06), kept but never read, is added; twice that at 32k."""
     kept = 28 * block_activations(SEVEN.config, tokens, mode, 2) / GIB
     assert kept == pytest.approx(gib * tokens / 16384, rel=0.005)
 
 
 def test_gathered_copies_and_kv_cache_of_the_7b():
-    """Root 2.03 GiB and two blocks 0.87, all blocks 13.1 more or less without resharding; 56 KiB of KV a token."""
+    """Root 2.03 GiB and two blocks 0.87, all blocks 13.1 more or less without resharding; 56 KiB of
+    KV a token."""
     counts = count_parameters(SEVEN)
     assert (counts["total"] - counts["blocks"]) * 2 / GIB == pytest.approx(2.03, abs=0.01)
     assert plan_step(SEVEN, Setting())["gathered"] / GIB == pytest.approx(2.03 + 0.87, abs=0.01)
@@ -110,7 +113,8 @@ def test_grpo_adds_reference_cache_and_gathered_weights():
     ],
 )
 def test_the_setting_that_recomputes_least_and_fits_is_taken(ranks, gib, mode, tokens):
-    """--checkpointing auto: full was the default everywhere, and its recomputation costs 31% of a step."""
+    """--checkpointing auto: full was the default everywhere, and its recomputation costs 31% of a
+    step."""
     setting = Setting(ranks, checkpointing="auto")
     chosen = fastest_setting(SEVEN, setting, gib * GIB, [16384, 8192])
     assert (chosen.checkpointing, chosen.tokens) == (mode, tokens)
@@ -128,7 +132,7 @@ def test_a_plan_that_does_not_fit_is_said(world):
     assert "warning: that is too much for 79 GiB" in text and "peak" in text
 
 
-# --------------------------------------------------------------------------------------------- against what happens
+# ----------------------------------------------------------------------------- against what happens
 def small(heads=8, kv_heads=2, mlp=192):
     return ModelConfig.from_dict(
         {
@@ -158,7 +162,8 @@ def one_block(mode, dtype, config, lengths):
 @pytest.mark.parametrize("mode", ["none", "matmul", "full"])
 @pytest.mark.parametrize("heads, kv_heads", [(8, 2), (4, 4)])
 def test_what_a_block_keeps_is_what_is_planned(mode, dtype, heads, kv_heads):
-    """To the byte, by torch's memory tracker: what lives after the forward pass. A mode that saved more than it says (or
+    """To the byte, by torch's memory tracker: what lives after the forward pass. A mode that saved
+    more than it says (or
     nothing at all) would show here."""
     config, lengths = small(heads, kv_heads), [60, 41, 7]
     block, inputs = one_block(mode, dtype, config, lengths)
@@ -178,7 +183,8 @@ def test_what_a_block_keeps_is_what_is_planned(mode, dtype, heads, kv_heads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_tensors_of_a_block_have_the_planned_size(dtype):
-    """The same for mode `none` by autograd's own hook on saved tensors (which the selective modes go around)."""
+    """The same for mode `none` by autograd's own hook on saved tensors (which the selective modes
+    go around)."""
     config, lengths = small(), [60, 41, 7]
     block, inputs = one_block("none", dtype, config, lengths)
     shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *inputs[1:3])}
@@ -204,7 +210,8 @@ def test_saved_tensors_of_a_block_have_the_planned_size(dtype):
 def test_the_peak_of_a_training_step_is_within_5_percent_of_the_plan(
     world, tmp_path_factory, mode, dtype
 ):
-    """Sharded model, AdamW, forward and backward of a second micro-batch, by torch's memory tracker. Without a GPU this
+    """Sharded model, AdamW, forward and backward of a second micro-batch, by torch's memory
+    tracker. Without a GPU this
     is the closest to its allocator's peak."""
     from core.optim import adamw
     from model import build_model
@@ -248,7 +255,7 @@ def wide_model(factory):
     return path
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 def test_command_line(capsys, tiny_vl):
     memory.main(["--model", "7B", "--ranks", "8"])
     assert (

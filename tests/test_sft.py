@@ -1,4 +1,5 @@
-"""train_sft.py as a user runs it: a whole run, mistakes, signals, kills, resume; and its few functions by themselves."""
+"""train_sft.py as a user runs it: a whole run, mistakes, signals, kills, resume; and its few
+functions by themselves."""
 
 import gc
 import json
@@ -30,7 +31,7 @@ from tiny_model import make_tiny_vl
 
 import train_sft
 from core.packing import repack
-from core.throughput import prefetch
+from core.throughput import prefetch, train_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ["--steps", "8", "--save_every", "3", "--val_every", "4"]
@@ -48,7 +49,8 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def sft(inputs, monkeypatch, world, capsys):
-    """sft(*flags) runs the script in this process → (exit code, stdout, stderr). Its group and handlers stay ours."""
+    """sft(*flags) runs the script in this process → (exit code, stdout, stderr). Its group and
+    handlers stay ours."""
     monkeypatch.setattr("core.run.shutdown", lambda together: None)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
@@ -105,9 +107,10 @@ def whole(inputs, world):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- a whole run
+# -------------------------------------------------------------------------------------- a whole run
 def test_a_run_leaves_what_is_promised(whole, inputs):
-    """The contract of OUT: metrics, header, status, and a model that transformers loads and that fits better."""
+    """The contract of OUT: metrics, header, status, and a model that transformers loads and that
+    fits better."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     log = metrics(whole)
@@ -149,7 +152,8 @@ def test_text_training_leaves_the_vision_tower_byte_equal(whole, inputs):
 
 
 def test_first_loss_equals_transformers(whole, inputs, world):
-    """The loss of step 1 is the token mean that transformers gives for the same documents, one at a time."""
+    """The loss of step 1 is the token mean that transformers gives for the same documents, one at a
+    time."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     config = train_sft.parse_config(
@@ -196,7 +200,8 @@ def test_a_finished_run_can_be_made_longer(whole, inputs, sft, tmp_path):
 
 
 def test_a_run_can_branch_off_another_runs_checkpoint(whole, inputs, sft, tmp_path):
-    """--resume DIR in a new --out: that step, optimizer and data position; a wrong directory is named."""
+    """--resume DIR in a new --out: that step, optimizer and data position; a wrong directory is
+    named."""
     source = whole / "checkpoints" / "step_6"
     code, said, _ = sft(
         "--val_data", inputs / "val.jsonl", *RUN, "--resume", source, "--out", tmp_path / "o"
@@ -208,7 +213,8 @@ def test_a_run_can_branch_off_another_runs_checkpoint(whole, inputs, sft, tmp_pa
 
 
 def test_a_plan_starts_nothing_and_does_not_stand_in_the_way(sft, monkeypatch, tmp_path):
-    """--plan needs no weights, leaves the token cache alone, and the run may follow in the same directory."""
+    """--plan needs no weights, leaves the token cache alone, and the run may follow in the same
+    directory."""
     out = tmp_path / "o"
     with monkeypatch.context() as patch:
         patch.setattr(train_sft, "build_model", None)
@@ -220,12 +226,13 @@ def test_a_plan_starts_nothing_and_does_not_stand_in_the_way(sft, monkeypatch, t
     assert sft("--steps", 2, "--out", out)[0] == 0
 
 
-# ------------------------------------------------------------------------------------------- signals, kills, resume
+# --------------------------------------------------------------------------- signals, kills, resume
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_step_saves_and_says_so(
     whole, inputs, sft, monkeypatch, tmp_path, number
 ):
-    """Exit code 75, status `stopped`, state of that very step; the same command ends as if nothing had been."""
+    """Exit code 75, status `stopped`, state of that very step; the same command ends as if nothing
+    had been."""
     real, calls = train_sft.guarded_step, []
 
     def step(*args, **kwargs):
@@ -264,7 +271,8 @@ def test_validation_that_a_kill_prevented_is_made_up_for(whole, inputs, sft, mon
 
 @pytest.fixture(scope="module")
 def on_two_ranks(inputs):
-    """Folders of two runs on two ranks under torchrun: `alone`, and `killed` in a step and in a save, then finished;
+    """Folders of two runs on two ranks under torchrun: `alone`, and `killed` in a step and in a
+    save, then finished;
     `left` is a copy of what the first kill left behind."""
     if sys.platform != "linux":
         pytest.skip("finds the processes to kill in /proc")
@@ -296,13 +304,15 @@ def on_two_ranks(inputs):
 
 
 def test_kills_leave_no_trace(on_two_ranks):
-    """Every figure and weight bit-equal to a run left alone. (tests/stress_resume.py does it at many random moments.)"""
+    """Every figure and weight bit-equal to a run left alone. (tests/stress_resume.py does it at
+    many random moments.)"""
     alone, killed = on_two_ranks / "alone", on_two_ranks / "killed"
     assert history(killed) == history(alone) and weights(killed) == weights(alone)
 
 
 def test_one_rank_goes_on_where_two_were_killed(on_two_ranks, inputs, sft):
-    """Another number of ranks: the same documents in each step, losses equal up to the order of sums."""
+    """Another number of ranks: the same documents in each step, losses equal up to the order of
+    sums."""
     left = on_two_ranks / "left"
     code, said, _ = sft("--val_data", inputs / "val.jsonl", *RUN, "--out", left)
     assert code == 0 and "resuming" in said
@@ -316,7 +326,8 @@ def test_one_rank_goes_on_where_two_were_killed(on_two_ranks, inputs, sft):
 def test_non_finite_steps_change_nothing_are_counted_and_end_the_run(
     inputs, sft, monkeypatch, tmp_path
 ):
-    """One NaN loss: skipped, counted, the next step goes on. As many in a row as allowed: the run stops and says so."""
+    """One NaN loss: skipped, counted, the next step goes on. As many in a row as allowed: the run
+    stops and says so."""
     real, calls = train_sft.accumulate_gradients, []
 
     def nan_at(bad):
@@ -341,7 +352,8 @@ def test_non_finite_steps_change_nothing_are_counted_and_end_the_run(
 
 
 def test_no_tensor_waits_for_the_garbage_collector(inputs, sft, monkeypatch, tmp_path):
-    """The collector is off inside the run: a reference cycle that holds a tensor would leak memory until a save."""
+    """The collector is off inside the run: a reference cycle that holds a tensor would leak memory
+    until a save."""
     found = []
     real = train_sft.guarded_step
 
@@ -359,7 +371,7 @@ def test_no_tensor_waits_for_the_garbage_collector(inputs, sft, monkeypatch, tmp
     assert not found
 
 
-# -------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 def conversation(content="answer", role="assistant", **more):
     return json.dumps(
         {
@@ -500,7 +512,8 @@ def test_a_step_larger_than_the_data_is_warned_of(sft, tmp_path):
 
 
 def test_data_that_changed_under_the_same_name_is_refused(sft, inputs, tmp_path):
-    """Prevents: the run goes on in another plan of packs, silently. The reason is in the message."""
+    """Prevents: the run goes on in another plan of packs, silently. The reason is in the
+    message."""
     shutil.copy(inputs / "train.jsonl", tmp_path / "d.jsonl")
     flags = ["--out", tmp_path / "o", "--save_every", 1]
     assert sft("--steps", 1, *flags, data=tmp_path / "d.jsonl")[0] == 0
@@ -513,7 +526,8 @@ def test_data_that_changed_under_the_same_name_is_refused(sft, inputs, tmp_path)
 
 def test_what_leaves_the_method_alone_may_change_on_resume(sft, inputs, tmp_path):
     """After running out of memory: smaller micro-batches and more recomputation, the same steps. A
-    validation set may be added. pack_len decides which documents share a step, and may not change."""
+    validation set may be added. pack_len decides which documents share a step, and may not
+    change."""
     for name in ("same", "other"):
         assert sft("--steps", 2, "--out", tmp_path / name)[0] == 0
     assert sft("--steps", 4, "--out", tmp_path / "same")[0] == 0
@@ -528,7 +542,8 @@ def test_what_leaves_the_method_alone_may_change_on_resume(sft, inputs, tmp_path
 
 
 def test_models_are_exported_during_the_run(sft, inputs, tmp_path):
-    """A run that collapses late leaves models behind; each is what a run of that length ends with."""
+    """A run that collapses late leaves models behind; each is what a run of that length ends
+    with."""
     assert sft("--steps", 3, "--export_every", 2, "--out", tmp_path / "o")[0] == 0
     assert sft("--steps", 2, "--schedule", "constant", "--out", tmp_path / "p")[0] == 0
     assert [p.name for p in (tmp_path / "o" / "exports").iterdir()] == ["step_2"]
@@ -543,7 +558,8 @@ def test_checkpointing_changes_no_bit_on_the_cpu(sft, tmp_path):
 
 
 def test_mfu_counts_attention_of_each_pack(sft, monkeypatch, tmp_path):
-    """PaLM's convention takes a stream as one document: each micro-batch, not the step over all ranks
+    """PaLM's convention takes a stream as one document: each micro-batch, not the step over all
+    ranks
     (which printed 675% where 62% was right)."""
     peak = 1e9
     monkeypatch.setattr("core.throughput.peak_flops", lambda: peak)
@@ -554,8 +570,8 @@ def test_mfu_counts_attention_of_each_pack(sft, monkeypatch, tmp_path):
     (packs,), _ = train_sft.plan_steps(data.lengths, settings)
     assert len(packs) == 4 and max(map(len, packs)) > 1
     shape = train_sft.ModelConfig.from_dir(tmp_path / "o" / "final")
-    strict = train_sft.train_flops(shape, data.lengths[np.concatenate(packs)])[0]
-    palm = sum(train_sft.train_flops(shape, [int(data.lengths[p].sum())])[1] for p in packs)
+    strict = train_flops(shape, data.lengths[np.concatenate(packs)])[0]
+    palm = sum(train_flops(shape, [int(data.lengths[p].sum())])[1] for p in packs)
     assert m["mfu_palm"] / m["mfu"] == pytest.approx(palm / strict, rel=1e-6)
 
 
@@ -574,7 +590,8 @@ def test_a_directory_of_another_run_is_left_alone(whole, inputs, sft, tmp_path):
 
 
 def test_mistakes_reach_the_shell(inputs, tmp_path):
-    """The same as a user sees it: one line on stderr, no traceback, exit code 2; an unknown flag too."""
+    """The same as a user sees it: one line on stderr, no traceback, exit code 2; an unknown flag
+    too."""
     for flags, words in (
         (["--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
         (["--data", "d", "--learning_rate", "1"], "unknown option --learning_rate"),
@@ -606,7 +623,7 @@ def test_every_flag_is_explained(capsys):
     )
 
 
-# ------------------------------------------------------------------------------------------------ its few functions
+# -------------------------------------------------------------------------------- its few functions
 def config(**changes):
     return train_sft.Config(
         **{
@@ -622,7 +639,8 @@ def config(**changes):
 
 
 def test_a_plan_has_every_document_once_an_epoch_and_is_pure():
-    """What a step trains on depends on nothing but lengths, seed and budgets: that is what resume rests on."""
+    """What a step trains on depends on nothing but lengths, seed and budgets: that is what resume
+    rests on."""
     lengths = np.random.default_rng(0).integers(1, 100, 200)
     steps, steps_per_epoch = train_sft.plan_steps(lengths, config(epochs=3))
     assert len(steps) == 3 * steps_per_epoch
@@ -646,7 +664,8 @@ def test_a_plan_has_every_document_once_an_epoch_and_is_pure():
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("micro_tokens", [512, 256])
 def test_ranks_share_a_step_without_overlap(whole, size, micro_tokens):
-    """Any number of ranks, any size of micro-batches: all documents of the step exactly once, equally
+    """Any number of ranks, any size of micro-batches: all documents of the step exactly once,
+    equally
     many micro-batches on each, none too large."""
     data = training_data(whole)
     settings = config(max_len=256, pack_len=512, batch_tokens=2048)
@@ -668,7 +687,8 @@ def test_ranks_share_a_step_without_overlap(whole, size, micro_tokens):
 
 
 def test_batches_are_made_ahead_and_in_order(world):
-    """The next step's data is being made while this one computes; an error in it reaches the main thread."""
+    """The next step's data is being made while this one computes; an error in it reaches the main
+    thread."""
     made = []
 
     def make(step):
