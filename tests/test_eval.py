@@ -593,7 +593,7 @@ MISTAKES = [
     (
         [choice(0)],
         {"think_budget": 39},
-        "think_budget 39: max_new_tokens 40 must also hold .*--think_budget 0",
+        "think_budget 39: .*max_new_tokens 40 must also hold .*--think_budget 0",
     ),
     ([choice(0)], {"samples": 3}, "3 at --temperature 0: 3 equal ones"),
     ([choice(0)], {"budgets": "1k"}, "--budgets 1k: must be numbers"),
