@@ -135,8 +135,6 @@ def test_choice_texts_must_be_unique_and_letters_come_first():
         ("x\n\\text{Answer: B}", "B"),
         ("Answer: A\nAnswer: C", "C"),
         ("so\n'Answer: A'", "A"),
-        ("so\n\\boxed{\\text{Answer: } D}", "D"),
-        ("so\n\\text{Option (D): }\\boxed{ D }", "D"),
         ("x\nAnswer: cough", "B"),
         ("x\nAnswer: B. cough", "B"),
         ("The answer is A or B", None),
@@ -194,6 +192,13 @@ def test_no_text_makes_extraction_fail(text, kind):
     for rule in rewards.RULES:
         extract_answer(text, kind, OPTIONS, rule=rule)
         extract_answer(text, kind, None, rule=rule, lenient=True)
+
+
+@pytest.mark.parametrize("text", [r"\boxed{\text{Answer: } D}", r"\text{Option (D): }\boxed{ D }"])
+def test_a_box_is_a_statement_where_a_line_was_asked_for(text):
+    """Models box their letter even when the prompt asks for "Answer: X"; no letter was found."""
+    for rule in ("line", "answer", "boxed"):
+        assert extract_answer(f"so\n{text}", "choice", OPTIONS, rule=rule).text == "D"
 
 
 def test_lenient_score_is_separate():
