@@ -42,7 +42,7 @@ import data
 import grading
 import model
 import rewards
-from core.chat import banned_token_ids, stop_token_ids
+from core.chat import banned_token_ids, opens_thought, stop_token_ids
 from core.out_dir import assert_shared, claim, lock, write_json
 from core.parallel import World, all_any, all_gather_objects, barrier, from_rank0, gathered, init
 from core.run import hash_files, header, option, parse_config, run_and_exit, script
@@ -179,13 +179,6 @@ def model_fingerprint(model_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def opens_thought(model_dir: Path) -> bool:
-    """Whether the chat template ends the prompt with <think>, so that completions begin inside."""
-    chat = [{"role": "user", "content": "x"}]
-    template = data.load_tokenizer(model_dir).apply_chat_template
-    return template(chat, tokenize=False, add_generation_prompt=True).rstrip().endswith("<think>")
-
-
 def take_out(config: Config, model_dir: Path | None, world: World) -> tuple[dict, str]:
     """The settings of this evaluation (with --rescore, those in OUT), and the lock on OUT. Raises
     ValueError, with nothing changed, where OUT holds anything else or is in use. For rank 0."""
@@ -194,7 +187,7 @@ def take_out(config: Config, model_dir: Path | None, world: World) -> tuple[dict
         bf16 = config.dtype == "bf16" or (config.dtype == "auto" and world.device.type == "cuda")
         settings = {k: getattr(config, k) for k in SAMPLES_DEPEND_ON} | {
             "dtype": "bf16" if bf16 else "fp32",
-            "open_thought": opens_thought(model_dir),
+            "open_thought": opens_thought(data.load_tokenizer(model_dir)),
             "model": config.model,
             "limit": config.limit,
             "model_sha256": model_fingerprint(model_dir),

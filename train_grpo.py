@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from core import attention, optim
-from core.chat import banned_token_ids, stop_token_ids
+from core.chat import banned_token_ids, opens_thought, stop_token_ids
 from core.checkpoint import require_space, resume, save_state
 from core.images import ImageLoader
 from core.lora import LoRA, lora_disabled, save_adapter
@@ -510,7 +510,8 @@ def train(c: Config) -> int:
     sampler = Sampler(model, max_len=longest + c.max_new_tokens, slots=c.slots, kv_gb=c.kv_gb)
     params = sampling_params(c, tokenizer, model.config.vocab_size)
     at, hashes = begin(c, run, model_dir, model, optimizer, total, world)
-    stop, grader = StopRequest(), Grader(c.graders, c.reward_deadline, reward=c.reward, rule=c.rule)
+    how = dict(reward=c.reward, rule=c.rule, open_thought=opens_thought(tokenizer))
+    stop, grader = StopRequest(), Grader(c.graders, c.reward_deadline, **how)
     loader = ImageLoader(images)
     seconds = Counter()  # of the current step, by what they went into
     quiet_garbage_collection()

@@ -51,6 +51,13 @@ def with_image_parts(text: str) -> str | list[dict]:
     return [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in parts]
 
 
+def opens_thought(tokenizer) -> bool:
+    """Whether the chat template ends the prompt with <think>, so that completions begin inside."""
+    chat = [{"role": "user", "content": "x"}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return prompt.rstrip().endswith("<think>")
+
+
 def chat_message(message: dict, tokenizer) -> dict:
     """A message as the chat template takes it: images as parts, and a thought where it belongs.
 

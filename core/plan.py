@@ -90,8 +90,10 @@ def block_activations(
     elif mode == "none":
         kept = 3 * c.hidden_size + q + 2 * kv + 4 * c.intermediate_size
         per_token += kept * compute_bytes + attention + 2 * 4
+        heads = q + kv if c.qk_norm else 0  # inputs of the norms on the heads, and statistics
+        per_token += heads * compute_bytes + 4 * heads // c.head_dim
         if not fused:  # x̂ in fp32 (and x itself, where it was bf16); attention's output joined
-            per_token += 2 * c.hidden_size * (4 + (4 - compute_bytes)) + q * compute_bytes
+            per_token += (2 * c.hidden_size + heads) * (4 + (4 - compute_bytes)) + q * compute_bytes
     return per_token * tokens
 
 

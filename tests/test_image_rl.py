@@ -50,7 +50,7 @@ def rows(out):
 @pytest.mark.parametrize("kind", VL)
 def test_a_trained_tower_learns_on_two_ranks_as_on_one(place, kind):
     """Ranks without an image that hang or reduce other gradients; a sampler that sees the tower or
-    DeepStack of an earlier step: the difference to the trainer's log-probabilities would show it."""
+    DeepStack of an earlier step: its log-probabilities would differ from the trainer's."""
     model_dir = make_model(place.folder, kind)
     flags = f"--model {model_dir} --data {place.folder}/p.jsonl --steps 2 --prompts 4 --group 4"
     flags += " --max_new_tokens 24 --lr 1e-2 --graders 1 --reward strange_rewards:parity"

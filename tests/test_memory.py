@@ -1,6 +1,8 @@
 """The memory plan against published arithmetic, torch's own memory tracker on a real training step,
 and saved tensors."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_model import FLAT_7B, text_stream
@@ -104,6 +106,25 @@ def test_grpo_adds_reference_cache_and_gathered_weights():
 
 
 @pytest.mark.parametrize(
+    "name, parameters, kv",
+    [
+        ("Qwen3-VL-2B", 1_720_574_976, 114_688),
+        ("Qwen3-VL-4B", 4_022_468_096, 147_456),
+        ("Qwen3-VL-8B", 8_190_735_360, 147_456),
+        ("Qwen3-VL-32B", 32_762_123_264, 262_144),
+    ],
+)
+def test_qwen3_vl_decoders_have_their_published_sizes(name, parameters, kv):
+    """A head size divided from the hidden size would halve the 4B's and the 32B's KV cache."""
+    model = meta_model(published_config(name))
+    assert count_parameters(model)["total"] == parameters
+    assert kv_bytes(model.config, 2) == kv
+    norms = dataclasses.replace(model.config, qk_norm=False)
+    more, less = (block_activations(c, 1000, "none") for c in (model.config, norms))
+    assert more > less and block_activations(model.config, 1, "full") == 2 * norms.hidden_size
+
+
+@pytest.mark.parametrize(
     "ranks, gib, mode, tokens",
     [
         (8, 139, "none", 16384),
@@ -160,12 +181,12 @@ def one_block(mode, dtype, config, lengths):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["none", "matmul", "full"])
-@pytest.mark.parametrize("heads, kv_heads", [(8, 2), (4, 4)])
-def test_what_a_block_keeps_is_what_is_planned(mode, dtype, heads, kv_heads):
+@pytest.mark.parametrize("heads, kv_heads, qwen3", [(8, 2, False), (4, 4, False), (8, 2, True)])
+def test_what_a_block_keeps_is_what_is_planned(mode, dtype, heads, kv_heads, qwen3):
     """To the byte, by torch's memory tracker: what lives after the forward pass. A mode that saved
-    more than it says (or
-    nothing at all) would show here."""
+    more than it says (or nothing at all) would show here."""
     config, lengths = small(heads, kv_heads), [60, 41, 7]
+    config = dataclasses.replace(config, qk_norm=qwen3, qkv_bias=not qwen3)
     block, inputs = one_block(mode, dtype, config, lengths)
     tracker = MemTracker()
     tracker.track_external(block, *(i for i in inputs if torch.is_tensor(i)))

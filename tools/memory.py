@@ -28,12 +28,17 @@ from core.plan import (
 )
 from model import Model, ModelConfig
 
-# name → hidden, layers, heads, KV heads, MLP size, vocabulary, tied: the published Qwen2.5-VL sizes
+# name → hidden, layers, heads, KV heads, MLP size, vocabulary, tied, head size: the decoders of
+# Qwen2.5-VL and Qwen3-VL as published
 PUBLISHED = {
-    "3B": (2048, 36, 16, 2, 11008, 151936, True),
-    "7B": (3584, 28, 28, 4, 18944, 152064, False),
-    "32B": (5120, 64, 40, 8, 27648, 152064, False),
-    "72B": (8192, 80, 64, 8, 29568, 152064, False),
+    "3B": (2048, 36, 16, 2, 11008, 151936, True, 128),
+    "7B": (3584, 28, 28, 4, 18944, 152064, False, 128),
+    "32B": (5120, 64, 40, 8, 27648, 152064, False, 128),
+    "72B": (8192, 80, 64, 8, 29568, 152064, False, 128),
+    "Qwen3-VL-2B": (2048, 28, 16, 8, 6144, 151936, True, 128),
+    "Qwen3-VL-4B": (2560, 36, 32, 8, 9728, 151936, True, 128),
+    "Qwen3-VL-8B": (4096, 36, 32, 8, 12288, 151936, False, 128),
+    "Qwen3-VL-32B": (5120, 64, 64, 8, 25600, 151936, False, 128),
 }
 MACHINES = {  # GPUs, usable GiB of each
     "1 × 80 GB": (1, 79),
@@ -50,9 +55,10 @@ def published_config(name: str) -> ModelConfig:
         return ModelConfig.from_dir(Path(name).parent if name.endswith("config.json") else name)
     keys = (
         "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
-        "vocab_size tie_word_embeddings"
+        "vocab_size tie_word_embeddings head_dim"
     ).split()
-    known = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    kind = "qwen3" if name.startswith("Qwen3") else "qwen2"
+    known = {"model_type": kind, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
     return ModelConfig.from_dict({**known, **dict(zip(keys, PUBLISHED[name]))})
 
 
@@ -133,7 +139,7 @@ def hardware_table(model: Model) -> str:
 
 @dataclass
 class Config:
-    model: str = option(MISSING, "3B, 7B, 32B, 72B, or a model directory")
+    model: str = option(MISSING, f"{', '.join(PUBLISHED)}, or a model directory")
     ranks: int = option(0, "GPUs; 0: print the table of machines", ge=0)
     replicas: int = option(1, "HSDP groups", ge=1)
     tokens: int = option(16384, "tokens of a micro-batch (--pack_len, --micro_tokens)", ge=1)
