@@ -1,4 +1,5 @@
-"""The decoder against transformers' Qwen2.5-VL and Qwen2 on the same random weights, and the chunked loss."""
+"""The decoder against transformers' Qwen2.5-VL and Qwen2 on the same random weights, and the
+chunked loss."""
 
 import dataclasses
 import json
@@ -78,7 +79,8 @@ def test_text_logits_and_gradients_equal_transformers(pair):
 
 
 def image_stream(sizes_per_document, seed=3, kind="qwen2_5_vl"):
-    """Documents of random text with images of these patch-grid sizes between; the pieces transformers needs too."""
+    """Documents of random text with images of these patch-grid sizes between; the pieces
+    transformers needs too."""
     g = torch.Generator().manual_seed(seed)
     docs, grids, positions = [], [], []
     for sizes in sizes_per_document:
@@ -103,8 +105,8 @@ def image_stream(sizes_per_document, seed=3, kind="qwen2_5_vl"):
 
 
 def reference_logits(theirs, docs, grids, patches):
-    """transformers, a document at a time. It gets its mm_token_type_ids: without them it silently uses
-    one-dimensional positions."""
+    """transformers, a document at a time. It gets its mm_token_type_ids: without them it
+    silently uses one-dimensional positions."""
     start, out = 0, []
     for tokens, grid in zip(docs, grids):
         used = int(grid.prod(1).sum())
@@ -199,7 +201,7 @@ def test_checkpointing_leaves_gradients_bit_equal(tiny_vl, mode):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-# ------------------------------------------------------------------------------------------------- chunked loss
+# ---------------------------------------------------------------------- chunked loss
 @pytest.mark.parametrize("chunk", [1000, 16, 5])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_chunked_logprobs_equal_log_softmax_in_fp64(chunk, temperature):
@@ -233,7 +235,8 @@ def test_chunked_loss_equals_torch_cross_entropy_and_ignores_rows(tiny_vl):
 
 
 def test_head_weight_gradient_is_summed_in_fp32():
-    """bf16 inputs, 32 chunks: before its final cast the sum is within 2e-4 of fp64, where a bf16 sum misses that."""
+    """bf16 inputs, 32 chunks: before its final cast the sum is within 2e-4 of fp64, where a
+    bf16 sum misses that."""
     g = torch.Generator().manual_seed(0)
     h = torch.randn(512, 64, generator=g).bfloat16()
     d_logits = [torch.randn(16, 300, generator=g).bfloat16() for _ in range(32)]
@@ -265,7 +268,7 @@ def test_banned_ids_get_no_probability(tiny_vl):
     assert torch.isfinite(entropy).all()
 
 
-# ------------------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------- configuration
 FLAT_7B = {
     "model_type": "qwen2_5_vl",
     "hidden_size": 3584,
@@ -450,8 +453,9 @@ def test_no_field_of_qwen3_is_guessed(field):
 
 
 def test_flop_count_equals_torchs_counter(tiny_vl):
-    """FlopCounterMode counts attention as the full square, as the PaLM convention does for one document (and only in
-    SDPA's math backend on CPU: the flash kernel is not in its registry)."""
+    """FlopCounterMode counts attention as the full square, as the PaLM convention does for
+    one document (and only in SDPA's math backend on CPU: the flash kernel is not in its
+    registry)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,4 +1,5 @@
-"""vision.py against what we did not write: transformers' PIL processor, its vision tower, its M-RoPE positions."""
+"""vision.py against what we did not write: transformers' PIL processor, its vision tower, its
+M-RoPE positions."""
 
 import dataclasses
 import hashlib
@@ -36,7 +37,8 @@ CARD = ImageConfig(
     262_144, 262_144
 )  # X-Reasoner's model card: every image is brought to the same area
 SMALL = ImageConfig(3136, 50_000)  # most images must shrink
-# Qwen3-VL's published preprocessor_config.json; its limits with the smaller patch: 64 to 16,384 tokens
+# Qwen3-VL's published preprocessor_config.json; its limits with the smaller patch: 64 to
+# 16,384 tokens
 QWEN3 = ImageConfig(65536, 16777216, 16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 IMAGE_ID = 302
 
@@ -67,7 +69,7 @@ def png(image: Image.Image, format="PNG", **options) -> bytes:
     return file.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------- preprocessing
+# ---------------------------------------------------------------------- preprocessing
 SIZES = [
     (1, 1),
     (3, 3),
@@ -97,13 +99,15 @@ SIZES = [
 )
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_pixels_equal_transformers_bit_for_bit(size, config):
-    """Prevents: wrong resampling filter, rounding, normalisation order, patch order or frame repetition."""
+    """Prevents: wrong resampling filter, rounding, normalisation order, patch order or frame
+    repetition."""
     image = Image.fromarray(noise(*size))
     assert_equals_transformers(image, image, config)
 
 
 def test_other_patch_sizes_and_colours_equal_transformers():
-    """Prevents: 14, 2, 2 or CLIP's colour means written into the code instead of read from the config."""
+    """Prevents: 14, 2, 2 or CLIP's colour means written into the code instead of read from
+    the config."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     options = dict(
@@ -130,7 +134,8 @@ def test_other_patch_sizes_and_colours_equal_transformers():
     st.sampled_from([PUBLISHED, CARD, SMALL, QWEN3, ImageConfig(1, 1_003_520)]),
 )
 def test_sizes_equal_transformers(height, width, config):
-    """Prevents: a resize rule that differs at rare sizes (ties, clamps), where a bit-equal sample would not look."""
+    """Prevents: a resize rule that differs at rare sizes (ties, clamps), where a bit-equal
+    sample would not look."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs
 
     if max(height, width) > 200 * min(height, width):
@@ -143,7 +148,8 @@ def test_sizes_equal_transformers(height, width, config):
 
 
 def test_aspect_of_200_is_the_last_allowed():
-    """Prevents: a bound that is off by one; a file that passes load_image in the check and stops the run later."""
+    """Prevents: a bound that is off by one; a file that passes load_image in the check and
+    stops the run later."""
     assert smart_resize(1, 200, PUBLISHED) and load_image(Image.new("RGB", (200, 1)))
     with pytest.raises(ValueError, match="a PIL image: 201x1 pixels.* crop or pad it"):
         load_image(Image.new("RGB", (201, 1)))
@@ -209,13 +215,15 @@ def make_mode(name: str) -> Image.Image:
     ],
 )
 def test_modes_equal_transformers(mode):
-    """Prevents: hidden colours of transparent pixels showing (RGBA → RGB by dropping alpha), palettes read as grey."""
+    """Prevents: hidden colours of transparent pixels showing (RGBA → RGB by dropping alpha),
+    palettes read as grey."""
     assert_equals_transformers(load_image(make_mode(mode)), make_mode(mode), SMALL)
 
 
 @pytest.mark.parametrize("mode", ["RGBa", "La"])
 def test_premultiplied_alpha_is_laid_on_white_too(mode):
-    """Prevents: TIFFs with premultiplied alpha shown on black; the premultiplication itself costs some levels."""
+    """Prevents: TIFFs with premultiplied alpha shown on black; the premultiplication itself
+    costs some levels."""
     ours, straight = load_image(make_mode(mode)), load_image(make_mode(mode.upper()))
     difference = np.abs(np.asarray(ours).astype(int) - np.asarray(straight).astype(int))
     assert difference.max() <= 2
@@ -229,7 +237,8 @@ def test_transparent_black_is_white():
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "JPEG2000"])
 def test_lossless_files_keep_their_pixels(format, tmp_path):
-    """Prevents: a format missing from the list of readable ones; path, str and bytes read differently."""
+    """Prevents: a format missing from the list of readable ones; path, str and bytes read
+    differently."""
     pixels = noise(40, 30)
     data = png(Image.fromarray(pixels), format, **({"lossless": True} if format == "WEBP" else {}))
     (tmp_path / "image").write_bytes(data)
@@ -239,13 +248,15 @@ def test_lossless_files_keep_their_pixels(format, tmp_path):
 
 
 def test_the_content_decides_not_the_extension(tmp_path):
-    """Prevents: benchmark images with wrong extensions (common in the releases) being refused or decoded wrongly."""
+    """Prevents: benchmark images with wrong extensions (common in the releases) being refused
+    or decoded wrongly."""
     (tmp_path / "png.jpg").write_bytes(png(Image.fromarray(noise(9, 9))))
     assert np.array_equal(np.asarray(load_image(tmp_path / "png.jpg")), noise(9, 9))
 
 
 def test_first_frame_of_an_animation():
-    """Prevents: the last frame, or a crash, for animated GIFs and the two-picture JPEGs of phones (MPO)."""
+    """Prevents: the last frame, or a crash, for animated GIFs and the two-picture JPEGs of
+    phones (MPO)."""
     frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
     for format in ("GIF", "MPO"):
         red, _, blue = load_image(
@@ -280,7 +291,8 @@ def test_exif_orientation(orientation, depth):
 
 
 def test_odd_tags_do_not_refuse_an_image():
-    """Prevents: photographs refused for a camera's malformed metadata, which Pillow's own exif_transpose trips over."""
+    """Prevents: photographs refused for a camera's malformed metadata, which Pillow's own
+    exif_transpose trips over."""
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0
     data = png(Image.fromarray(noise(7, 5)), exif=exif)
@@ -295,12 +307,13 @@ def test_odd_tags_do_not_refuse_an_image():
     assert load_image(bytes(odd)).size == (5, 7)
 
 
-# --------------------------------------------------------------------------------------------------- 16 bits and more
+# ---------------------------------------------------------------------- 16 bits and more
 @pytest.mark.parametrize(
     "format, mode", [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B"), ("PPM", "I")]
 )
 def test_16_bit_grey_is_scaled_not_clipped(format, mode):
-    """Prevents: radiographs turned white, which is what Pillow's own conversion of 16-bit grey does."""
+    """Prevents: radiographs turned white, which is what Pillow's own conversion of 16-bit
+    grey does."""
     values = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
     image = Image.fromarray(values)
     if mode == "I;16B":
@@ -325,7 +338,8 @@ def test_16_bit_grey_is_scaled_not_clipped(format, mode):
     ],
 )
 def test_white_of_wide_grey(mode, top, white):
-    """Prevents: 32-bit and float grey clipped; the rule is the docstring's: the smallest white that nothing exceeds."""
+    """Prevents: 32-bit and float grey clipped; the rule is the docstring's: the smallest
+    white that nothing exceeds."""
     values = np.linspace(0, top, 30).reshape(5, 6).astype(np.int32 if mode == "I" else np.float32)
     expected = np.round(values.astype(np.float64) / white * 255)
     grey = np.asarray(load_image(Image.fromarray(values)))[..., 1].astype(float)
@@ -348,13 +362,14 @@ def test_grey_without_a_known_white_is_refused(values):
 
 
 def test_transparent_value_of_16_bit_grey_is_white():
-    """Prevents: 16-bit PNGs with a transparent colour (tRNS) being the exception to 'transparent is white'."""
+    """Prevents: 16-bit PNGs with a transparent colour (tRNS) being the exception to
+    'transparent is white'."""
     values = np.array([[0, 1000, 65535]], np.uint16)
     grey = np.asarray(load_image(png(Image.fromarray(values), transparency=1000)))
     assert grey[0, :, 0].tolist() == [0, 255, 255]
 
 
-# -------------------------------------------------------------------------------------------------- hostile files
+# ---------------------------------------------------------------------- hostile files
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims this size and holds next to nothing."""
 
@@ -394,7 +409,8 @@ HOSTILE = {
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused_by_name(name, tmp_path):
-    """Prevents: a traceback of Pillow's without the file's name; a decompression bomb that takes the machine down."""
+    """Prevents: a traceback of Pillow's without the file's name; a decompression bomb that
+    takes the machine down."""
     data, message = HOSTILE[name]
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message) as e:
@@ -414,7 +430,8 @@ def test_what_is_no_file_is_refused_by_name(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of what it repairs
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
 def test_random_damage_raises_nothing_but_value_error(format):
-    """Prevents: one damaged file among 100,000 ending a run with an exception that nobody catches."""
+    """Prevents: one damaged file among 100,000 ending a run with an exception that nobody
+    catches."""
     exif = Image.Exif()
     exif[0x0112] = 6
     whole = png(
@@ -434,8 +451,9 @@ def test_random_damage_raises_nothing_but_value_error(format):
     assert outcomes <= {"RGB", "refused"} and "refused" in outcomes
 
 
-# -------------------------------------------------------------------------------------------------------- fixtures
-TOKENS = {  # (width, height) → tokens by transformers 5.23: published limits, 262,144 on both sides
+# ---------------------------------------------------------------------- fixtures
+# (width, height) → tokens by transformers 5.23: published limits, 262,144 on both sides
+TOKENS = {
     (640, 480): (391, 315),
     (224, 224): (64, 361),
     (512, 512): (324, 361),
@@ -503,11 +521,13 @@ def test_stored_pixels():
 
 
 def test_patch_order_and_normalisation_by_hand():
-    """Prevents: the stored digests above being right for the wrong reason: one patch is computed by hand."""
+    """Prevents: the stored digests above being right for the wrong reason: one patch is
+    computed by hand."""
     image = fixture_image(112, 56)  # kept at its size: 4 x 8 patches
     patches, grid = preprocess_image(image, PUBLISHED)
     assert grid == (1, 4, 8) and patches.shape == (32, 2 * 3 * 14 * 14)
-    # token 1 of the first row of tokens: patches 4..7; its lower left patch is number 6, rows 14-27, columns 28-41
+    # token 1 of the first row of tokens: patches 4..7; its lower left patch is number 6, rows
+    # 14-27, columns 28-41
     block = torch.tensor(np.asarray(image)[14:28, 28:42]).permute(2, 0, 1) / 255  # (3, 14, 14)
     mean, std = (
         torch.tensor(v)[:, None, None] for v in (PUBLISHED.image_mean, PUBLISHED.image_std)
@@ -521,7 +541,8 @@ def test_patch_order_and_normalisation_by_hand():
 @needs_real
 @pytest.mark.parametrize("config", [CARD, SMALL], ids=["card", "small"])
 def test_benchmark_images_equal_transformers(config):
-    """Prevents: something in real files (palettes, metadata, odd sizes) that made-up images do not have."""
+    """Prevents: something in real files (palettes, metadata, odd sizes) that made-up images
+    do not have."""
     files = sorted(p for p in (REAL / "images_mmmu_pro").rglob("*") if p.suffix in (".png", ".jpg"))
     assert len(files) >= 20
     for file in files:
@@ -534,9 +555,10 @@ def test_image_must_be_rgb():
         preprocess_image(Image.new("L", (30, 30)), PUBLISHED)
 
 
-# --------------------------------------------------------------------------------------------------------- configs
+# ---------------------------------------------------------------------- configs
 def test_image_config_reads_published_and_transformers_forms(tmp_path):
-    """Prevents: pixel limits silently replaced by defaults when transformers writes them as `size`."""
+    """Prevents: pixel limits silently replaced by defaults when transformers writes them as
+    `size`."""
     published = dict(
         min_pixels=3136,
         max_pixels=12845056,
@@ -578,7 +600,8 @@ def test_image_config_reads_published_and_transformers_forms(tmp_path):
     ],
 )
 def test_broken_image_configs_are_named(text, message, tmp_path):
-    """Prevents: another model's settings used with this one's weights; a message without the file."""
+    """Prevents: another model's settings used with this one's weights; a message without the
+    file."""
     with pytest.raises(ValueError, match="preprocessor_config.json: not found"):
         ImageConfig.from_dir(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(text)
@@ -605,7 +628,8 @@ PUBLISHED_7B = dict(
 
 
 def test_vision_config_reads_published_and_transformers_forms():
-    """Prevents: a config form in which fields are called otherwise or left out giving another tower."""
+    """Prevents: a config form in which fields are called otherwise or left out giving another
+    tower."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
     nested = Qwen2_5_VLVisionConfig(
@@ -649,7 +673,8 @@ def test_unsupported_towers_are_refused(change, message):
     ],
 )
 def test_unsupported_qwen3_towers_are_refused(change, message):
-    """Prevents: weights of a variant that loads and computes something else; defaults of another size."""
+    """Prevents: weights of a variant that loads and computes something else; defaults of
+    another size."""
     with pytest.raises(ValueError, match=message):
         Vision3Config.from_dict(TINY3 | change)
     for field in Vision3Config.__dataclass_fields__:
@@ -657,7 +682,7 @@ def test_unsupported_qwen3_towers_are_refused(change, message):
             Vision3Config.from_dict({k: v for k, v in TINY3.items() if k != field})
 
 
-# ----------------------------------------------------------------------------------------------------------- tower
+# ---------------------------------------------------------------------- tower
 TINY = dict(
     depth=4,
     hidden_size=32,
@@ -735,7 +760,8 @@ def patches_of(grids, seed=0):
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_tower_and_gradients_equal_transformers(name, towers):
-    """Prevents: wrong window order, rotary angles, attention across windows or images, or a merger out of order."""
+    """Prevents: wrong window order, rotary angles, attention across windows or images, or a
+    merger out of order."""
     ours, theirs = towers
     patches, grid = patches_of(GRIDS[name])
     a, b = ours(patches, grid), theirs(patches, grid_thw=grid)
@@ -793,7 +819,8 @@ def test_windows_and_full_blocks_both_count():
     st.sampled_from([(14, 2, 112), (14, 2, 84), (14, 2, 70), (8, 4, 96), (14, 1, 28)]),
 )
 def test_windows_equal_transformers(cells, sizes):
-    """Prevents: a window order or boundary that is wrong only for rare shapes; full windows padded by one more."""
+    """Prevents: a window order or boundary that is wrong only for rare shapes; full windows
+    padded by one more."""
     from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
     patch, merge, window = sizes
@@ -817,7 +844,8 @@ def test_windows_equal_transformers(cells, sizes):
     st.sampled_from([(2, 48), (2, 12), (4, 5)]),
 )
 def test_learned_positions_equal_transformers(cells, sizes):
-    """Prevents: wrong cells or weights at sides of one token, of the learned grid's own size, or beyond it."""
+    """Prevents: wrong cells or weights at sides of one token, of the learned grid's own size,
+    or beyond it."""
     from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
     merge, side = sizes
@@ -861,7 +889,8 @@ def test_rotation_is_computed_in_fp32():
 
 @torch.no_grad()
 def test_bf16_tower_takes_fp32_pixels(towers):
-    """Prevents: a dtype error (or fp32 arithmetic) when the weights are bf16, as in training and sampling."""
+    """Prevents: a dtype error (or fp32 arithmetic) when the weights are bf16, as in training
+    and sampling."""
     ours, theirs = towers
     patches, grid = patches_of(GRIDS["several"])
     half = ours.config.tower().bfloat16()
@@ -881,7 +910,7 @@ def test_grids_and_patches_must_fit(towers):
         ours(patches, torch.tensor([(1, 3, 8)]))
 
 
-# ------------------------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------- positions
 def document(parts):
     """Text lengths (int) and patch grids (tuple) in order → tokens (T,), grids (n, 3)."""
     tokens = [
@@ -928,7 +957,8 @@ DOCUMENTS = {
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_positions_equal_transformers(name, rope_index):
-    """Prevents: wrong starts after an image, axes exchanged, or a wrong delta, which shifts every decoded token."""
+    """Prevents: wrong starts after an image, axes exchanged, or a wrong delta, which shifts
+    every decoded token."""
     tokens, grids = document(DOCUMENTS[name])
     ours, delta = mrope_positions(tokens, grids, image_token_id=IMAGE_ID, merge_size=2)
     theirs, their_delta = rope_index(tokens, grids)
@@ -965,7 +995,8 @@ def test_random_positions_equal_transformers(rope_index, head, images, tail):
 
 
 def test_decoding_continues_the_positions(rope_index):
-    """Prevents: positions of a completion that differ between sampling (i + delta) and training (whole sequence)."""
+    """Prevents: positions of a completion that differ between sampling (i + delta) and
+    training (whole sequence)."""
     tokens, grids = document([2, (4, 6), 1, (10, 4), 3, 8])
     whole, _ = mrope_positions(tokens, grids, image_token_id=IMAGE_ID, merge_size=2)
     prompt, delta = mrope_positions(tokens[:-8], grids, image_token_id=IMAGE_ID, merge_size=2)
@@ -986,7 +1017,8 @@ def test_position_example_of_the_docstring():
 
 
 def test_placeholders_must_match_the_grids():
-    """Prevents: a document cut inside an image, or preprocessed with other limits, training on shifted positions."""
+    """Prevents: a document cut inside an image, or preprocessed with other limits, training
+    on shifted positions."""
     tokens, grids = document([2, (4, 6), 2, (4, 4), 1])
     for wrong in (tokens[:-2], tokens[tokens != IMAGE_ID]):
         with pytest.raises(ValueError, match="image tokens .* take 10"):

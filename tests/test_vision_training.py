@@ -31,7 +31,8 @@ def on_ranks(world, model_dir, out):
 
 
 def test_gradients_with_images_on_one_rank_only(tiny_vl, tmp_path):
-    """Without a stand-in the ranks would reduce different sets of parameters: a hang, or wrong gradients."""
+    """Without a stand-in the ranks would reduce different sets of parameters: a hang, or
+    wrong gradients."""
     run_ranks(2, on_ranks, tiny_vl, tmp_path / "g.pt")
     model = load(tiny_vl, with_vision=True)
     for b in (batch([[(4, 8), (8, 4)], []], 1), batch([[]], 2)):

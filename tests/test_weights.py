@@ -30,7 +30,8 @@ def bf16_dir(tmp_path_factory):
 
 
 def test_load_and_export_give_every_byte_back(bf16_dir, world, tmp_path):
-    """bf16 → fp32 masters → bf16; also in many small shards with an index, as the 7B is published."""
+    """bf16 → fp32 masters → bf16; also in many small shards with an index, as the 7B is
+    published."""
     model = build_model(bf16_dir, world)
     export_hf(model, bf16_dir, tmp_path / "one", world)
     export_hf(model, bf16_dir, tmp_path / "many", world, shard_bytes=50_000)
@@ -57,8 +58,8 @@ def test_load_and_export_give_every_byte_back(bf16_dir, world, tmp_path):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3"])
 def test_what_is_exported_loads_in_transformers_with_our_logits(kind, tied, world, tmp_path):
-    """After a step, so that the weights are ours: the source's keys, no tensor missing, unknown or made at random, and
-    those that were not trained byte-equal."""
+    """After a step, so that the weights are ours: the source's keys, no tensor missing,
+    unknown or made at random, and those that were not trained byte-equal."""
     source = make_tiny(tmp_path / "m", kind, tied=tied)
     model, (tokens, positions, cu) = build_model(source, world), text_stream([12])
     optimizer = adamw(model, lr=1e-2, weight_decay=0.0)
@@ -135,7 +136,8 @@ def broken(kind, folder):
     ],
 )
 def test_broken_directories_are_named(bf16_dir, tmp_path, kind, words):
-    """Each in words that say what to do, from the headers alone; loading it anyway would train nonsense."""
+    """Each in words that say what to do, from the headers alone; loading it anyway would
+    train nonsense."""
     shutil.copytree(bf16_dir, tmp_path / "m")
     check_model_dir(tmp_path / "m")
     broken(kind, tmp_path / "m")
@@ -145,7 +147,8 @@ def test_broken_directories_are_named(bf16_dir, tmp_path, kind, words):
 
 
 def test_a_stale_head_of_a_tied_model_is_not_exported(world, tmp_path):
-    """transformers prefers a head that the files hold to the embedding, so it would undo the training."""
+    """transformers prefers a head that the files hold to the embedding, so it would undo the
+    training."""
     from transformers import Qwen2ForCausalLM
 
     source = make_tiny_qwen2(tmp_path / "m", tied=True)

@@ -1,6 +1,7 @@
-"""A tiny byte-level tokenizer with Qwen's special tokens and Qwen2.5-VL's chat template, made on the spot.
+"""A tiny byte-level tokenizer with Qwen's special tokens and Qwen2.5-VL's chat template, made
+on the spot.
 
-307 tokens: 256 bytes, 44 merges, then the special tokens with the ids that tiny_model.py's configs name.
+307 tokens: 256 bytes, 44 merges, then the special tokens with the ids that tiny_model.py names.
 """
 
 from pathlib import Path
@@ -14,8 +15,9 @@ SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
 ]  # ids 300 … 306
-MERGES = """Ġ t|Ġ a|h e|i n|r e|o n|e r|Ġt he|n d|i s|o u|Ġ =|Ġ +|Ġ s|a n|Ġ w|i n g|o r|Ġa nd|Ċ Ċ|e s|a t|e n|Ġ o|Ġo f
-Ġ c|i t|s t|l l|Ġ b|Ġ m|Ġ f|Ġ p|Ġ d|Ġ I|Ġ 1|Ġ 2|u s|e d|a l|s w|t h|an sw|answ er""".replace(
+MERGES = """Ġ t|Ġ a|h e|i n|r e|o n|e r|Ġt he|n d|i s|o u|Ġ =|Ġ +|Ġ s|a n|Ġ w|i n g|o r
+Ġa nd|Ċ Ċ|e s|a t|e n
+Ġ o|Ġo f|Ġ c|i t|s t|l l|Ġ b|Ġ m|Ġ f|Ġ p|Ġ d|Ġ I|Ġ 1|Ġ 2|u s|e d|a l|s w|t h|an sw|answ er""".replace(
     "\n", "|"
 ).split("|")
 PRETOKENIZE = (
@@ -41,7 +43,8 @@ CHAT_TEMPLATE = """\
 """
 
 
-# Qwen3's templates in other words. All keep an instruct turn as it is; these two write the last turn's thought
+# Qwen3's templates in other words. All keep an instruct turn as it is; these two write the
+# last turn's thought
 # themselves and leave out earlier ones, and `thinking` opens it in the prompt too.
 HYBRID = """\
 {%- set last = namespace(user=-1) -%}
@@ -52,7 +55,8 @@ HYBRID = """\
 {%- set thought, text = '', m.content -%}
 {%- if m.reasoning_content is string -%}{%- set thought = m.reasoning_content -%}
 {%- elif '</think>' in text -%}
-{%- set thought = text.split('</think>')[0].split('<think>')[-1] -%}{%- set text = text.split('</think>')[-1] -%}
+{%- set thought = text.split('</think>')[0].split('<think>')[-1] -%}
+{%- set text = text.split('</think>')[-1] -%}
 {%- endif -%}
 {%- if loop.index0 > last.user -%}
 {{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + text.lstrip('\n') }}
@@ -60,7 +64,8 @@ HYBRID = """\
 {%- elif m.content is string -%}{{ m.content }}
 {%- else -%}
 {%- for part in m.content -%}
-{%- if part.type == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{%- else -%}{{ part.text }}{%- endif -%}
+{%- if part.type == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- else -%}{{ part.text }}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}{{ '<|im_end|>\n' }}
 {%- endfor -%}
@@ -82,8 +87,8 @@ TEMPLATES = {
 
 
 def make_tiny_tokenizer(path: str | Path, template: str = "qwen2.5") -> Path:
-    """Write the tokenizer's files into the directory `path` (which may hold a model) and return it. Qwen3's have
-    <think> and </think>, 307 and 308, which are no special tokens."""
+    """Write the tokenizer's files into the directory `path` (which may hold a model) and
+    return it. Qwen3's have <think> and </think>, 307 and 308, which are no special tokens."""
     from tokenizers import (
         AddedToken,
         Regex,

@@ -1,4 +1,5 @@
-"""Tiny random models, made and saved by transformers, so that ours is compared with what we did not write."""
+"""Tiny random models, made and saved by transformers, so that ours is compared with what we
+did not write."""
 
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def make_tiny_vl(
     sections: list[int] | None = None,
     **ids,
 ) -> Path:
-    """Save a tiny vision model with random weights (biases and norms random too, or their use would go untested)."""
+    """Save a tiny vision model with random weights (biases and norms random too, or their use
+    would go untested)."""
     import transformers
 
     name = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[kind]
@@ -113,8 +115,8 @@ def make_tiny(path: Path, kind: str, **options) -> Path:
 
 
 def reference(path: Path) -> torch.nn.Module:
-    """transformers' own model of a directory. Fails if it misses a tensor, finds one that it does not know, or would
-    fill one with random numbers."""
+    """transformers' own model of a directory. Fails if it misses a tensor, finds one that it
+    does not know, or would fill one with random numbers."""
     import transformers
 
     kind = transformers.AutoConfig.from_pretrained(path).model_type
@@ -127,7 +129,8 @@ def reference(path: Path) -> torch.nn.Module:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Give every parameter a size at which a mistake shows: weights of 1/√fan-in, biases 0.1, norms around 1."""
+    """Give every parameter a size at which a mistake shows: weights of 1/√fan-in, biases 0.1,
+    norms around 1."""
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() >= 2:
