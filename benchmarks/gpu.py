@@ -284,6 +284,26 @@ def check(b: Bench) -> None:
         note="bf16: ≤ 1e-2",
     )
     b.row("check", "sampler - trainer log-probability, max", gap.max().item(), "")
+    check_decode(b)
+
+
+def check_decode(b: Bench) -> None:
+    """Attention of one decode step at the 7B's heads, at lengths around the edges of its splits."""
+    from core.decode_kernels import SPLITS, decode_attend, plan_attention
+
+    heads, kv_heads, size, capacity = (4, 2, 16, 128) if b.dry else (28, 4, 128, 6144)
+    edge = capacity // SPLITS
+    lengths = torch.tensor([0, edge - 1, edge, edge + 1, capacity - 1])
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(5, heads, size, generator=g).to(b.dtype)
+    k, v = torch.randn(2, 5, capacity, kv_heads, size, generator=g).to(b.dtype)
+    plan = plan_attention(lengths.to(b.world.device), capacity, lengths.tolist())
+    ours = decode_attend(*(x.to(b.world.device) for x in (q, k, v)), plan).float().cpu()
+    exact = decode_attend(
+        q.float(), k.float(), v.float(), plan_attention(lengths, capacity, lengths.tolist())
+    )
+    error = ((ours - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).max().item()
+    b.row("check", "decode attention, relative error", error, "", note="bf16: ≤ 1e-2")
 
 
 def sft(b: Bench) -> None:
@@ -621,7 +641,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.dry and not torch.cuda.is_available():
         raise SystemExit(
-            "no CUDA device; --dry runs the script with tiny sizes on CPU (its figures mean nothing)"
+            "no CUDA device; --dry runs the script with tiny sizes on the CPU (means nothing)"
         )
     b = Bench(args)
     failed = 0
