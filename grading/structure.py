@@ -108,7 +108,7 @@ def _parse_equality(text: str, members: list[str], signs: list[str]) -> Node:
     if tail == 1 and _is_name(members[0]):  # x \approx 3.14
         members, signs, tail = members[:1] + members[1:], ["="] * len(signs), len(members)
     if len(set(map(squash, members))) == 1:  # 1=1 states nothing
-        return Node("atom", text)
+        return Node("word", text)
     values = [m for m in members[:tail] if not _is_name(m)] or members[tail - 1 : tail]
     if len(members) == 2 and signs == ["="]:
         if _is_name(members[0]):
