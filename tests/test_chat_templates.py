@@ -107,6 +107,11 @@ def test_a_template_that_refuses_a_conversation_is_an_error_with_its_words(case)
         encode(tokenizer, "Q", INLINE)
 
 
+def test_a_missing_directory_is_not_called_one_without_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such model directory"):
+        data.load_tokenizer(tmp_path / "nowhere")
+
+
 def test_a_foreign_tokenizer_is_an_error_that_names_the_directory(tmp_path):
     """Token ids beyond the embedding: an IndexError in the first step, after all preparation."""
     folder = make_tiny_tokenizer(tmp_path)
