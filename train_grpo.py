@@ -375,6 +375,16 @@ def next_problems(problems: list[dict], positions: Iterable[int], seed: int) -> 
     return chosen
 
 
+def render(
+    problems: list[dict], tokenizer, images: Any, loader: ImageLoader, style: str, seconds: Counter
+) -> list[Prompt]:
+    """The problems' prompts with their images; adds the wait for these to seconds["image_s"]."""
+    start = time.perf_counter()
+    loaded = loader([p.get("images") or [] for p in problems])
+    seconds["image_s"] += time.perf_counter() - start  # 0 where they were ready
+    return [render_problem(p, tokenizer, images, style, x) for p, x in zip(problems, loaded)]
+
+
 def sample_step(
     sample: Callable, problems: list[dict], cursor: int, c: Config
 ) -> tuple[list[Sample], list[Prompt], int]:
@@ -409,7 +419,9 @@ def evaluate(
     sample: Callable, problems: list[dict], step: int, c: Config, run: Run, export: Callable
 ) -> None:
     """Log greedy accuracy and avg@n, with the same random numbers at every step, and keep the best
-    model. Collective."""
+    model; nothing where that is done. Collective."""
+    if run.has("eval", step):
+        return
     salts = [-1] * len(problems)
     greedy, _ = sample(problems, salts, n=1, temperature=0.0)
     result = {"step": step, "n": len(problems), "greedy": mean(s.reward for s in greedy)}
@@ -510,29 +522,20 @@ def train(c: Config) -> int:
     sampler = Sampler(model, max_len=longest + c.max_new_tokens, slots=c.slots, kv_gb=c.kv_gb)
     params = sampling_params(c, tokenizer, model.config.vocab_size)
     at, hashes = begin(c, run, model_dir, model, optimizer, total, world)
-    how = dict(reward=c.reward, rule=c.rule, open_thought=opens_thought(tokenizer))
-    stop, grader = StopRequest(), Grader(c.graders, c.reward_deadline, **how)
-    loader = ImageLoader(images)
+    stop, grader, loader = StopRequest(), make_grader(c, tokenizer), ImageLoader(images)
     seconds = Counter()  # of the current step, by what they went into
     quiet_garbage_collection()
 
     def sample(problems: list[dict], salts: list[int], **changes):
         """Graded samples and prompts, the same on every rank; id and salt seed a problem's."""
-        start = time.perf_counter()
-        loaded = loader([p.get("images") or [] for p in problems])
-        seconds["image_s"] += time.perf_counter() - start  # 0 where they were ready
-        prompts = [
-            render_problem(p, tokenizer, images, c.prompt_style, pixels)
-            for p, pixels in zip(problems, loaded)
-        ]
+        prompts = render(problems, tokenizer, images, loader, c.prompt_style, seconds)
         seeds = [problem_seed(p, salt) for p, salt in zip(problems, salts)]
         engine, how = (sampler, grader, tokenizer), replace(params, **changes)
         return sample_on_ranks(*engine, problems, prompts, how, seeds, world, seconds), prompts
 
     with grader:
         for step in range(at["step"], total + 1):
-            due = held_out and (step == total or step % c.eval_every == 0)
-            if due and not run.has("eval", step):
+            if held_out and (step == total or step % c.eval_every == 0):
                 evaluate(sample, held_out, step, c, run, export)
             if step == total:
                 break
@@ -583,6 +586,11 @@ def train(c: Config) -> int:
     if c.lora:
         save_adapter(model, run.out / "adapter", base_model=model_dir, is_main=world.is_main)
     return run.finished()
+
+
+def make_grader(c: Config, tokenizer) -> Grader:
+    how = dict(reward=c.reward, rule=c.rule, open_thought=opens_thought(tokenizer))
+    return Grader(c.graders, c.reward_deadline, **how)
 
 
 def sampling_params(c: Config, tokenizer, vocab_size: int) -> SamplingParams:
