@@ -16,6 +16,7 @@ if sys.argv[1] == "flash_attn_package":
     sys.modules["flash_attn"].flash_attn_varlen_func = lambda *args, **kwargs: None
 
 import torch
+from torch import library
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from core.optim import adamw, guarded_step
@@ -118,7 +119,7 @@ def flash_attn_package() -> dict:
     """With ATTENTION=flash_attn and a stand-in for the package: how often its operator runs."""
     import flash_attn
 
-    @torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
+    @library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(q)
 
