@@ -78,7 +78,9 @@ class Config:
     train_vision: bool = option(False, "train the vision tower (paper: no)", group="objective")
     lora_rank: int = lora_option(0, "train LoRA adapters of this rank; 0: all weights", ge=0)
     lora_alpha: float = lora_option(32.0, "adapters count alpha / rank times", gt=0)
-    lora_targets: Literal["all-linear", "attention", "mlp"] = lora_option("all-linear", "where")
+    lora_targets: Literal["all-linear", "attention", "mlp"] = lora_option(
+        "all-linear", "layers that get adapters"
+    )
     adapter: str = lora_option("", "PEFT adapter to start from")
     lr: float = adam_option(0, "peak learning rate; 0: 1e-5 (paper), 1e-4 with LoRA", ge=0)
     schedule: Literal["epoch_decay", "constant", "linear", "cosine"] = adam_option(
@@ -260,12 +262,7 @@ def check_early(config: Config, model_dir: Path, world: World) -> None:
     for file in config.data + config.val_data:
         if not Path(file).is_file():
             raise ValueError(f"{file}: no such file")
-    words, rows = len(load_tokenizer(model_dir)), ModelConfig.from_dir(model_dir).vocab_size
-    if words > rows:
-        raise ValueError(
-            f"{model_dir}: its tokenizer has {words} tokens, its embedding {rows} rows; use the "
-            "tokenizer that came with these weights"
-        )
+    load_tokenizer(model_dir)  # refuses one of another model
     if config.resume != "auto" and not (Path(config.resume) / MARKER).is_file():
         raise ValueError(f"--resume {config.resume}: neither auto nor an OUT/checkpoints/step_N")
     if world.size % config.replicas:
