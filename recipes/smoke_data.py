@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from core.schema import LETTERS  # noqa: E402
 from toy import world as toy  # noqa: E402
+from toy.model_files import write_model_files  # noqa: E402
 
 ROWS = 3  # of each table
 SHIPPED = ROOT / "toy" / "assets"
@@ -62,7 +63,7 @@ class Maker:
         chain = toy.draw_chain(self.rng, 3)
         options, letter = toy.draw_options(self.rng, chain)
         picture = io.BytesIO()
-        toy.Image.fromarray(toy.draw_line(chain.text, self.rng)).save(picture, "PNG")
+        toy.draw_line(chain.text, self.rng).save(picture, "PNG")
         return {
             "text": chain.text,
             "answer": str(chain.answer),
@@ -336,7 +337,7 @@ def write_base(out: Path) -> None:
         shutil.copytree(SHIPPED, aside)
         aside.rename(out)
         return
-    toy.write_model_files(aside)
+    write_model_files(aside)
     write_random_weights(aside)
     aside.rename(out)
 
@@ -361,7 +362,7 @@ def write_qwen3_vl(out: Path) -> None:
     """A random Qwen3-VL, tied as the 2B and 4B are, with the miniature's tokenizer."""
     aside = out.with_name(out.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    toy.write_model_files(aside)
+    write_model_files(aside)
     old = json.loads((aside / "config.json").read_text())
     tower = {
         k: old["vision_config"][k] for k in ("depth", "hidden_size", "num_heads", "in_channels")

@@ -1,4 +1,4 @@
-"""The miniature world: its problems are right, its splits are apart, its files are what the real scripts read."""
+"""The miniature: its problems are right, its splits disjoint, its files readable by the scripts."""
 
 import json
 import re
@@ -11,22 +11,22 @@ import data
 import rewards
 from core import schema
 from core.vision import ImageConfig, load_image, preprocess_image
-from toy import base as toy_base
-from toy import table
-from toy import world as toy
+from toy import base, table, world
+from toy.model_files import VOCAB, make_tokenizer, write_model_files
 
 
 @pytest.fixture(scope="module")
 def world_dir(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy")
-    toy.write_data(
-        toy.DataConfig(out=str(out), conversations=300, problems=100, test=20, images=True)
+    world.write_data(
+        world.DataConfig(out=str(out), conversations=300, problems=100, test=20, images=True)
     )
+    write_model_files(out / "model_files")
     return out
 
 
 def solve(line: str) -> int:
-    """An independent solver: Python's own eval on a line of either dress."""
+    """An independent solver: Python's own eval on a line of either format."""
     line = line.replace("mg", "").replace(" ", "")
     *statements, asked = line.split(";")
     names: dict = {}
@@ -40,23 +40,23 @@ def solve(line: str) -> int:
     return names[asked.rstrip("?")]
 
 
-@pytest.mark.parametrize("dress", [toy.PLAIN, toy.WARD])
-def test_answers_are_right(dress):
+@pytest.mark.parametrize("format", [world.PLAIN, world.WARD])
+def test_answers_are_right(format):
     """A wrong gold answer would cap every accuracy and teach the wrong thing."""
     rng = np.random.default_rng(0)
     for _ in range(300):
-        chain = toy.draw_chain(rng, int(rng.integers(1, 8)), dress)
+        chain = world.draw_chain(rng, int(rng.integers(1, 8)), format)
         assert solve(chain.text) == chain.answer
         assert all(0 <= v <= 9 for v in chain.values)
 
 
 def test_thoughts_are_right_to_the_last_step():
-    """A teacher with a wrong step, or an answer that its thought does not reach, would be a hidden cap on stage one."""
+    """A teacher with a wrong step, or an answer that its thought does not reach, would be a cap."""
     rng = np.random.default_rng(1)
     for _ in range(300):
-        chain = toy.draw_chain(rng, int(rng.choice(toy.SIZES)))
+        chain = world.draw_chain(rng, int(rng.choice(world.SIZES)))
         known, last = {}, None
-        for step in toy.think(chain, rng).replace(toy.WAIT, ";").split(";"):
+        for step in world.think(chain, rng).replace(world.WAIT, ";").split(";"):
             name, *forms = step.split("=")
             for form in forms:
                 assert (
@@ -68,15 +68,15 @@ def test_thoughts_are_right_to_the_last_step():
 
 
 def test_doubts_are_as_frequent_as_stated():
-    """The disease that stage two cures is a number in this file; thoughts that never doubt would leave nothing to cure."""
+    """Stage two cures doubts that never end; without them nothing would be left to cure."""
     rng = np.random.default_rng(2)
-    for size, chance in toy.DOUBT.items():
-        doubting = [toy.WAIT in toy.think(toy.draw_chain(rng, size), rng) for _ in range(600)]
+    for size, chance in world.DOUBT.items():
+        doubting = [world.WAIT in world.think(world.draw_chain(rng, size), rng) for _ in range(600)]
         assert np.mean(doubting) == pytest.approx(chance, abs=0.07)
 
 
 def test_train_and_test_share_no_question(world_dir):
-    """A test question that training saw would be remembered, not reasoned about; also across text and image form."""
+    """A test question that training saw would be remembered, not reasoned about; in either form."""
     lines = {
         f.stem: [json.loads(x) for x in f.read_text().splitlines()]
         for f in world_dir.glob("*.jsonl")
@@ -95,15 +95,15 @@ def test_train_and_test_share_no_question(world_dir):
         {x.replace(" ", "") for x in s} for s in (trained, tests)
     )  # another spacing is no other question
     assert len(trained) > 200 and not tests & trained
-    assert all(toy.is_test(t) for t in tests) and not any(toy.is_test(t) for t in trained)
+    assert all(world.is_test(t) for t in tests) and not any(world.is_test(t) for t in trained)
 
 
 def test_same_seed_same_files_and_another_seed_others(tmp_path):
-    """Files that differ from run to run make no two results comparable; a seed without effect makes seeds worthless."""
+    """Files that differ from run to run make runs incomparable; so does a seed without effect."""
     made = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        toy.write_data(
-            toy.DataConfig(
+        world.write_data(
+            world.DataConfig(
                 out=str(tmp_path / name), seed=seed, conversations=20, problems=20, test=3
             )
         )
@@ -131,12 +131,12 @@ def test_files_pass_the_check_of_the_real_scripts(world_dir):
         assert (
             60 < shown < 160 if name == "sft_images" else shown == 0
         )  # the method's own data are text only
-    for task in toy.TASKS:
+    for task in world.TASKS:
         rows, faults = schema.load_problems(world_dir / f"test_{task}.jsonl")
         assert len(rows) == 20 and not faults
         assert all(bool(r.get("images")) == task.endswith("image") for r in rows)
         for row in rows:
-            assert rewards.reward(row, f"<think>x</think>{toy.final_answer(row)}").score == 1.0
+            assert rewards.reward(row, f"<think>x</think>{world.final_answer(row)}").score == 1.0
 
 
 def test_text_and_image_sets_hold_the_same_chains(world_dir):
@@ -153,8 +153,8 @@ def test_text_and_image_sets_hold_the_same_chains(world_dir):
 
 
 def test_tokenizer_gives_every_text_back_and_keeps_common_strings_whole():
-    """A tokenizer that loses a space or a byte breaks answer extraction and replays; split tags cost most of the time."""
-    tokenizer = toy.make_tokenizer()
+    """A tokenizer that loses a space or a byte breaks answers; split tags cost most of the time."""
+    tokenizer = make_tokenizer()
     for text in (
         "a=9;k=a-3;k?",
         "<think>a=9;wait,a</think><answer>B: 6</answer>",
@@ -163,7 +163,7 @@ def test_tokenizer_gives_every_text_back_and_keeps_common_strings_whole():
     ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("<think></think><answer></answer>")) == 4
-    assert len(tokenizer) <= toy.VOCAB
+    assert len(tokenizer) <= VOCAB
     problem = {"id": "x", "task": "t", "kind": "math", "question": "a=9;a?", "answer": "9"}
     assert len(data.render_problem(problem, tokenizer, None, style="train").tokens) == 11 + len(
         "a=9;a?"
@@ -171,8 +171,8 @@ def test_tokenizer_gives_every_text_back_and_keeps_common_strings_whole():
 
 
 def test_template_writes_what_the_published_one_writes():
-    """A student who reads the miniature's prompts must see the real format: default system turn, turns, image place."""
-    tokenizer = toy.make_tokenizer()
+    """A student who reads the prompts must see the real format: system turn, turns, image."""
+    tokenizer = make_tokenizer()
     chat = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
         {"role": "assistant", "content": "this"},
@@ -181,7 +181,8 @@ def test_template_writes_what_the_published_one_writes():
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>what?<|im_end|>\n"
-        "<|im_start|>assistant\nthis<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>assistant\nthis<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     with_system = tokenizer.apply_chat_template(
         [{"role": "system", "content": "Be."}, chat[2]], tokenize=False
@@ -190,7 +191,7 @@ def test_template_writes_what_the_published_one_writes():
 
 
 def test_one_vision_token_a_glyph(world_dir):
-    """Resizing or a grid that does not meet the cells would blur glyphs over tokens and spoil alignment and transfer."""
+    """Resizing or a grid that misses the cells would blur glyphs over tokens."""
     images = ImageConfig.from_dir(world_dir / "model_files")
     for task in ("image", "ward_image", "hard_image"):
         for line in (world_dir / f"test_{task}.jsonl").read_text().splitlines():
@@ -205,13 +206,13 @@ def test_one_vision_token_a_glyph(world_dir):
 
 def test_glyphs_differ():
     """Two characters with one picture could not be told apart by any model."""
-    characters = toy.PLAIN.names + toy.WARD.names + "0123456789=+-;?"
-    pictures = {toy.glyph(c).tobytes() for c in characters}
+    characters = world.PLAIN.names + world.WARD.names + "0123456789=+-;?"
+    pictures = {world.draw_glyph(c).tobytes() for c in characters}
     assert len(pictures) == len(characters)
 
 
 def test_transformers_loads_tokenizer_config_and_model(world_dir):
-    """The files must be a real Hugging Face directory, not only one that our own loader understands."""
+    """The files must be a real Hugging Face directory, not only one that our loader understands."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(world_dir / "model_files")
     config = transformers.AutoConfig.from_pretrained(world_dir / "model_files")
@@ -231,11 +232,11 @@ def test_transformers_loads_tokenizer_config_and_model(world_dir):
 
 
 def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
-    """Labels that are off by one token would align every glyph with its neighbour, and the loss would not show it."""
-    toy.write_model_files(tmp_path)
+    """Labels off by one token would align every glyph with its neighbour, unseen in the loss."""
+    write_model_files(tmp_path)
     tokenizer, images = data.load_tokenizer(tmp_path), ImageConfig.from_dir(tmp_path)
-    config = toy_base.BaseConfig(out="-", rows=8)
-    batch, ids = toy_base.make_batch(np.random.default_rng(0), config, tokenizer, images)
+    config = base.BaseConfig(out="-", rows=8)
+    batch, ids = base.make_batch(np.random.default_rng(0), config, tokenizer, images)
     assert (
         int(batch.grid_thw.prod(1).sum()) // 4
         == len(ids)
@@ -250,14 +251,14 @@ def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
     lines = [tokenizer.decode(part) for part in torch.split(ids, lengths)]
     assert all((solve(line) if line.endswith("?") else eval(line)) in range(10) for line in lines)
     # an exact match of vision tokens and embeddings has no squared error; a shifted one has
-    embedding = torch.randn(toy.VOCAB, 16)
-    exact, right = toy_base.alignment_loss(embedding[ids], embedding, ids)
-    shifted, wrong = toy_base.alignment_loss(embedding[ids.roll(1)], embedding, ids)
+    embedding = torch.randn(VOCAB, 16)
+    exact, right = base.alignment_loss(embedding[ids], embedding, ids)
+    shifted, wrong = base.alignment_loss(embedding[ids.roll(1)], embedding, ids)
     assert right == 1.0 and wrong < 0.5 and exact < shifted
 
 
 def test_table_reads_what_eval_writes_and_ends_with_one_json_line(tmp_path, capsys):
-    """The demo's last line is read by machines; a blind evaluation has image sets only and no forced exit."""
+    """The demo's last line is read by machines; a blind evaluation has image sets only."""
     figures = {
         "n": 4,
         "accuracy": 0.5,
@@ -267,7 +268,7 @@ def test_table_reads_what_eval_writes_and_ends_with_one_json_line(tmp_path, caps
         "tokens_mean": 3.0,
     }
     for name, tasks, budgets in (
-        ("sft", toy.TASKS, {"64": dict.fromkeys(toy.TASKS, {"accuracy": 0.75})}),
+        ("sft", world.TASKS, {"64": dict.fromkeys(world.TASKS, {"accuracy": 0.75})}),
         ("blind", ("image",), {}),
     ):
         (tmp_path / f"eval-{name}").mkdir()
@@ -296,7 +297,7 @@ def test_table_reads_what_eval_writes_and_ends_with_one_json_line(tmp_path, caps
 
 
 def test_same_vision_sees_one_changed_bit(tmp_path):
-    """The claim that training never touched the vision tower is worth nothing if the comparison cannot fail."""
+    """The claim that training left the tower alone is worth nothing if the test cannot fail."""
     from safetensors.torch import save_file
 
     tower = {"visual.a": torch.randn(3, 4).to(torch.bfloat16), "model.b": torch.zeros(2)}
@@ -326,20 +327,18 @@ def test_answers_without_thoughts_stand_beside_the_same_questions(world_dir):
 
 
 def test_without_alignment_the_goal_is_a_rotation_and_no_word():
-    """The ablation is one of alignment alone if the tower's goal is as easy to tell apart; and none, if it is the words."""
+    """The ablation is one of alignment alone if the goal is as easy to tell apart but no word."""
     words = torch.randn(50, 16)
     model = torch.nn.Module()
     model.model = torch.nn.Module()
     model.model.embed_tokens = torch.nn.Embedding.from_pretrained(words)
-    same, other = (
-        toy_base.goal(model, toy_base.BaseConfig(out="-", align=a)) for a in (True, False)
-    )
+    same, other = (base.goal(model, base.BaseConfig(out="-", align=a)) for a in (True, False))
     assert torch.equal(same, words) and (other - words).norm() > words.norm()
     torch.testing.assert_close(other @ other.T, words @ words.T, atol=1e-4, rtol=1e-4)
 
 
 def test_image_form_of_the_conversations_says_the_same(world_dir):
-    """The control with images compares nothing if its questions, thoughts or answers are others than those of the text."""
+    """The control with images must ask the same questions, with the same thoughts and answers."""
     text, images = (
         [json.loads(x) for x in (world_dir / f"{name}.jsonl").open()]
         for name in ("sft", "sft_images")
@@ -354,6 +353,6 @@ def test_image_form_of_the_conversations_says_the_same(world_dir):
             assert asked.startswith(before) and asked.endswith(after)
             line = asked[len(before) : len(asked) - len(after)]
             width = load_image(world_dir / other["images"][0]).width
-            assert solve(line) in range(10) and width == toy.CELL * len(line)
+            assert solve(line) in range(10) and width == world.CELL * len(line)
         else:
             assert asked == shown

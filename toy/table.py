@@ -57,9 +57,9 @@ def pool(rows: list[dict]) -> dict:
 
 
 def show_table(config: TableConfig) -> None:
-    """Print accuracy and 95% interval, share of truncated outputs, tokens, accuracy with forced exit
-    at the largest budget; whether the vision tower is untouched; then everything as one JSON line.
-    Of several folders, the models and sets that all of them have."""
+    """Print accuracy and 95% interval, share of truncated outputs, tokens, accuracy with forced
+    exit at the largest budget; whether the vision tower is untouched; then all of it as one line of
+    JSON. Of several folders, the models and sets that all of them have."""
     tables = [read_evaluations(folder) for folder in config.out]
     table = tables[0]
     if len(tables) > 1:
