@@ -23,7 +23,7 @@ from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean as mean
-from typing import Any, Callable, ClassVar, Iterable, Literal
+from typing import Any, Callable, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -33,13 +33,13 @@ from core.chat import banned_token_ids, opens_thought, stop_token_ids
 from core.checkpoint import require_space, resume, save_state
 from core.images import ImageLoader
 from core.lora import LoRA, lora_disabled, save_adapter
+from core.packing import next_problems
 from core.parallel import World, all_any, all_gather_objects, all_max, all_sum, init
 from core.run import (
     Run,
     StopRequest,
     hash_files,
     header,
-    memory_gib,
     option,
     parse_config,
     quiet_garbage_collection,
@@ -48,6 +48,7 @@ from core.run import (
 )
 from core.samples import Sample, problem_seed, rollout_metrics, sample_on_ranks, write_samples
 from core.slots import ForcedExit
+from core.throughput import describe_grpo_step, grpo_speed
 from core.vision import ImageConfig
 from core.weights import export_hf
 from data import (
@@ -364,15 +365,6 @@ def train_on(
 
 
 # --------------------------------------------------------------------------------- the rollouts
-def next_problems(problems: list[dict], positions: Iterable[int], seed: int) -> list[dict]:
-    """The problems at these positions of the endless stream: epoch after epoch, each shuffled."""
-    orders, chosen = {}, []
-    for position in positions:
-        epoch, i = divmod(position, len(problems))
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(problems))
-        chosen.append(problems[orders[epoch][i]])
-    return chosen
 
 
 def render(
@@ -567,9 +559,9 @@ def train(c: Config) -> int:
             at |= {"step": step + 1, "cursor": cursor, "bad_in_a_row": bad}
             at["bad_steps"] += not stepped
             seconds["step_time"] = time.perf_counter() - begun
-            metrics |= new | speed(metrics["tokens"], prompts, seconds)
+            metrics |= new | grpo_speed(metrics["tokens"], prompts, seconds)
             run.log(metrics | {"bad_steps": at["bad_steps"]})
-            run.say(describe(metrics, total, at["bad_steps"]))
+            run.say(describe_grpo_step(metrics, total, at["bad_steps"]))
             run.advance()
             last, stopping = step + 1 == total, all_any(stop.requested)
             due = c.save_every and (step + 1) % c.save_every == 0
@@ -622,37 +614,6 @@ def failed_rewards(samples: list[Sample], c: Config, run: Run) -> str:
         f"{said}. Nothing was trained on them, as this is more than --max_reward_errors "
         f"{c.max_reward_errors}. Fix the reward (see {run.out / 'rollouts'}) and rerun the command"
     )
-
-
-def speed(tokens: int, prompts: list[Prompt], seconds: dict[str, float]) -> dict:
-    """Tokens a second, peak memory, and where a step's seconds went on the slowest rank."""
-    names = ("step_time", "rollout_s", "image_s", "sample_s", "reward_s")
-    memory, *times = all_max(memory_gib(), *(seconds[k] for k in names))
-    return {
-        "prompt_tokens": sum(len(p.tokens) for p in prompts),
-        "tok_per_s": round(tokens / times[0], 1),
-        "sample_tok_per_s": round(tokens / max(times[1], 1e-9), 1),
-        **{k: round(v, 3) for k, v in zip(names, times)},
-        "memory_gib": round(memory, 3),
-    }
-
-
-def describe(m: dict, total: int, bad_steps: int) -> str:
-    """A step's metrics on one line."""
-    text = (
-        f"step {m['step']}/{total} | reward {m['reward']:.3f} | "
-        f"zero variance {m['frac_reward_zero_std']:.0%} | "
-        f"length {m['completions/mean_length']:.0f} | "
-        f"truncated {m['completions/clipped_ratio']:.0%} | lr {m['learning_rate']:.1e} | "
-    )
-    if "loss" in m:
-        text += (
-            f"loss {m['loss']:+.4f} | entropy {m['entropy']:.3f} | kl {m['kl']:.4f} | "
-            f"norm {m['grad_norm']:.3f} | "
-            f"logp difference {m['sampling/logp_difference_mean']:.1e} | "
-        )
-    text += f"{m['tok_per_s']:.0f} tok/s | rollouts {m['rollout_s']:.1f} of {m['step_time']:.1f} s"
-    return text + (f" | bad steps {bad_steps}" if bad_steps else "")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from typing import Sequence
+from typing import Iterable, Sequence
 
 import numpy as np
 
@@ -92,3 +92,14 @@ def balance(costs: Sequence[float], world: int) -> list[list[int]]:
         loads[top], loads[rank] = loads[top] - moved[a, b], loads[rank] + moved[a, b]
         owner[mine[a]], owner[others[b]] = rank, top
     return [np.flatnonzero(owner == r).tolist() for r in range(world)]
+
+
+def next_problems(problems: list[dict], positions: Iterable[int], seed: int) -> list[dict]:
+    """The problems at these positions of the endless stream: epoch after epoch, each shuffled."""
+    orders, chosen = {}, []
+    for position in positions:
+        epoch, i = divmod(position, len(problems))
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(problems))
+        chosen.append(problems[orders[epoch][i]])
+    return chosen

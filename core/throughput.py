@@ -81,3 +81,35 @@ def train_flops(config: ModelConfig, lengths: list[int] | torch.Tensor) -> tuple
     matmul = 6 * (c.num_hidden_layers * per_layer + c.vocab_size * c.hidden_size) * tokens
     per_pair = 6 * c.num_hidden_layers * attention_size
     return matmul + per_pair * float((lens**2).sum()), matmul + 2 * per_pair * tokens**2
+
+
+# ------------------------------------------------------------------------------------ steps of GRPO
+def grpo_speed(tokens: int, prompts: list, seconds: dict[str, float]) -> dict:
+    """Tokens a second, peak memory, and where a step's seconds went on the slowest rank."""
+    names = ("step_time", "rollout_s", "image_s", "sample_s", "reward_s")
+    memory, *times = all_max(memory_gib(), *(seconds[k] for k in names))
+    return {
+        "prompt_tokens": sum(len(p.tokens) for p in prompts),
+        "tok_per_s": round(tokens / times[0], 1),
+        "sample_tok_per_s": round(tokens / max(times[1], 1e-9), 1),
+        **{k: round(v, 3) for k, v in zip(names, times)},
+        "memory_gib": round(memory, 3),
+    }
+
+
+def describe_grpo_step(m: dict, total: int, bad_steps: int) -> str:
+    """A step's metrics on one line."""
+    text = (
+        f"step {m['step']}/{total} | reward {m['reward']:.3f} | "
+        f"zero variance {m['frac_reward_zero_std']:.0%} | "
+        f"length {m['completions/mean_length']:.0f} | "
+        f"truncated {m['completions/clipped_ratio']:.0%} | lr {m['learning_rate']:.1e} | "
+    )
+    if "loss" in m:
+        text += (
+            f"loss {m['loss']:+.4f} | entropy {m['entropy']:.3f} | kl {m['kl']:.4f} | "
+            f"norm {m['grad_norm']:.3f} | "
+            f"logp difference {m['sampling/logp_difference_mean']:.1e} | "
+        )
+    text += f"{m['tok_per_s']:.0f} tok/s | rollouts {m['rollout_s']:.1f} of {m['step_time']:.1f} s"
+    return text + (f" | bad steps {bad_steps}" if bad_steps else "")

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tiny_model import make_tiny_vl
 
 import train_grpo
+from core.packing import next_problems
 from core.samples import Sample, read_samples
 from data import collate_samples, rollout_batches
-from train_grpo import Config, grpo_loss, next_problems, score, set_advantages
+from train_grpo import Config, grpo_loss, score, set_advantages
 
 
 def config(**more):
