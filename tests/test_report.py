@@ -1,4 +1,4 @@
-"""report.py: the page tells the truth about its runs, survives what they lack, and lets no model write its HTML."""
+"""The report tells the truth about its runs, survives what they lack, lets no model write HTML."""
 
 import base64
 import hashlib
@@ -19,7 +19,8 @@ from report import page as report
 from report import runs as report_data
 from report.runs import Pieces, choose_lines, evenly, find_runs, load_run
 
-ATTACK = "</script></script ><script>alert(1)</script><img src=x onerror=alert(2)><!--'\"&amp; @@TITLE@@ $\\frac$ é 🂡"
+ATTACK = "</script></script ><script>alert(1)</script><img src=x onerror=alert(2)><!--'\"&amp;"
+ATTACK += " @@TITLE@@ $\\frac$ é 🂡"
 
 
 def samples_of(n: int, text: str = "so 6·7 = 42", ids=(1, 2, 3), **more) -> list[Sample]:
@@ -47,18 +48,19 @@ def samples_of(n: int, text: str = "so 6·7 = 42", ids=(1, 2, 3), **more) -> lis
     ]
 
 
-def grpo_run(path, steps: int = 3, samples: int = 16, **more):
+def grpo_run(path, steps: int = 3, samples: int = 16, metrics=None, settings=None, **more):
     """A GRPO run directory, its rollouts written by the project's own writer."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps({"group": 8, "model": "nowhere"}))
+    settings, metrics = settings or {}, metrics or {}
+    (path / "config.json").write_text(
+        json.dumps({"script": "train_grpo", "group": 8, "model": "nowhere"} | settings)
+    )
     (path / "header.json").write_text(json.dumps({"command": "train_grpo.py --x", "commit": "abc"}))
     (path / "status").write_text("finished\n")
     with open(path / "metrics.jsonl", "w") as f:
         for step in range(1, steps + 1):
-            f.write(
-                json.dumps({"step": step, "reward": 0.1 * step, "loss": None, "gap_mean": 1e-6})
-                + "\n"
-            )
+            row = {"step": step, "reward": 0.1 * step, "loss": None, **metrics}
+            f.write(json.dumps(row) + "\n")
             write_samples(path / "rollouts" / f"step_{step}.jsonl", samples_of(samples, **more))
     return path
 
@@ -119,9 +121,10 @@ class Elements(html.parser.HTMLParser):
             self.text.append(data)
 
 
-# ------------------------------------------------------------------------------------------------- untrusted text
+# ---- untrusted text
 def attacked(tmp_path):
-    """A training run and an evaluation with the attack wherever a model, a data file or a user can put text."""
+    """A training run and an evaluation with the attack wherever a model, a data file or a user
+    can put text."""
     grpo = grpo_run(tmp_path / "grpo", steps=1, text=ATTACK)
     (grpo / "header.json").write_text(json.dumps({"command": ATTACK, ATTACK: ATTACK}))
     row = {
@@ -130,20 +133,21 @@ def attacked(tmp_path):
         "task": ATTACK,
         "prompt": ATTACK,
         "text": ATTACK,
-        "finish": ATTACK,
+        "finish_reason": ATTACK,
         "gold": [ATTACK],
         "answer": ATTACK,
         "status": ATTACK,
         "why": ATTACK,
         "images": [ATTACK],
-        "score": 0.0,
+        "reward": 0.0,
     }
     evaluation = eval_run(tmp_path / "e", rows=[row], suites=[ATTACK, "\ud800"])
     return page_of(f"{ATTACK.replace('=', '')}={evaluation}", grpo, title=ATTACK)
 
 
 def test_no_text_of_a_run_becomes_html(tmp_path):
-    """A response with </script> would end the page's data, and anything after it would run in the reader's browser."""
+    """A response with </script> would end the page's data, and anything after it would run in
+    the reader's browser."""
     text, data = attacked(tmp_path)
     seen = Elements(text.encode(errors="replace").decode())
     assert [t for t, _ in seen.tags].count("script") == 2
@@ -161,8 +165,9 @@ def test_no_text_of_a_run_becomes_html(tmp_path):
 
 
 def test_the_pages_policy_names_its_own_script_and_nothing_from_outside(tmp_path):
-    """With a wrong hash the browser refuses the page's script and shows nothing; without a policy, a slip in escaping
-    would be enough; with an address in it, the page would need a network."""
+    """With a wrong hash the browser refuses the page's script and shows nothing; without a
+    policy, a slip in escaping would be enough; with an address in it, the page would need a
+    network."""
     text, _ = page_of(grpo_run(tmp_path / "r"))
     seen = Elements(text)
     policy = next(
@@ -199,6 +204,9 @@ def test_a_browser_shows_it_without_errors(tmp_path):
         timeout=60,
     )
     dom = Elements(done.stdout)
+    assert [t for t, _ in dom.tags].count("figure") == 1
+    label = next(a["aria-label"] for t, a in dom.tags if t == "svg" and "aria-label" in a)
+    assert label == "reward: 0 reward 0.1 to 0.1"
     assert len([a for t, a in dom.tags if t == "article"]) == 10, "first page of samples"
     assert [t for t, _ in dom.tags].count("script") == 2 and not [
         a for _, attrs in dom.tags for a in attrs if a == "onerror"
@@ -206,9 +214,10 @@ def test_a_browser_shows_it_without_errors(tmp_path):
     assert "CONSOLE" not in done.stderr
 
 
-# --------------------------------------------------------------------------------------- broken, unfinished, missing
-def test_a_torn_line_costs_itself_and_is_said(tmp_path):
-    """A run that is going on, or was killed, ends in half a line: the report must not fail, nor hide it."""
+# ---- broken, unfinished, missing
+def test_a_truncated_line_costs_itself_and_is_said(tmp_path):
+    """A run that is going on, or was killed, ends in half a line: the report must not fail, nor
+    hide it."""
     run = grpo_run(tmp_path / "r", steps=2)
     for file in (run / "metrics.jsonl", run / "rollouts" / "step_2.jsonl"):
         with open(file, "a") as f:
@@ -217,10 +226,10 @@ def test_a_torn_line_costs_itself_and_is_said(tmp_path):
     text, data = page_of(run)
     assert len(data["samples"]) == 32
     assert (
-        "metrics.jsonl: 1 torn or unreadable line left out" in text
-        and "step_2.jsonl: 1 torn" in text
+        "metrics.jsonl: 1 truncated or unreadable line left out" in text
+        and "step_2.jsonl: 1 truncated" in text
     )
-    assert "running, or cut: last step written 0 min ago; 2 steps" in text
+    assert "running, or killed: last step written 0 min ago; 2 steps" in text
 
 
 @pytest.mark.parametrize(
@@ -232,11 +241,13 @@ def test_a_missing_file_is_said_and_the_rest_is_shown(tmp_path, gone):
     text, data = page_of(run)
     assert f"{gone}/ is missing" in text if gone == "rollouts" else f"{gone} is missing" in text
     assert (len(data["samples"]) == 0) == (gone == "rollouts")
-    assert ("reward: r reward 0.1 to 0.3" in text) == (gone != "metrics.jsonl")
+    lines = [line for g in data["charts"] for p in g["panels"] for line in p["lines"]]
+    assert (len(lines) == 1) == (gone != "metrics.jsonl")
 
 
 def test_rows_of_any_shape_are_shown(tmp_path):
-    """Numbers that JavaScript or JSON can't hold, and fields of the wrong type, must not end the page."""
+    """Numbers that JavaScript or JSON can't hold, and fields of the wrong type, must not end the
+    page."""
     rows = [
         {},
         {
@@ -244,14 +255,14 @@ def test_rows_of_any_shape_are_shown(tmp_path):
             "task": "\ud800",
             "text": None,
             "images": "x",
-            "score": 10**400,
+            "reward": 10**400,
             "gold": [1, 2.5],
         },
         {"id": "a", "text": "t", "reward": True, "tokens": "!", "logprobs": 3, "length": -1e999},
     ]
     run = eval_run(tmp_path / "e", rows=rows)
     with open(run / "samples.jsonl", "a") as f:
-        f.write('{"id": "n", "score": NaN, "gold": Infinity}\n[1]\n\xff\n')
+        f.write('{"id": "n", "reward": NaN, "gold": Infinity}\n[1]\n\xff\n')
     _, data = page_of(run)
     assert [s["id"] for s in data["samples"]] == ["?", "7", "a", "n"]
     assert [s["reward"] for s in data["samples"]] == [None] * 4 and data["samples"][1][
@@ -263,7 +274,7 @@ def test_an_evaluation_in_progress_shows_what_it_has(tmp_path):
     """Its rows are in part files, without a grade, and there is no result.json."""
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "samples.part0.jsonl").write_text(
-        json.dumps({"id": "q", "text": "x", "finish": "length"}) + "\n"
+        json.dumps({"id": "q", "text": "x", "finish_reason": "length"}) + "\n"
     )
     text, data = page_of(tmp_path / "e")
     assert data["samples"][0]["reward"] is None and "no result.json yet" in text
@@ -292,17 +303,18 @@ def test_runs_are_found_below_a_directory_and_named_apart(tmp_path):
     ]
 
 
-# ------------------------------------------------------------------------------------------------------- figures
+# ---- figures
 def test_accuracy_figure_and_table_hold_the_results_numbers(tmp_path):
-    """Alt text and table are what a reader copies from; an interval of another run would be a false claim."""
+    """Alt text and table are what a reader copies from; an interval of another run would be a
+    false claim."""
     text, _ = page_of(
         f"base={eval_run(tmp_path / 'a', 0.25)}", f"SFT={eval_run(tmp_path / 'b', 0.8)}"
     )
     assert (
-        "greedy: text base 25.0 [15.0, 35.0]; image base 25.0 [15.0, 35.0]; text SFT 80.0 [70.0, 90.0]"
-        in text
+        "greedy: text base 25.0 [15.0, 35.0]; image base 25.0 [15.0, 35.0]; "
+        "text SFT 80.0 [70.0, 90.0]" in text
     )
-    assert "<b>80.0</b> <small>[70.0, 90.0]</small>" in text
+    assert "<td>80.0 [70.0, 90.0]" in text
 
 
 def test_figure_alone_is_that_of_the_first_measure(tmp_path):
@@ -347,7 +359,7 @@ def test_a_second_run_of_one_name_is_not_drawn_over_the_first(tmp_path):
     text, _ = page_of(
         f"base={eval_run(tmp_path / 'a', 0.25)}", f"base={eval_run(tmp_path / 'b', 0.8)}"
     )
-    assert "<b>80.0</b>" not in text and "another run named base is shown" in text
+    assert "<td>80.0 [" not in text and "another run named base is shown" in text
 
 
 def test_a_resumed_step_counts_once_and_null_is_a_gap(tmp_path):
@@ -359,25 +371,116 @@ def test_a_resumed_step_counts_once_and_null_is_a_gap(tmp_path):
     assert series["reward"] == {1: 0.1, 2: 0.9} and "kl" not in series and "loss" not in series
 
 
-def test_figures_show_numbers_not_markup(tmp_path):
-    """Math in texts is off (a name may hold dollars), and a log axis then labels its ticks with raw TeX."""
-    runs = [load_run("r", grpo_run(tmp_path / "r"))]
-    drawn = base64.b64decode(
-        report.panel("gap", ["gap_mean"], True, runs, {"r": "red"}).split(",")[1][:-2]
-    )
-    assert b"mathdefault" not in drawn and ">1e−06<" in drawn.decode()
+METRICS = {  # the names that the trainers log, see core/samples.py and train_grpo.py
+    "panels": "reward_std frac_reward_zero_std solved_all solved_any completions/mean_length "
+    "completions/max_length completions/mean_length_right completions/mean_length_wrong "
+    "completions/clipped_ratio forced no_answer reward_timeouts reward_errors policy_loss entropy "
+    "kl clip_ratio/low_mean clip_ratio/high_mean sampling/logp_difference_mean grad_norm "
+    "sampling/logp_difference_max learning_rate tok_per_s sample_tok_per_s step_time rollout_s "
+    "update_s memory_gib rewards/correct/mean rewards/format/mean",
+    "others": "solved samples trained_samples tokens ratio logprob_s bad_steps something_new",
+}
+
+
+def test_every_logged_metric_is_a_curve(tmp_path):
+    """A metric that was renamed, or that no panel names, must not vanish from the page; failures of
+    rewards and named parts of rewards have panels of their own."""
+    names = " ".join(METRICS.values()).split()
+    _, data = page_of(grpo_run(tmp_path / "r", metrics=dict.fromkeys(names, 0.5)))
+    main, other = (g["panels"] for g in data["charts"])
+    assert {m for p in main for m in p["metrics"]} == {"reward", *METRICS["panels"].split()}
+    assert {m for p in other for m in p["metrics"]} == set(METRICS["others"].split())
+    panels = {p["title"]: p for p in main}
+    assert panels["failed rewards, share"]["metrics"] == ["reward_errors", "reward_timeouts"]
+    parts = panels["named parts of the reward"]
+    assert parts["metrics"] == ["rewards/correct/mean", "rewards/format/mean"]
+    assert parts["lines"][0]["points"] == [[1, 2, 3], [0.5] * 3, [0.5] * 3, [0.5] * 3]
+    assert panels["sampler against trainer, |Δ log-prob|"]["log"]
+
+
+def test_evaluations_during_training_are_shown_by_data_set_with_their_intervals(tmp_path):
+    run, both = grpo_run(tmp_path / "r"), {"greedy": 0.5, "low": 0.3, "high": 0.7}
+    row = {"step": 2, "n": 8, **both, "tasks": {"text": {**both, "n": 4}, "image": {"greedy": 0.1}}}
+    (run / "eval.jsonl").write_text(json.dumps(row) + "\n")
+    panels = {p["title"]: p for p in page_of(run)[1]["charts"][0]["panels"]}
+    assert panels["evaluation: accuracy"]["lines"][0]["points"] == [[2], [0.5], [0.3], [0.7]]
+    text, image = panels["evaluation by data set"]["lines"]
+    assert text["metric"] == "eval/text/greedy" and text["points"] == [[2], [0.5], [0.3], [0.7]]
+    assert image["points"] == [[2], [0.1], [0.1], [0.1]], "no interval: no band"
+
+
+def test_settings_that_differ_are_a_table(tmp_path):
+    """Two runs beside each other mean nothing to a reader who can't see what was changed."""
+    for name, settings in (("a", {"lr": 1e-5, "seed": 0}), ("b", {"lr": 3e-5, "seed": 0})):
+        grpo_run(tmp_path / name, settings={**settings, "out": name}, steps=1)
+    text, _ = page_of(tmp_path / "a", tmp_path / "b")
+    part = text.split("Settings that differ")[1].split("</table>")[0]
+    assert re.findall(r"<t[hd]>([^<]*)", part) == [
+        "setting (grpo)",
+        "a",
+        "b",
+        "lr",
+        "1e-05",
+        "3e-05",
+    ]
+    assert "Settings that differ" not in page_of(tmp_path / "a")[0]
+
+
+def test_every_column_and_field_is_explained_where_it_is_shown(tmp_path):
+    """eval.py's own metrics, with votes: each has a heading in the table and a meaning below it."""
+    from scoring.metrics import set_metrics
+
+    graded = dict(reward=1.0, lenient=1.0, looping=False)
+    samples = [[Sample("q", i, [1], "stop", "x", **graded) for i in range(2)]] * 2
+    problems = [{"id": "q"}, {"id": "r"}]
+    metrics = set_metrics(problems, samples, {"samples": 2, "temperature": 0.3})
+    run = eval_run(tmp_path / "e")
+    (run / "result.json").write_text(json.dumps({"settings": {}, "sets": {"s": metrics}}))
+    text, data = page_of(run)
+    part = text.split("What became of the outputs")[1].split("</dl>")[0]
+    heads, means = re.findall(r"<th>([^<]*)", part), re.findall(r"<dt>([^<]*)<dd>[^<]+", part)
+    assert heads[:6] == ["run", "set", "accuracy", "pass@1", "pass@2", "maj@2"]
+    shown = set(report.COLUMNS) - {"accuracy_forced"}  # none here was forced
+    known = {"n", "clusters", "metric", "accuracy", "low", "high", "se", "method"}  # table above
+    assert shown == metrics.keys() - known - {*report.VOTES, "accuracy_forced"} - {
+        "accuracy_without_exit"  # a curve, by budget
+    }
+    columns = [heading for k, (heading, _) in report.COLUMNS.items() if k in shown]
+    assert means == [heading for heading, _ in report.VOTES.values()] + columns
+    template = report.TEMPLATE.read_text()
+    facts = set(re.findall(r'fact\("([^"]+)"', template))
+    assert facts == set(data["labels"]), "a field of a sample without its meaning"
+
+
+def test_long_names_fit_into_the_figure(tmp_path):
+    """A legend in one line was cut off at the figure's edge."""
+    rows = [
+        report.Accuracy(f"a run with quite a long name, {i}", "text", "greedy", 0.5, 0.4, 0.6, 9)
+        for i in range(6)
+    ]
+    figure = report.accuracy_figure(rows)
+    figure.savefig(tmp_path / "f.png")
+    box, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and box.y1 <= page.y1
+
+
+def test_out_that_is_a_directory_is_one_line(tmp_path, capsys):
+    run = grpo_run(tmp_path / "r")
+    with pytest.raises(SystemExit) as e:
+        report.main([str(run), "--out", str(tmp_path)])
+    assert e.value.code == 2 and "a directory; name a file" in capsys.readouterr().err
 
 
 def test_thinned_curves_keep_their_mean_and_range(monkeypatch):
     """Drawing each n-th step would hide the spikes that people look for."""
     monkeypatch.setattr(report, "POINTS", 2)
-    assert report.thin({1: 5, 2: 7, 3: 6}) == ([1.5, 3], [6, 6], [5, 6], [7, 6])
+    assert report.thin({1: 5, 2: 7, 3: 6}) == [[1.5, 3], [6, 6], [5, 6], [7, 6]]
 
 
-# ------------------------------------------------------------------------------------------------------- samples
+# ---- samples
 def test_pieces_are_what_the_tokenizer_decodes(tmp_path):
-    """Colours on the wrong characters: pieces of tokens must join to the text, also where a character takes several
-    tokens or the bytes are no text at all. Reference: transformers."""
+    """Colours on the wrong characters: pieces of tokens must join to the text, also where a
+    character takes several tokens or the bytes are no text at all. Reference: transformers."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_tokenizer(tmp_path))
@@ -390,7 +493,8 @@ def test_pieces_are_what_the_tokenizer_decodes(tmp_path):
 
 
 def test_each_token_has_its_own_log_probability(tmp_path):
-    """Rollouts as train_grpo.py stores them → text in UTF-16 lengths, as JavaScript cuts it, and what was forced."""
+    """Rollouts as train_grpo.py stores them → text in UTF-16 lengths, as JavaScript cuts it, and
+    what was forced."""
     tokenizer = Pieces(make_tiny_tokenizer(tmp_path / "r" / "final") / "tokenizer.json")
     ids = {name: i for i, name in tokenizer.names.items()}
     card = [
@@ -414,8 +518,8 @@ def test_a_foreign_tokenizer_gives_no_colours(tmp_path):
 
 
 def test_ten_thousand_long_rollouts_make_a_bounded_page(tmp_path):
-    """A 7B run's rollouts are gigabytes: whole groups from some steps are taken, memory and page stay small, and the
-    page says so."""
+    """A 7B run's rollouts are gigabytes: whole groups from some steps are taken, memory and page
+    stay small, and the page says so."""
     run = grpo_run(tmp_path / "r", steps=1)
     row = json.loads((run / "rollouts" / "step_1.jsonl").read_text().splitlines()[0])
     for step in range(1, 41):
@@ -445,7 +549,7 @@ def test_ten_thousand_long_rollouts_make_a_bounded_page(tmp_path):
         groups[s["where"], s["id"]] += 1
     assert set(groups.values()) == {8}, "an advantage can't be judged without the rest of its group"
     assert {"step 1", "step 40"} <= {w for w, _ in groups} and len({w for w, _ in groups}) == 24
-    assert data["notes"] == ["r: 384 of 6,144 samples of 24 steps, of 40 in all"]
+    assert data["notes"] == ["r: 384 of 6,144 samples of 24 steps, out of 40"]
 
 
 def test_a_long_text_loses_its_middle_and_says_so(tmp_path, monkeypatch):
@@ -472,8 +576,8 @@ def test_line_choice_is_bounded_and_even(tmp_path):
 
 
 def test_images_are_embedded_and_bad_ones_named(tmp_path):
-    """The prompt without its image can't be judged; a file that is no image, too large or gone must not end the page,
-    and an SVG, which can hold scripts, must not get in."""
+    """The prompt without its image can't be judged; a file that is no image, too large or gone
+    must not end the page, and an SVG, which can hold scripts, must not get in."""
     Image.new("RGB", (2000, 100), "red").save(tmp_path / "big.png")
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
     (tmp_path / "evil.svg").write_text(
@@ -486,7 +590,7 @@ def test_images_are_embedded_and_bad_ones_named(tmp_path):
     _, data = page_of(eval_run(tmp_path / "e", rows=[{"id": "q", "text": "t", "images": names}]))
     assert data["samples"][0]["images"] == [0, None, None, None, 0, None, None]
     image = data["images"][0]
-    assert image["src"].startswith("data:image/png;base64,") and (
+    assert image["src"].startswith("data:image/webp;base64,") and (
         image["width"],
         image["height"],
     ) == (640, 32)
@@ -494,7 +598,8 @@ def test_images_are_embedded_and_bad_ones_named(tmp_path):
 
 
 def test_the_page_counts_as_the_files_do(tmp_path):
-    """Right and wrong on the page against the rewards on disk; all samples are there when they fit."""
+    """Right and wrong on the page against the rewards on disk; all samples are there when they
+    fit."""
     _, data = page_of(grpo_run(tmp_path / "r", steps=3, samples=16))
     assert len(data["samples"]) == 48 and sum(s["reward"] for s in data["samples"]) == 24
     assert data["notes"] == ["r: all 48 samples"] and len(data["prompts"]) == 1
