@@ -106,6 +106,7 @@ class Graphs:
         every bucket, the largest first, so that all share its memory. No slot may be in use: the
         warm-up steps really run."""
         self.most, self.graphs, pool = most, {}, None
+        self.step = step  # holds the tensors whose addresses the graphs read
         for rows in sorted({bucket_of(r, most) for r in range(1, most + 1)}, reverse=True):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())

@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import weakref
+from contextlib import nullcontext
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from tiny_model import TEXT, VOCAB, make_tiny_qwen2, make_tiny_vl
 import sampler as sampler_module
 from core.attention import attend
 from core.chat import banned_token_ids, stop_token_ids
-from core.decode_kernels import bucket_of, decode_attend, plan_attention
+from core.decode_kernels import Graphs, bucket_of, decode_attend, plan_attention
 from core.slots import ForcedExit, Slots, close_table, exit_positions, force_exit
 from core.vision import mrope_positions
 from core.weights import load_hf
@@ -729,3 +732,17 @@ def test_every_batch_has_a_bucket():
     for most in (1, 7, 64, 100, 256, 300):
         for rows in range(1, most + 1):
             assert rows <= bucket_of(rows, most) <= most
+
+
+def test_recorded_graphs_keep_alive_what_they_read(monkeypatch):
+    """A graph replays addresses. If nothing else held the ids that it was recorded with, the next
+    call would free them, and replays would stop at whatever came to lie there."""
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    stop_ids = torch.tensor([7])
+    graphs = Graphs(lambda rows, ids=stop_ids: ids + rows, 2)
+    held = weakref.ref(stop_ids)
+    del stop_ids
+    assert len(graphs.graphs) == 2 and held() is not None
