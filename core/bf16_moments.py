@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
@@ -16,16 +15,17 @@ def step_with_bf16_moments(optimizer: torch.optim.AdamW) -> None:
 
     Rounded to the nearest, v · 0.999 is v again (bf16 has 8 bits, a step of at least 0.4%): the
     second moment could only grow, and updates shrink to 0.4 of what they should be within 4,000
-    steps. The noise is a function of step and rank, so that a resumed run repeats it.
+    steps. The noise is a function of step and shard: a resumed run repeats it, and the replicas of
+    HSDP stay equal.
     """
     count = int(next(iter(optimizer.state.values()))["step"])
     generators: dict[torch.device, torch.Generator] = {}
-    rank = dist.get_rank() if dist.is_initialized() else 0
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         settings = {k: group[k] for k in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
         for p in (p for p in group["params"] if p.grad is not None):
             state = optimizer.state[p]
+            shard = p.device_mesh.get_coordinate()[-1] if isinstance(p, DTensor) else 0
             tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
             flat = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
             for x, g, m, v in zip(*(t.view(-1).split(CHUNK) for t in flat)):
@@ -33,7 +33,7 @@ def step_with_bf16_moments(optimizer: torch.optim.AdamW) -> None:
                 update = ([x], [g], [wide[0]], [wide[1]], [], [step])
                 adamw(*update, fused=True, beta1=beta1, beta2=beta2, **settings)
                 if x.device not in generators:
-                    seed = 1_000_003 * count + rank
+                    seed = 1_000_003 * count + shard
                     generators[x.device] = torch.Generator(x.device).manual_seed(seed)
                 for narrow, full in zip((m, v), wide):
                     narrow.copy_(round_to_bf16(full, generators[x.device]))

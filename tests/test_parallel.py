@@ -80,6 +80,22 @@ def one_step(world, model_dir, micro, naive=False, replicas=1):
     return whole_gradients(model), all_sum(loss)[0], float(grad_norm(model))
 
 
+def bf16_steps(world, model_dir):
+    """The local weights of every rank after three steps with bf16 moments on 2 × 2 ranks."""
+    from core.optim import adamw, guarded_step
+    from core.parallel import all_gather_objects
+    from model import build_model
+    from train_sft import accumulate_gradients
+
+    model = build_model(model_dir, world, replicas=2)
+    optimizer = adamw(model, lr=1e-2, weight_decay=0.0, state_dtype=torch.bfloat16)
+    for _ in range(3):
+        accumulate_gradients(model, [batch(documents())], 100, world)
+        guarded_step(model, optimizer, lr=1e-2, max_norm=1.0, loss=1.0)
+    mine = torch.cat([p.to_local().detach().flatten() for p in model.parameters()])
+    return all_gather_objects(mine)
+
+
 def gather_twice(world, model_dir):
     """Ranks run different numbers of forwards inside `gathered`, train, gather again → both
     logits."""
@@ -178,6 +194,7 @@ def on_two_ranks(world, model_dir, folder):
 def on_four_ranks(world, model_dir, folder):
     seen = {f"gradient_{micro}": one_step(world, model_dir, micro) for micro in (1, 4)}
     seen["hsdp"] = one_step(world, model_dir, 1, replicas=2)
+    seen["replicas"] = bf16_steps(world, model_dir)
     if world.is_main:
         torch.save(seen, folder / "seen.pt")
 
@@ -247,6 +264,13 @@ def test_hsdp_gives_the_same_gradient(four, single):
     """2 × 2: sharded in pairs, replicated over pairs; a missing reduction over replicas would
     show."""
     assert_same_step(four.hsdp, single)
+
+
+def test_replicas_stay_equal_with_bf16_moments(four):
+    """Ranks 0 and 2 hold the same shards, as do 1 and 3. Rounded by other random numbers, they
+    would part, each replica training a model of its own."""
+    zero, one, two, three = four.replicas
+    assert torch.equal(zero, two) and torch.equal(one, three)
 
 
 def test_a_mean_of_per_rank_means_is_noticed(two, single):
