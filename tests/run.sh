@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 . recipes/env.sh requirements-dev.txt
 ruff check .
 ruff format --check .
-exec python -m pytest -q "${@:-tests}"
+exec python -m pytest -q -n 2 --dist loadfile "${@:-tests}"  # two processes, a file at a time each
