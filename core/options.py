@@ -20,6 +20,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import traceback
 import types
@@ -82,8 +83,9 @@ def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     if file := first.parse_known_args(argv)[0].config:
-        argv = _from_file(parser, Path(file)) + argv
-        _refuse_unknown(parser, argv)
+        given = _from_file(parser, Path(file))
+        _refuse_unknown(parser, given)
+        argv = given + argv
     values = vars(parser.parse_args(argv))
     values.pop("config")
     missing = [f"--{name}" for name in required if values[name] is None]
@@ -166,12 +168,19 @@ def _bool(text: str) -> bool:
 
 
 def _refuse_unknown(parser: _Parser, argv: list[str]) -> None:
-    """Exit when a flag does not exist, with the one that is spelt most like it."""
+    """Exit when a flag does not exist, with the one that is spelt most like it, and when a list
+    is given twice, of which the first would be lost."""
     known = list(parser._option_string_actions)
-    for flag in (a.split("=")[0] for a in argv if a.startswith("--")):
+    flags = [a.split("=")[0] for a in argv if re.match("--|-[a-z]{2}", a)]
+    for flag in flags:
+        action = parser._option_string_actions.get(flag)
+        if flags.count(flag) > 1 and action is not None and action.nargs == "+":
+            parser.error(f"{flag} is given {flags.count(flag)} times; name all after one {flag}")
         if flag not in known:
             near = difflib.get_close_matches(flag.replace("-", "_"), known, 1, 0.7)
-            near = near or difflib.get_close_matches(f"--{flag[2:].replace('-', '_')}", known, 1)
+            near = near or difflib.get_close_matches(
+                f"--{flag.lstrip('-').replace('-', '_')}", known, 1
+            )
             parser.error(f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
@@ -188,6 +197,7 @@ def _from_file(parser: _Parser, file: Path) -> list[str]:
         parser.error(f"--config {file}: {e}")
     if not isinstance(settings, dict):
         parser.error(f"--config {file}: not an object of settings")
+    settings.pop("script", None)  # a run's config.json says whose it is
     flags = []
     for name, value in settings.items():
         if isinstance(value, list) and value:

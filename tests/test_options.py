@@ -57,6 +57,8 @@ def test_types_and_defaults():
         (["--no-reshard"], "unknown option --no-reshard; did you mean --no_reshard?"),
         (["--compil=true"], "unknown option --compil; did you mean --compile?"),
         (["--zzz"], "unknown option --zzz (see"),
+        (["-lr", "0.1"], "unknown option -lr; did you mean --lr?"),
+        (["--data", "c"], "--data is given 2 times; name all after one --data"),
         (["--compile", "maybe"], "'maybe' is neither true nor false"),
         (["--config", "nowhere.json"], "--config nowhere.json: [Errno 2]"),
     ],
@@ -101,6 +103,14 @@ def test_settings_from_a_file_and_flags_win(suffix, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse("--config", str(file))
     assert "unknown option --learning_rate" in capsys.readouterr().err
+
+
+def test_the_config_of_another_run_with_flags_changed(tmp_path):
+    """A run writes its script's name beside its settings, which is no setting."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"script": "train", "model": "m", "data": ["a"], "steps": 3}))
+    got = parse_config(Settings, DOC, ["--config", str(file), "--data", "b", "c", "--steps", "4"])
+    assert got == Settings("m", ["b", "c"], steps=4)
 
 
 @pytest.mark.parametrize("asked", [False, True])
