@@ -138,6 +138,7 @@ def resume(
         folder = Path(source)
         if not from_rank0(world, lambda: is_whole(folder)):
             raise ValueError(f"--resume {source}: not a whole checkpoint (OUT/checkpoints/step_N)")
+        from_rank0(world, lambda: _check_script(folder, Path(root)))
     if folder is None:
         return None
     if world.is_main:
@@ -155,10 +156,29 @@ def _check_data(folder: Path, data: dict[str, str]) -> None:
             )
 
 
+def _check_script(folder: Path, root: Path) -> None:
+    """Both runs say in their config.json which script they are of; without one, trust the user."""
+    configs = [p.absolute().parent / "config.json" for p in (folder.parent, root)]
+    theirs, ours = (
+        json.loads(c.read_text()).get("script") if c.is_file() else None for c in configs
+    )
+    if theirs and ours and theirs != ours:
+        raise ValueError(
+            f"--resume {folder}: a checkpoint of {theirs}, not of {ours}. To train its model: "
+            f"`python -m tools.export {folder} --out DIR`, then --model DIR"
+        )
+
+
 def load_state(folder: str | Path, model: nn.Module, optimizer: Optimizer) -> dict:
-    """Fill model and optimizer in place from a checkpoint of any number of ranks; its `extra`."""
-    # in place: the tensors are views of the model's and the optimizer's own
-    dcp.load(_state_tensors(model, optimizer), checkpoint_id=folder)
+    """Fill model and optimizer in place from a checkpoint of any number of ranks; its `extra`.
+    Raises ValueError when its weights are not this model's trained ones, in names or shapes."""
+    try:  # in place: the tensors are views of the model's and the optimizer's own
+        dcp.load(_state_tensors(model, optimizer), checkpoint_id=folder)
+    except CheckpointException as e:
+        raise ValueError(
+            f"{folder} does not fit this run ({_cause(e)}): it is of another model, or differs in "
+            f"--lora_rank, --lora_targets or --train_vision"
+        ) from e
     return _marker(Path(folder))["extra"]
 
 

@@ -204,7 +204,13 @@ class Run:
                 print(f"{self.out / 'status'} could not be written: {e}", file=sys.stderr)
 
     def progress(self, total: int, done: int) -> None:
-        """Show a progress bar when a person is watching."""
+        """Show a progress bar when a person is watching. Raises ValueError when more than `total`
+        steps are done: the result would not be that of `total`."""
+        if done > total:
+            raise ValueError(
+                f"the checkpoint is of step {done}, this run has {total}: raise --steps or "
+                f"--epochs, or export an earlier one with `python -m tools.export`"
+            )
         if self.world.is_main and sys.stderr.isatty():
             from tqdm import tqdm
 

@@ -9,6 +9,7 @@ import torch
 from test_model import text_stream
 
 from core.checkpoint import load_state, newest_state, require_space, resume, save_state, state_bytes
+from core.lora import LoRA
 from core.optim import adamw, guarded_step
 from model import build_model
 
@@ -149,3 +150,31 @@ def test_a_save_that_fails_half_way_says_why_and_leaves_the_one_before(training,
     assert steps_in(tmp_path) == [1] and newest_state(tmp_path, world).name == "step_1"
     save_state(tmp_path, 2, *training, {}, world)
     assert steps_in(tmp_path) == [1, 2]
+
+
+def test_resume_from_another_scripts_checkpoint(training, world, tmp_path):
+    """Its step and place in the data would mean nothing: seen to end as `finished` without a step.
+    Where the runs' config.json say the same script, or nothing, it is taken."""
+    there = save_state(tmp_path / "a" / "checkpoints", 4, *training, {"step": 4}, world)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "config.json").write_text('{"script": "train_sft"}')
+    (tmp_path / "b" / "config.json").write_text('{"script": "train_grpo"}')
+    with pytest.raises(ValueError, match="of train_sft, not of train_grpo.*tools.export"):
+        resume(tmp_path / "b" / "checkpoints", str(there), *training, world, {})
+    (tmp_path / "b" / "config.json").write_text('{"script": "train_sft"}')
+    assert resume(tmp_path / "b" / "checkpoints", str(there), *training, world, {}) == {"step": 4}
+
+
+def test_a_checkpoint_with_other_trained_weights_is_a_clear_error(
+    tiny_vl, training, world, tmp_path
+):
+    """All weights against adapters, and another rank: a traceback of torch's planner before."""
+    full = save_state(tmp_path / "full", 1, *training, {}, world)
+    lora = []
+    for rank in (2, 4):
+        model = build_model(tiny_vl, world, lora=LoRA(rank, 32.0))
+        lora.append((model, adamw(model, lr=1e-2, weight_decay=0.0)))
+    small = save_state(tmp_path / "small", 1, *lora[0], {}, world)
+    for folder, state in ((full, lora[0]), (small, lora[1]), (small, training)):
+        with pytest.raises(ValueError, match="does not fit this run .*--lora_rank"):
+            load_state(folder, *state)

@@ -233,3 +233,11 @@ def test_the_best_model_is_kept_whatever_comes_later(world, tmp_path):
     assert not again.keep_best(30, 0.1, seen.append)
     assert seen == [tmp_path / "best"] * 2
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": 10, "score": 0.5}
+
+
+def test_a_checkpoint_beyond_the_runs_end_is_refused(world, tmp_path):
+    """--steps 2 after 4 steps: seen to end as `finished`, with the model of 4 steps."""
+    run = begun(tmp_path, world)
+    run.progress(total=4, done=4)
+    with pytest.raises(ValueError, match="of step 5, this run has 4: raise --steps"):
+        run.progress(total=4, done=5)
