@@ -294,6 +294,13 @@ class Model(nn.Module):
 def resolve_model_dir(name: str, world: World) -> Path:
     """A local directory as it is, or the local copy of a hub id (downloaded by rank 0 first)."""
     path = Path(name).expanduser()
+    if (path / "complete.json").is_file():
+        raise ValueError(
+            f"--model {name}: a training checkpoint; make a model directory of it with "
+            f"`python -m tools.export {name} --out DIR`"
+        )
+    if (path / "final" / "config.json").is_file() and not any(path.glob("*.safetensors")):
+        raise ValueError(f"--model {name}: a run directory; its model is {path / 'final'}")
     if path.is_dir():
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:

@@ -136,7 +136,7 @@ class Config:
     epochs: int = OPTIM(3, "passes over the problems (paper: 3)", ge=1)
     steps: int | None = OPTIM(None, "steps, instead of --epochs", ge=1)
     updates: int = OPTIM(1, "optimizer steps per batch of rollouts; 1: on-policy", ge=1)
-    lr: float = OPTIM(0, "learning rate; 0: 3e-6 (paper), 3e-5 with LoRA", ge=0)
+    lr: float = OPTIM(0, "learning rate; 0: 3e-6 (paper), 3e-5 with LoRA", ge=0, le=1)
     schedule: Literal["constant", "linear", "cosine"] = OPTIM("constant", "after warmup")
     warmup_ratio: float = OPTIM(0.1, "share of steps with rising lr (paper: 0.1)", ge=0, le=1)
     weight_decay: float = OPTIM(0.01, "AdamW weight decay on matrices (paper: 0.01)", ge=0)
@@ -153,7 +153,7 @@ class Config:
     compile: bool = MEMORY(False, "torch.compile each decoder block")
     device: Literal["auto", "cpu", "cuda"] = MEMORY("auto", "where to run")
 
-    seed: int = RUN(0, "order of problems; with (step, problem, sample) every sampled token")
+    seed: int = RUN(0, "order of problems; with (step, problem, sample) every sampled token", ge=0)
     resume: str = RUN("auto", "checkpoint to start from when OUT has none")
     save_every: int = RUN(10, "save resumable state every n steps; 0: only at the end", ge=0)
     keep_last: int = RUN(2, "checkpoints to keep", ge=1)
@@ -493,8 +493,8 @@ def begin(c: Config, run: Run, model_dir: Path, model, optimizer, total: int, wo
                 file.unlink()
     facts = {"data": hashes | hash_files(c.eval_data), "model": str(model_dir)}
     facts["attention"] = attention.backend(world.device, torch.bfloat16)
-    run.start(header(world_size=world.size, **facts), at["step"])
     run.progress(total, at["step"])
+    run.start(header(world_size=world.size, **facts), at["step"])
     return at, hashes
 
 

@@ -82,7 +82,7 @@ class Config:
         "all-linear", "layers that get adapters"
     )
     adapter: str = lora_option("", "PEFT adapter to start from")
-    lr: float = adam_option(0, "peak learning rate; 0: 1e-5 (paper), 1e-4 with LoRA", ge=0)
+    lr: float = adam_option(0, "peak learning rate; 0: 1e-5 (paper), 1e-4 with LoRA", ge=0, le=1)
     schedule: Literal["epoch_decay", "constant", "linear", "cosine"] = adam_option(
         "epoch_decay", "after the warmup; epoch_decay: × lr_factor each epoch (paper)"
     )
@@ -123,6 +123,8 @@ class Config:
             raise ValueError(
                 "--train_vision: LoRA trains the language model; leave one of them out"
             )
+        if self.plan_ranks and not self.plan:
+            raise ValueError("--plan_ranks: only with --plan, which starts nothing")
         pairs = [("pack_len", "max_len"), ("batch_tokens", "pack_len"), ("micro_tokens", "max_len")]
         for name, part in pairs:
             if 0 < getattr(self, name) < getattr(self, part):
@@ -261,7 +263,8 @@ def check_early(config: Config, model_dir: Path, world: World) -> None:
     check_model_dir(model_dir)
     for file in config.data + config.val_data:
         if not Path(file).is_file():
-            raise ValueError(f"{file}: no such file")
+            what = "a directory; name its jsonl files" if Path(file).is_dir() else "no such file"
+            raise ValueError(f"{file}: {what}")
     load_tokenizer(model_dir)  # refuses one of another model
     if config.resume != "auto" and not (Path(config.resume) / MARKER).is_file():
         raise ValueError(f"--resume {config.resume}: neither auto nor an OUT/checkpoints/step_N")
@@ -322,8 +325,8 @@ def main_run(config: Config) -> int:
         "checkpointing": plan.setting.checkpointing,
         "micro_tokens": plan.setting.tokens,
     }
-    run.start(header(**facts) if world.is_main else {}, at["step"])
     run.progress(total, at["step"])
+    run.start(header(**facts) if world.is_main else {}, at["step"])
     return train(config, plan, model, optimizer, at, run, world)
 
 

@@ -47,6 +47,8 @@ class LoRA:
         """From the flags that both trainers share; None: every weight is trained. Rank and alpha of
         an adapter to start from are its own."""
         rank, alpha = config.lora_rank, config.lora_alpha
+        if not (rank or config.adapter) and (alpha != 32 or config.lora_targets != "all-linear"):
+            raise ValueError("--lora_alpha, --lora_targets: without --lora_rank all weights train")
         if config.adapter:
             saved = read_adapter_config(config.adapter)
             rank, alpha = saved["r"], saved["r"] * adapter_scale(saved)

@@ -299,7 +299,7 @@ def serve() -> None:
             _reply(replies, "ok", function(*json.loads(line)))
         except MemoryError:
             _reply(replies, "error", why="out of memory", spent=True)
-        except Exception as e:  # noqa: BLE001
+        except (Exception, SystemExit) as e:  # noqa: BLE001
             where = traceback.extract_tb(e.__traceback__)[-1]
             place = f"({os.path.basename(where.filename)}:{where.lineno})"
             _reply(replies, "error", why=f"{type(e).__name__}: {str(e)[:400]} {place}")

@@ -44,6 +44,8 @@ def act(what):
         return len("x" * (1 << 40))
     if what == "exit":
         os._exit(3)
+    if what == "sys.exit":
+        sys.exit(3)
     if what == "print":
         print("not a reply")
         sys.stdout.flush()
@@ -103,6 +105,7 @@ def test_many_items_come_back_to_their_own_future(functions):
         ("raise", "error"),
         ("memory", "error"),
         ("exit", "error"),
+        ("sys.exit", "error"),
         ("object", "error"),
     ],
 )

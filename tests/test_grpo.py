@@ -614,6 +614,8 @@ def test_changed_data_are_refused_when_a_run_goes_on(place, tmp_path):
     "flag, value",
     [
         ("group", 1),
+        ("seed", -1),
+        ("lr", 1e6),
         ("clip_low", 2),
         ("kl_coef", -1),
         ("steps", 0),

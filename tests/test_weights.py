@@ -170,6 +170,20 @@ def test_a_mistyped_directory_is_not_looked_for_in_the_hub(world, name):
         resolve_model_dir(name, world)
 
 
+def test_a_run_or_a_checkpoint_for_a_model_is_told_where_the_model_is(world, tmp_path):
+    """--model OUT said `model_type None`, --model OUT/checkpoints/step_N `config.json: not found`."""
+    (tmp_path / "final").mkdir()
+    for file in ("config.json", "final/config.json"):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match="a run directory; its model is .*/final"):
+        resolve_model_dir(str(tmp_path), world)
+    assert resolve_model_dir(str(tmp_path / "final"), world) == tmp_path / "final"
+    (tmp_path / "step_4").mkdir()
+    (tmp_path / "step_4" / "complete.json").write_text("{}")
+    with pytest.raises(ValueError, match="tools.export .*step_4 --out DIR"):
+        resolve_model_dir(str(tmp_path / "step_4"), world)
+
+
 def test_a_sharded_copy_reads_as_the_whole(bf16_dir, world, tmp_path):
     """Lazy slices over several files give the rows of the single one."""
     export_hf(build_model(bf16_dir, world), bf16_dir, tmp_path / "many", world, shard_bytes=50_000)
