@@ -46,9 +46,10 @@ from core.run import (
     run_and_exit,
     script,
 )
-from core.samples import Sample, problem_seed, rollout_metrics, sample_on_ranks, write_samples
+from core.samples import Sample, problem_seed, rollout_metrics, sample_on_ranks
 from core.slots import ForcedExit
 from core.throughput import describe_grpo_step, grpo_speed
+from core.trackers import KINDS, check_installed
 from core.vision import ImageConfig
 from core.weights import export_hf
 from data import (
@@ -78,7 +79,7 @@ class Config:
         *("epochs", "steps", "micro_tokens", "checkpointing", "compile", "slots", "kv_gb"),
         *("graders", "reward_deadline", "max_reward_errors", "offload_optimizer", "keep_sampler"),
         *("save_every", "keep_last", "export_every", "eval_data", "eval_every", "eval_n"),
-        *("max_bad_steps", "resume"),
+        *("max_bad_steps", "resume", "report_to"),
     }
 
     model: str = DATA(MISSING, "model directory or hub id to start from, often SFT's OUT/final")
@@ -158,11 +159,13 @@ class Config:
     save_every: int = RUN(10, "save resumable state every n steps; 0: only at the end", ge=0)
     keep_last: int = RUN(2, "checkpoints to keep", ge=1)
     export_every: int = RUN(0, "write a model directory every n steps; 0: never", ge=0)
+    report_to: Literal[KINDS] = RUN("none", "also log to a tracker; pip install it first")
     max_bad_steps: int = RUN(5, "stop after this many non-finite steps in a row", ge=1)
     eval_every: int = RUN(20, "evaluate every n steps, and at both ends", ge=1)
     eval_n: int = RUN(0, "samples a problem for avg@n beside greedy; 0: greedy only", ge=0)
 
     def __post_init__(self):
+        check_installed(self.report_to)
         self.lora = LoRA.from_flags(self)
         self.lr = self.lr or (3e-5 if self.lora else 3e-6)
         if self.prompts % self.updates:
@@ -550,8 +553,7 @@ def train(c: Config) -> int:
             metrics |= {"learning_rate": lr} | rollout_metrics(samples, c.group)
             if not fault:
                 new, stepped = train_on(model, reference, optimizer, trained, prompts, lr, c, world)
-            if world.is_main:
-                write_samples(run.out / "rollouts" / f"step_{step + 1}.jsonl", samples)
+            run.log_samples(step + 1, samples)
             if fault:
                 raise ValueError(f"step {step + 1}: {fault}")
 

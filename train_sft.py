@@ -40,6 +40,7 @@ from core.plan import Setting, choose_setting, compute_dtype
 from core.run import Run, StopRequest, header, quiet_garbage_collection, run_and_exit, script
 from core.throughput import describe_step, prefetch, speed
 from core.token_cache import TokenizedDataset
+from core.trackers import KINDS, check_installed
 from core.vision import ImageConfig
 from core.weights import export_hf
 from data import Batch, collate, load_tokenizer, tokenize_files
@@ -57,7 +58,7 @@ class Config:
     # it: packs decide which documents share a step. When memory runs out, lower micro_tokens.
     CHANGEABLE: ClassVar[set[str]] = set(
         "micro_tokens checkpointing compile reshard replicas epochs steps val_data val_every "
-        "save_every keep_last export_every max_bad_steps plan plan_ranks".split()
+        "report_to save_every keep_last export_every max_bad_steps plan plan_ranks".split()
     )
 
     model: str = data_option(MISSING, "model directory or hub id to start from")
@@ -113,10 +114,12 @@ class Config:
     save_every: int = option(200, "save resumable state every n steps; 0: when stopped", ge=0)
     keep_last: int = option(2, "checkpoints to keep", ge=1)
     export_every: int = option(0, "write OUT/exports/step_N every n steps; 0: never", ge=0)
+    report_to: Literal[KINDS] = option("none", "also log to a tracker; pip install it first")
     plan: bool = option(False, "print batches and memory, start nothing (tokenises)")
     plan_ranks: int = option(0, "with --plan: n GPUs of 80 GB; 0: this machine", ge=0)
 
     def __post_init__(self):
+        check_installed(self.report_to)
         self.lora = LoRA.from_flags(self)
         self.lr = self.lr or (1e-4 if self.lora else 1e-5)
         if self.lora and self.train_vision:

@@ -34,6 +34,8 @@ from core.options import option as option
 from core.options import parse_config as parse_config
 from core.out_dir import assert_shared, claim, write_json
 from core.parallel import World, from_rank0, shutdown
+from core.samples import Sample, write_samples
+from core.trackers import Tracker
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
 
@@ -103,8 +105,8 @@ class Run:
         Raises ValueError, with nothing in `out` changed, when it holds anything else, is in use, or
         is not the same directory on all nodes.
         """
-        self.out, self.world, self.bar = Path(out), world, None
-        settings = dataclasses.asdict(config)
+        self.out, self.world, self.bar, self.tracker = Path(out), world, None, None
+        self.settings = settings = dataclasses.asdict(config)
         name = Path(sys.modules[type(config).__module__].__file__).stem
 
         def take() -> tuple[bool, str]:
@@ -131,6 +133,8 @@ class Run:
         for file in self.out.glob("*.jsonl"):
             if file.stem in ("metrics", "validation", "eval"):
                 _drop_later_steps(file, resume_step)
+        kind = self.settings.get("report_to", "none")
+        self.tracker = Tracker(kind, self.out, self.settings, resume_step)
 
     def log(self, metrics: dict, kind: str = "metrics") -> None:
         """Append a JSON object to KIND.jsonl. NaN and infinity become null (they are not JSON)."""
@@ -138,6 +142,14 @@ class Run:
             bad = {k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)}
             with open(self.out / f"{kind}.jsonl", "a") as f:
                 f.write(json.dumps(metrics | dict.fromkeys(bad)) + "\n")
+            if self.tracker is not None:
+                self.tracker.log(metrics, kind)
+
+    def log_samples(self, step: int, samples: list[Sample]) -> None:
+        """Write OUT/rollouts/step_N.jsonl, and some of it to the tracker."""
+        if self.world.is_main:
+            write_samples(self.out / "rollouts" / f"step_{step}.jsonl", samples)
+            self.tracker.log_samples(step, samples)
 
     def say(self, text: str) -> None:
         """Print on rank 0, above the progress bar when there is one."""
@@ -202,6 +214,9 @@ class Run:
                 tmp.rename(self.out / "status")
             except OSError as e:
                 print(f"{self.out / 'status'} could not be written: {e}", file=sys.stderr)
+            if self.tracker is not None and status != "running":
+                self.tracker.close(failed=status.startswith("failed"))
+                self.tracker = None
 
     def progress(self, total: int, done: int) -> None:
         """Show a progress bar when a person is watching. Raises ValueError when more than `total`
