@@ -171,7 +171,7 @@ CALLS = {
     "train_grpo": r"train_grpo\.py|\bgrpo\b|GRPO_FLAGS|RL=",
     "eval": r"\beval\.py|\bevaluate\b|\bablate \w+ +eval|EVAL_FLAGS|EVAL=|STYLE=|protocol=",
 }
-OTHERS = r"(report|data|toy|convert)\.py|torchrun --(?!nproc)"  # commands with flags of their own
+OTHERS = r"python -m \w|torchrun --(?!nproc)"  # commands with flags of their own
 
 
 @pytest.mark.parametrize(
