@@ -44,7 +44,7 @@ import model
 import rewards
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
 from core.out_dir import assert_shared, claim, lock, write_json
-from core.parallel import World, all_any, all_gather_objects, barrier, from_rank0, gathered, init
+from core.parallel import World, all_any, all_gather_objects, barrier, from_rank0, init
 from core.run import hash_files, header, option, parse_config, run_and_exit, script
 from core.samples import Sample, make_sample, problem_seed, read_samples, set_grade, write_samples
 from core.slots import ForcedExit, exit_positions
@@ -331,7 +331,7 @@ class Engine:
         memory = dict(slots=config.slots or None, kv_gb=config.kv_gb or None, min_rows=rows)
         decoder = Sampler(self.model, max_len=longest, **memory)
         part = self.out / f"{stage}.part{self.world.rank}.{time.time_ns()}.jsonl"
-        with gathered(self.model), open(part, "w", encoding="utf-8", newline="\n") as file:
+        with decoder.weights(), open(part, "w", encoding="utf-8", newline="\n") as file:
             for chunk in chunks(jobs, c.image_token_id):
 
                 def store(completion: Completion, chunk: list[Job] = chunk) -> None:

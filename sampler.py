@@ -30,18 +30,20 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from core.attention import attend
 from core.decode_kernels import Graphs, decode_attend, plan_attention
+from core.fused_decode import FusedBlock, as_one_kernel, decode, exp_and_sum, fuse
 from core.lora import lora_layers, merged_parameters
+from core.parallel import gathered, units, unsharded
 from core.samples import sampled_mask
 from core.slots import ForcedExit, Slots, force_exit
 from core.vision import mrope_positions
@@ -153,8 +155,8 @@ def sample_token(
     """
     cuda = logits.is_cuda
     top, best = logits.max(-1, True) if cuda else (logits.amax(-1, True), None)  # (B, 1)
-    p = (logits - top).exp_()  # (B, V), unnormalised
-    lse = (top + p.sum(-1, keepdim=True).log()).squeeze(1)
+    p, mass = as_one_kernel(exp_and_sum, logits, top)  # (B, V), unnormalised; (B, 1)
+    lse = (top + mass.log()).squeeze(1)
     if top_k or top_p < 1:
         p = truncate(p, top_k, top_p)
     cdf = p.cumsum(-1)
@@ -221,12 +223,18 @@ def decode_step(
     s: Slots,
     p: SamplingParams,
     bounds: list[int] | None = None,
+    blocks: list[FusedBlock] | None = None,
 ) -> None:
     """One token for every row of `s`, in place. The host reads no value: a CUDA graph can hold it.
-    angles: cos and sin by position, (max_len, D/2) each; bounds: see `plan_attention`."""
+    angles: cos and sin by position, (max_len, D/2) each; bounds: see `plan_attention`; blocks: the
+    model's, fused."""
     x = model.model.embed_tokens(sample_next_token(s, model.head_weight(), p))  # (B, C)
     cos, sin = (a[s.length + s.rope_delta] for a in angles)  # new tokens are text: one position
     plan = plan_attention(s.length, s.kv.shape[3], bounds)
+    if blocks is not None:
+        s.hidden.copy_(decode(blocks, model.model.norm, x, cos, sin, s.kv, s.length, plan))
+        s.length += 1 - s.done
+        return
     rows = torch.arange(len(x), device=x.device)
     for layer, keys, values in zip(model.model.layers, *s.kv):  # (B, capacity, Hkv, D) each
 
@@ -265,39 +273,70 @@ class Sampler:
         self.model, self.config, self.max_len = model, model.config, max_len
         self.wanted_slots, self.kv_gb, self.min_rows = slots, kv_gb, min_rows
         self.sync_every, self.prefill_tokens = sync_every, prefill_tokens
-        self.decoder: Model | None = None  # decodes: `model`, or a copy of its language model
-        self.angles = self.slots = self.addresses = None
+        self.decoder: Model | None = None  # decodes: `model`, or a copy of it
+        self.blocks: list[FusedBlock] | None = None  # the copy's, on a GPU
+        self.angles = self.slots = None
+        self.held = False  # inside `weights`
         self.graphs: dict[tuple, Graphs] = {}
         self.stats: dict[str, float] = {}  # of the last call: seconds and tokens
 
-    @torch.inference_mode()
-    def load_weights(self) -> None:
-        """Use the model's weights as they are now; `generate` calls this. They are used in place,
-        but for two cases that take a copy: CUDA graphs of a sharded model, whose gathered tensors
-        don't last, and LoRA, whose adapters are merged into it."""
+    @property
+    def copies(self) -> bool:
+        """Whether to decode with a copy of the weights: on a GPU, where it is fused and CUDA graphs
+        read it, and with LoRA, whose adapters are merged into it. Else they are used in place."""
         weight = self.model.model.embed_tokens.weight
-        if isinstance(weight, DTensor):
-            raise ValueError("the model is sharded: sample inside `with parallel.gathered(model):`")
+        return weight.is_cuda or any(lora_layers(self.model))
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """Hold the weights of a sharded model as they are now, whole, for calls of `generate`.
+
+        Collective at both ends. A copy is made unit by unit, so that never more than one unit is
+        whole beside it; without a copy all are gathered while the context lasts.
+        """
+        if self.copies:
+            self._copy_weights()
+        with nullcontext() if self.copies else gathered(self.model):
+            self.held = True
+            try:
+                yield
+            finally:
+                self.held = False
+
+    @torch.inference_mode(False)  # whose tensors could not be filled again outside it
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        for unit, name_of_unit in units(self.model):
+            with unsharded(unit):
+                if self.decoder is None:
+                    self._make_copy(self.model.model.embed_tokens.weight.dtype)
+                copies = dict(self.decoder.named_parameters())
+                for name, p in merged_parameters(unit, whole_only=True):
+                    copies[name_of_unit + name].copy_(p)
+
+    def _make_copy(self, dtype: torch.dtype) -> None:
+        """Memory for the copy; dtype: of the gathered weights, which may be smaller than stored."""
+        with torch.device("meta"):
+            self.decoder = Model(self.config, self.model.visual is not None)
+        device = self.model.model.embed_tokens.weight.device
+        self.decoder.to(dtype).to_empty(device=device).requires_grad_(False)
+        if device.type == "cuda":
+            self.blocks = fuse(self.decoder.model.layers)
+
+    def _load_weights(self) -> None:
+        """The weights for this call: those that are held, or the model's where it is not sharded."""
+        weight = self.model.model.embed_tokens.weight
+        if isinstance(weight, DTensor) and not (self.held and self.copies):
+            raise ValueError("the model is sharded: sample inside `with sampler.weights():`")
         self.device = weight.device
-        on_graphs = self.device.type == "cuda" and isinstance(self.model, FSDPModule)
-        if not on_graphs and not any(lora_layers(self.model)):
+        if not self.copies:
             self.decoder = self.model
-        else:
-            if self.decoder is None:
-                with torch.device("meta"):
-                    self.decoder = Model(self.config)
-                self.decoder.to(weight.dtype).to_empty(device=self.device)
-            copies = dict(self.decoder.named_parameters())
-            for name, p in merged_parameters(self.model):
-                if name in copies:  # the vision tower stays where it is
-                    copies[name].copy_(p)
-        addresses = [p.data_ptr() for p in self.decoder.parameters()]
-        if addresses != self.addresses:
-            self.addresses, self.graphs = addresses, {}  # they read the old ones
+        elif not self.held:
+            self._copy_weights()
 
     def release(self) -> None:
         """Give back all memory: KV cache, copied weights, graphs. The next call takes it again."""
-        self.decoder = self.slots = None
+        self.decoder = self.slots = self.blocks = None
         self.graphs = {}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -308,7 +347,7 @@ class Sampler:
             self.slots.done.fill_(1)
             return
         c, cuda = self.config, self.device.type == "cuda"
-        dtype = self.model.model.embed_tokens.weight.dtype
+        dtype = self.decoder.model.embed_tokens.weight.dtype
         slot_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
         slot_bytes *= self.max_len
         budget = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -353,7 +392,7 @@ class Sampler:
         self._check(prompts, params)
         if not prompts:
             return []
-        self.load_weights()
+        self._load_weights()
         self._allocate()
         self.prompts, self.params = prompts, params.on(self.device, self.model.banned_ids)
         self.waiting = deque((i, j) for i in range(len(prompts)) for j in range(params.n))
@@ -428,7 +467,9 @@ class Sampler:
         if key not in self.graphs:
 
             def step(rows: int) -> None:
-                decode_step(self.decoder, self.angles, self.slots.first(rows), p)
+                decode_step(
+                    self.decoder, self.angles, self.slots.first(rows), p, blocks=self.blocks
+                )
 
             self.graphs[key] = Graphs(step, len(self.slots.done))
         return self.graphs[key]
@@ -449,7 +490,7 @@ class Sampler:
         images = [torch.cat([p.pixel_values for p in seen])] if seen else []
         images += [torch.cat([p.grid_thw for p in seen])] if seen else []
         m, longest, cu = self.decoder.model, int(ends.diff().max()), ends.to(self.device)
-        x, deepstack = self.model.embed(tokens.to(self.device), *images)  # (T, C)
+        x, deepstack = self.decoder.embed(tokens.to(self.device), *images)  # (T, C)
         x = x.to(self.slots.kv.dtype)
         cos, sin = rope_cos_sin(torch.cat(positions, dim=1).to(self.device), c)
         kv = x.new_empty(2, len(m.layers), len(tokens), c.num_key_value_heads, c.head_dim)
@@ -512,7 +553,8 @@ class Sampler:
         else:
             rows = max(rows, self.min_rows)
             bounds = self.lengths + [0] * (rows - len(self.running))
-            decode_step(self.decoder, self.angles, self.slots.first(rows), self.params, bounds)
+            slots, blocks = self.slots.first(rows), self.blocks
+            decode_step(self.decoder, self.angles, slots, self.params, bounds, blocks)
         self.lengths = [n + 1 for n in self.lengths]
 
     def _collect(self) -> list[Completion]:

@@ -36,7 +36,7 @@ import torch  # noqa: E402
 
 from core import attention  # noqa: E402
 from core.optim import adamw, guarded_step  # noqa: E402
-from core.parallel import gathered, init, shard, shutdown  # noqa: E402
+from core.parallel import init, shard, shutdown  # noqa: E402
 from core.run import PEAK_FLOPS, header  # noqa: E402
 from core.throughput import train_flops  # noqa: E402
 from data import Batch  # noqa: E402
@@ -488,7 +488,7 @@ def grpo(b: Bench) -> None:
 
     def step():
         begin = time.perf_counter()
-        with gathered(model):
+        with sampler.weights():
             rollouts = sampler.generate(
                 prompts, SamplingParams(n=config.group, max_new_tokens=config.max_new_tokens)
             )

@@ -145,10 +145,15 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
             layer.adapter_on = True
 
 
-def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(published name, tensor) of every parameter of the base model, adapters merged."""
+def merged_parameters(
+    model: nn.Module, *, whole_only: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(published name, tensor) of every parameter of the base model, adapters merged; whole_only:
+    of those that are not sharded at the moment."""
     layers = dict(lora_layers(model))
     for name, p in model.named_parameters():
+        if whole_only and isinstance(p, DTensor):
+            continue
         layer, _, leaf = name.rpartition(".")
         if leaf == "weight" and layer in layers:
             yield name, layers[layer].merged_weight()

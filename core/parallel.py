@@ -146,6 +146,29 @@ def gathered(model: nn.Module) -> Iterator[None]:
             unit.set_reshard_after_forward(unit.reshards, recurse=False)
 
 
+def units(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(module, its name with a dot, or "") of what is gathered at once: the root without its
+    blocks, then each block; the whole model where it is not sharded."""
+    found = [
+        (m, f"{n}." if n else "") for n, m in model.named_modules() if isinstance(m, FSDPModule)
+    ]
+    return found or [(model, "")]
+
+
+@contextmanager
+def unsharded(unit: nn.Module) -> Iterator[None]:
+    """Hold this unit's own parameters (not those of units inside it) whole. Collective, unless they
+    are whole already."""
+    sharded = any(isinstance(p, DTensor) for p in unit.parameters())
+    if sharded:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            unit.reshard()
+
+
 def all_sum(*values: float) -> list[float]:
     """Sum each value over the ranks, in float64 on the CPU; the same list on every rank."""
     return _reduce(values, dist.ReduceOp.SUM)

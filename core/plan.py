@@ -209,6 +209,52 @@ def kv_bytes(c, compute_bytes: int = 2) -> int:
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * compute_bytes
 
 
+def plan_grpo(
+    model: nn.Module,
+    s: Setting,
+    *,
+    reference: bool,
+    kv_gb: float = 0.0,
+    slots: int = 0,
+    max_len: int = 0,
+    offload_optimizer: bool = False,
+    keep_sampler: bool = False,
+) -> dict[str, int]:
+    """Bytes on one rank in both halves of a GRPO step: "sampling peak", "training peak", "peak".
+
+    Training is `plan_step`, with the reference model's shards and its gathered root if there is
+    one. Sampling holds every weight once, in the compute dtype: on a GPU the sampler's copy, into
+    which one unit after the other is gathered, the largest being the root with its shards cast. It
+    also holds the KV cache (kv_gb in GB, or slots × max_len tokens), three rows of fp32 logits a
+    slot, no gradients, and no Adam moments when these are offloaded. Without keep_sampler there is
+    no cache yet while the copy is made; with it, cache and copy stay while training.
+    """
+    step, counts = plan_step(model, s), count_parameters(model)
+    root = (counts["total"] - counts["blocks"]) * s.compute_bytes
+    weights = counts["total"] * s.compute_bytes
+    shard = weights // s.shards if reference else 0
+    cache = slots * max_len * kv_bytes(model.config, s.compute_bytes)
+    cache = int(kv_gb * 1e9) if kv_gb else cache
+    gathered = root + root // s.shards if s.fused else 0
+    decoding = cache + slots * model.config.vocab_size * 12
+    states = step["weights"] + (0 if offload_optimizer else step["optimizer"]) + shard
+    sampling = states + weights
+    sampling += cache + gathered if keep_sampler else max(gathered, decoding)
+    sampling = max(sampling, states + weights + decoding)
+    kept = cache + (weights if s.fused else 0) if keep_sampler else 0
+    training = step["peak"] + shard + (root if reference else 0) + kept
+    return {
+        **{k: v for k, v in step.items() if k != "peak"},
+        "reference": shard,
+        "KV cache": cache,
+        "weights to sample": weights,
+        "gathered to copy": gathered,
+        "sampling peak": sampling,
+        "training peak": training,
+        "peak": max(sampling, training),
+    }
+
+
 def table(plan: dict[str, int]) -> str:
     """A plan as lines of GiB."""
     width = max(map(len, plan))

@@ -20,7 +20,7 @@ from typing import Any, Iterable, Sequence
 
 import numpy as np
 
-from core.parallel import World, all_gather_objects, gathered
+from core.parallel import World, all_gather_objects
 
 
 @dataclass
@@ -138,7 +138,7 @@ def generate_and_grade(
 
     seeds: one a problem (`problem_seed`). Sample.problem is the problem's index in this call. Also
     returns the seconds waited for grades after the last token. Not a collective; the model's
-    weights must be whole (inside `parallel.gathered`).
+    weights must be whole (inside `sampler.weights()`).
     """
     texts = [tokenizer.decode(p.tokens) for p in prompts]
     pending = []
@@ -173,7 +173,7 @@ def sample_on_ranks(
     hidden behind decoding). Collective."""
     mine, begin = list(range(world.rank, len(problems), world.size)), time.perf_counter()
     share = [[x[i] for i in mine] for x in (problems, prompts, seeds)]
-    with gathered(sampler.model):  # whole weights: no collective while decoding
+    with sampler.weights():  # whole: no collective while decoding
         samples, waited = generate_and_grade(
             sampler, grader, tokenizer, *share[:2], params, seeds=share[2]
         )

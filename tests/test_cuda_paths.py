@@ -85,6 +85,27 @@ def test_a_decode_step_waits_for_nothing():
     assert seen["torch.bfloat16"]["operations"] <= 20
 
 
+def test_kernels_of_a_whole_decode_step():
+    """The 7B at 256 sequences, what is compiled counted as one: 1,000 as the trainer's blocks do it.
+    Nothing in it may wait."""
+    seen = seen_in("decode_step")
+    assert seen["fused"]["waits"] == 0
+    assert seen["fused"]["kernels"] <= 350 and seen["blocks"]["kernels"] > 1000
+
+
+def test_the_samplers_copy_is_gathered_unit_by_unit():
+    """Beside shards and copy there is one gathered unit at most, the root; the model stays sharded
+    while sampling, and a copy waits for nothing."""
+    seen = seen_in("weight_copy")
+    root, blocks = 2 * 544_997_376 + 3584, 4 * 233_057_792
+    assert (
+        seen["sharded"] and seen["dtypes"] == ["torch.bfloat16"] and not any(seen["waits"].values())
+    )
+    assert seen["copy"] == 2 * (root + blocks)
+    beside = seen["peak"] - seen["shards"] - seen["copy"]
+    assert beside == pytest.approx(2 * root * (1 + 1 / 8), rel=0.01)
+
+
 def test_the_flash_attn_package_on_request():
     """ATTENTION=flash_attn takes its function, and selective checkpointing knows its operator: it
     was

@@ -17,12 +17,13 @@ from core.plan import (
     fastest_setting,
     fits,
     kv_bytes,
+    plan_grpo,
     plan_step,
 )
 from data import Batch
 from model import Block, ModelConfig, rope_cos_sin
 from tools import memory
-from tools.memory import meta_model, plan_grpo, published_config
+from tools.memory import meta_model, published_config
 
 SEVEN = meta_model(published_config("7B"))
 
@@ -83,15 +84,13 @@ def test_gathered_copies_and_kv_cache_of_the_7b():
 
 
 def test_grpo_adds_reference_cache_and_gathered_weights():
-    """The larger half decides; sampling holds the weights twice (FSDP's copy, and the one that CUDA
-    graphs read); offloading moments helps the sampling half alone."""
+    """The larger half decides; sampling holds the weights once, in the sampler's copy; offloading
+    moments helps the sampling half alone."""
     setting = Setting(8)
     plain = plan_grpo(SEVEN, setting, reference=False, kv_gb=40)
     with_reference = plan_grpo(SEVEN, setting, reference=True, kv_gb=40)
     assert with_reference["reference"] / GIB == pytest.approx(14.19 / 8, abs=0.01)
-    assert plain["sampling peak"] / GIB == pytest.approx(
-        3.55 + 7.09 + 2 * 14.19 + 40e9 / GIB, abs=0.05
-    )
+    assert plain["sampling peak"] / GIB == pytest.approx(3.55 + 7.09 + 14.19 + 40e9 / GIB, abs=0.05)
     assert with_reference["sampling peak"] - plain["sampling peak"] == with_reference["reference"]
     offloaded = plan_grpo(SEVEN, setting, reference=True, kv_gb=40, offload_optimizer=True)
     assert with_reference["sampling peak"] - offloaded["sampling peak"] == offloaded["optimizer"]
@@ -101,7 +100,7 @@ def test_grpo_adds_reference_cache_and_gathered_weights():
         == 100 * 6144 * 57_344
     )
     kept = plan_grpo(SEVEN, setting, reference=True, kv_gb=40, keep_sampler=True)
-    held = 40e9 + kept["copy for CUDA graphs"]  # both stay
+    held = 40e9 + kept["weights to sample"]  # both stay
     assert kept["training peak"] - with_reference["training peak"] == held
 
 

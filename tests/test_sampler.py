@@ -15,6 +15,7 @@ from tiny import make_tiny_tokenizer
 from tiny_model import TEXT, VOCAB, make_tiny_qwen2, make_tiny_vl
 
 import sampler as sampler_module
+from core import fused_decode
 from core.attention import attend
 from core.chat import banned_token_ids, stop_token_ids
 from core.decode_kernels import Graphs, bucket_of, decode_attend, plan_attention
@@ -270,16 +271,21 @@ def test_seed_and_sample_id_matter(model, together):
     assert len({tuple(r.tokens) for r in together}) > 55
 
 
-def _sample_on_rank(world, path, out):
+def _sample_on_rank(world, path, out, copied):
     from core import parallel
 
     model = parallel.shard(load(path), world, compute_dtype=torch.float32)
     mine = range(world.rank, len(MANY), world.size)
-    s = Sampler(model, max_len=80, slots=10)
-    with pytest.raises(ValueError, match="gathered"):
+    s = (Copying if copied else Sampler)(model, max_len=80, slots=10)
+    with pytest.raises(ValueError, match="sharded"):
         s.generate([MANY[0]], PARAMS)
-    for _ in range(2):  # the second time with weights gathered anew
-        with parallel.gathered(model):
+    weight = model.lm_head.weight
+    for factor in (0.5, 2.0):  # the second time with weights gathered anew
+        with torch.no_grad():
+            weight.mul_(factor)
+        with s.weights():
+            gathered = all(type(p) is torch.nn.Parameter for p in model.parameters())
+            assert gathered is not copied  # a copy leaves the model sharded
             rollouts = s.generate([MANY[i] for i in mine], PARAMS, sample_ids=list(mine))
     torch.save(
         [dataclasses.replace(r, prompt_index=mine[r.prompt_index]) for r in rollouts],
@@ -287,8 +293,19 @@ def _sample_on_rank(world, path, out):
     )
 
 
-def test_two_ranks_with_sharded_weights_sample_what_one_does(tiny_vl, together, tmp_path):
-    run_ranks(2, _sample_on_rank, tiny_vl, tmp_path)
+class Copying(Sampler):
+    """Decodes with a fused copy of the weights, as on a GPU."""
+
+    copies = True
+
+    def _make_copy(self, dtype):
+        super()._make_copy(dtype)
+        self.blocks = fused_decode.fuse(self.decoder.model.layers)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_two_ranks_with_sharded_weights_sample_what_one_does(tiny_vl, together, tmp_path, copied):
+    run_ranks(2, _sample_on_rank, tiny_vl, tmp_path, copied)
     parts = [
         r for rank in range(2) for r in torch.load(tmp_path / f"{rank}.pt", weights_only=False)
     ]
@@ -705,6 +722,53 @@ def test_new_weights_are_used_at_once(tiny_vl):
     s.release()
     assert s.slots is None
     assert_same(s.generate([text_prompt(9)], params), before, 0)
+
+
+# ------------------------------------------------------------------------ the fused copy of the weights
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "tied"])
+def test_a_fused_copy_samples_what_the_model_does(tiny_vl, tmp_path, kind):
+    """Biases on q, k, v; norms on heads; a tied head; images through the copied tower."""
+    if kind == "qwen2_5_vl":
+        model = load(tiny_vl, with_vision=True)
+    elif kind == "tied":
+        model = load(make_tiny_qwen2(tmp_path))
+    else:
+        config = dataclasses.replace(load(tiny_vl).config, qk_norm=True, qkv_bias=False)
+        torch.manual_seed(0)
+        model = Model(config)
+        for p in model.parameters():
+            p.data += torch.randn_like(p) * 0.05
+    images = [image_prompt((4, 4))] if model.visual is not None else []
+    prompts = [text_prompt(9), text_prompt(30), *images]
+    params = SamplingParams(n=3, max_new_tokens=24, seed=5)
+    expected = Sampler(model, max_len=80, slots=4).generate(prompts, params)
+    s = Copying(model, max_len=80, slots=4)
+    assert_same(s.generate(prompts, params), expected)
+    with torch.no_grad():  # new weights are copied
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+        model.model.layers[0].self_attn.v_proj.weight.mul_(0.5)
+    expected = Sampler(model, max_len=80, slots=4).generate(prompts, params)
+    assert_same(s.generate(prompts, params), expected)
+
+
+def test_what_is_compiled_on_a_gpu_equals_eager():
+    """By torch's compiler for the CPU; with heads' norms as in Qwen3."""
+    g = torch.Generator().manual_seed(0)
+    x, delta = torch.randn(2, 6, 64, generator=g)
+    cos, sin = torch.randn(2, 6, 8, generator=g)
+    weight, head = torch.rand(64, generator=g), torch.rand(16, generator=g)
+    qkv, logits = torch.randn(6, 8 * 16, generator=g), torch.randn(6, 500, generator=g)
+
+    def everything():
+        return (
+            *fused_decode.add_norm(x, delta, weight, 1e-6),
+            *fused_decode.rotate(qkv, cos, sin, head, head, 1e-6, 2, 16),
+            fused_decode.swiglu(qkv),
+            *fused_decode.exp_and_sum(logits, logits.amax(-1, True)),
+        )
+
+    for ours, expected in zip(torch.compile(everything, fullgraph=True)(), everything()):
+        assert ours.shape == expected.shape and (ours - expected).abs().max() <= 1e-4
 
 
 # ---------------------------------------------------------------------------------------------- decode attention

@@ -22,7 +22,7 @@ from core.plan import (
     Setting,
     count_parameters,
     fits,
-    kv_bytes,
+    plan_grpo,
     plan_step,
     table,
 )
@@ -66,48 +66,6 @@ def meta_model(config: ModelConfig, with_vision: bool = False) -> Model:
     """The model without memory, for its numbers."""
     with torch.device("meta"):
         return Model(config, with_vision)
-
-
-def plan_grpo(
-    model: Model,
-    s: Setting,
-    *,
-    reference: bool,
-    kv_gb: float = 0.0,
-    slots: int = 0,
-    max_len: int = 0,
-    offload_optimizer: bool = False,
-    keep_sampler: bool = False,
-) -> dict[str, int]:
-    """Bytes on one rank in both halves of a GRPO step: "sampling peak", "training peak", "peak".
-
-    Training is `plan_step`, with the reference model's shards and its gathered root if there is
-    one. Sampling holds every weight in the compute dtype, twice on a GPU (FSDP's gathered copy, and
-    the copy at the addresses that CUDA graphs read), the KV cache (kv_gb in GB, or slots × max_len
-    tokens), three rows of fp32 logits a slot, no gradients, and no Adam moments when these are
-    offloaded. keep_sampler: cache and graph copy stay while training.
-    """
-    step, counts = plan_step(model, s), count_parameters(model)
-    root = (counts["total"] - counts["blocks"]) * s.compute_bytes
-    weights = counts["total"] * s.compute_bytes
-    shard = weights // s.shards if reference else 0
-    cache = slots * max_len * kv_bytes(model.config, s.compute_bytes)
-    cache = int(kv_gb * 1e9) if kv_gb else cache
-    copy = weights if s.fused else 0
-    states = step["weights"] + (0 if offload_optimizer else step["optimizer"]) + shard
-    sampling = states + weights + copy + cache + slots * model.config.vocab_size * 12
-    training = step["peak"] + shard + (root if reference else 0)
-    training += cache + copy if keep_sampler else 0
-    return {
-        **{k: v for k, v in step.items() if k != "peak"},
-        "reference": shard,
-        "KV cache": cache,
-        "gathered to sample": weights,
-        "copy for CUDA graphs": copy,
-        "sampling peak": sampling,
-        "training peak": training,
-        "peak": max(sampling, training),
-    }
 
 
 def machines(plan: dict[str, int]) -> str:

@@ -18,6 +18,7 @@ if sys.argv[1] == "flash_attn_package":
 import torch
 from torch import library
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.fsdp import FSDPModule
 
 from core.optim import adamw, guarded_step
 from core.parallel import shard
@@ -25,6 +26,29 @@ from core.plan import Setting, plan_step
 from data import Batch
 from model import Model
 from tools.memory import meta_model, published_config
+
+
+def remade(module: torch.nn.Module, make) -> torch.nn.Module:
+    """torch's own Module.to and to_empty cannot swap fake parameters."""
+    for m in module.modules():
+        for name, p in m.named_parameters(recurse=False):
+            setattr(m, name, torch.nn.Parameter(make(p), requires_grad=False))
+    return module
+
+
+def not_sharded(*, to_empty=torch.nn.Module.to_empty) -> None:
+    """Replace both for modules that are not sharded."""
+
+    def empty(module, *, device):
+        if isinstance(module, FSDPModule):
+            return to_empty(module, device=device)
+        return remade(module, lambda p: torch.empty(p.shape, dtype=p.dtype, device=device))
+
+    torch.nn.Module.to = lambda module, dtype: remade(module, lambda p: p.to(dtype))
+    torch.nn.Module.to_empty = empty
+
+
+not_sharded()
 
 
 def seven_b(layers: int):
@@ -113,6 +137,83 @@ def decode() -> dict:
                 "operations": operations,
             }
     return out
+
+
+VIEWS = (
+    "view reshape split slice select unsqueeze squeeze expand transpose permute detach unbind alias "
+    "t flatten unflatten chunk tensor_split _unsafe_view empty empty_like as_strided"
+)
+
+
+def kernels(operations: dict[str, int]) -> int:
+    """Operations that start at least one kernel: all but views, memory and questions."""
+    free = (*(f"aten.{name}." for name in VIEWS.split()), "prim.")
+    return sum(n for name, n in operations.items() if not name.startswith(free))
+
+
+def fused_as_one(seen) -> None:
+    """What is compiled on a GPU counts as one operation, under its own name."""
+    from core import fused_decode
+
+    def compiled(function):
+        def run(*args):
+            before = seen.operations.copy()
+            out = function(*args)
+            seen.operations = before
+            seen.operations[f"compiled.{function.__name__}"] += 1
+            return out
+
+        return run
+
+    fused_decode.compiled = compiled
+
+
+def decode_step(rows: str = "256") -> dict:
+    """A whole decode step of the 7B, with its blocks as the model has them, and fused."""
+    import sampler
+    from core.slots import Slots
+    from model import rope_cos_sin
+
+    config, out = seven_b(28), {}
+    with fake_cuda.ranks(1) as world, torch.inference_mode():
+        with torch.device("meta"):
+            model = Model(config).to(torch.bfloat16)
+        model.to_empty(device=world.device)
+        model.set_banned_ids([1, 2, 3])
+        slots = Slots.allocate(int(rows), 2048, config, torch.bfloat16, world.device)
+        angles = rope_cos_sin(torch.arange(2048, device=world.device).expand(3, -1), config)
+        params = sampler.SamplingParams(stop_ids=[5, 6]).on(world.device, model.banned_ids)
+        for name in ("blocks", "fused"):
+            blocks = sampler.fuse(model.model.layers) if name == "fused" else None
+            with fake_cuda.Watch() as seen:
+                fused_as_one(seen)
+                sampler.decode_step(model, angles, slots, params, blocks=blocks)
+            out[name] = {"kernels": kernels(seen.operations), "waits": seen.waits.total()}
+    return out
+
+
+def weight_copy() -> dict:
+    """The sampler's copy of a sharded 7B on rank 0 of 8, and what is gathered beside it."""
+    from sampler import Sampler
+
+    config = seven_b(4)
+    with fake_cuda.ranks(8) as world:
+        model = sharded(config, world, "full")
+        sampler, tracker = Sampler(model, max_len=128, slots=4), MemTracker()
+        tracker.track_external(model)
+        with tracker, sampler.weights():
+            still_sharded = all(hasattr(p, "to_local") for p in model.parameters())
+        with fake_cuda.Watch() as seen, sampler.weights():
+            pass
+        copies = list(sampler.decoder.parameters())
+    return {
+        "peak": tracker.get_tracker_snapshot("peak")[world.device]["Total"],
+        "shards": sum(p.to_local().nbytes for p in model.parameters()),
+        "copy": sum(p.nbytes for p in copies),
+        "dtypes": sorted({str(p.dtype) for p in copies}),
+        "sharded": still_sharded,
+        "waits": dict(seen.waits),
+    }
 
 
 def flash_attn_package() -> dict:
