@@ -267,7 +267,7 @@ class Sampler:
         CPU if they fit). kv_gb: KV memory, by default 80% of the free GPU memory. sync_every:
         decode steps between two looks of the host (8 on CUDA, 1 on CPU). prefill_tokens: prompt
         tokens a prefill pass. min_rows: pad smaller batches; from 16 rows on, CPU matrix products
-        give a row the same bits in every batch. Takes no memory yet, so `model` may still be sharded."""
+        give a row the same bits in every batch. Takes no memory yet."""
         if slots is not None and slots < 1:
             raise ValueError(f"slots {slots}: must be at least 1")
         self.model, self.config, self.max_len = model, model.config, max_len
@@ -324,7 +324,7 @@ class Sampler:
             self.blocks = fuse(self.decoder.model.layers)
 
     def _load_weights(self) -> None:
-        """The weights for this call: those that are held, or the model's where it is not sharded."""
+        """The weights for a call: those that are held, or the model's where it is whole."""
         weight = self.model.model.embed_tokens.weight
         if isinstance(weight, DTensor) and not (self.held and self.copies):
             raise ValueError("the model is sharded: sample inside `with sampler.weights():`")

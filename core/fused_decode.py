@@ -1,4 +1,4 @@
-"""The decoder's step for one new token a sequence with half the kernels, for a GPU.
+"""The decoder's step for one new token a sequence with a third of the kernels, for a GPU.
 
     blocks = fuse(decoder)        # q, k, v and gate, up become one matrix each; their parameters
                                   # become views of it, so that weights are still filled by name
@@ -6,8 +6,8 @@
 
 At a few hundred sequences a kernel that does nothing but a norm or a rotation takes as long to
 start as to run, so what lies between two matrix products is compiled into one kernel: residual and
-norm; rotation, with the heads' norms of Qwen3; SwiGLU. The compiler keeps bf16 sums in fp32 inside such a
-kernel. TORCH_COMPILE_DISABLE=1 in the environment turns it off.
+norm; rotation, with the heads' norms of Qwen3; SwiGLU. The compiler keeps intermediate values of
+such a kernel in fp32. TORCH_COMPILE_DISABLE=1 in the environment turns it off.
 
 Shapes: B sequences, C hidden size, Hq / Hkv heads, D head size, I MLP size.
 """
