@@ -114,7 +114,7 @@ class Config:
     lora_rank: int = GOAL(0, "train LoRA adapters of this rank; 0: all weights", ge=0)
     lora_alpha: float = GOAL(32.0, "adapters count alpha / rank times", gt=0)
     lora_targets: Literal["all-linear", "attention", "mlp"] = GOAL("all-linear", "where")
-    adapter: str = GOAL("", "PEFT adapter to start from")
+    adapter: str = GOAL("", "PEFT adapter to start from; the KL term is to --model without it")
     overlong_masking: bool = GOAL(False, "leave truncated samples out of the loss")
     overlong_buffer: int = GOAL(
         0, "reward falls to -1 over this many tokens before the limit (DAPO); 0: off", ge=0
@@ -298,19 +298,21 @@ def update(
     """One optimizer step on `batches`, this rank's share of `samples`. Returns sums of metrics over
     the update's tokens on all ranks, and whether the step was taken (the loss was finite)."""
     tokens = sum(int(s.mask.sum()) for s in samples)
-    sums, most, differences = [], [torch.zeros(2)], {}
+    sums, most, means = [], [torch.zeros(2, device=world.device)], []
     for b in (b.to(world.device) for b in batches):
         logprobs, entropy = score(model, b, c, entropy=True)
         loss, m = grpo_loss(logprobs, entropy, b, tokens, len(samples), c)
         (loss * world.size).backward()  # FSDP averages over ranks
         sums.append(torch.stack([loss.detach(), *(v.sum() for v in m.values())]).double())
         if len(difference := m["sampling/logp_difference_mean"]):
-            most.append(torch.stack([difference.max(), (m["ratio"] - 1).abs().max()]).cpu())
+            most.append(torch.stack([difference.max(), (m["ratio"] - 1).abs().max()]))
             total = difference.new_zeros(len(b.samples)).index_add(0, b.sequence, difference)
-            differences |= zip(b.samples, (total / b.counts).tolist())
+            means.append((b.samples, total / b.counts))
+    # read only now: between micro-batches the GPU would run dry
     metrics = dict(zip(["loss", *m], all_sum(*torch.stack(sums).sum(0).tolist())))
     most = all_max(*torch.stack(most).amax(0).tolist())
-    for part in all_gather_objects(differences):  # rank 0 writes every sample's to disk
+    mine = {i: v for chosen, of in means for i, v in zip(chosen, of.tolist())}
+    for part in all_gather_objects(mine):  # rank 0 writes every sample's to disk
         for i, value in part.items():
             samples[i].logp_difference = value
     norm, stepped = optim.guarded_step(
@@ -486,7 +488,9 @@ def begin(c: Config, run: Run, model_dir: Path, model, optimizer, total: int, wo
     hashes, root = hash_files(c.data) if world.is_main else {}, run.out / "checkpoints"
     at = resume(root, c.resume, model, optimizer, world, hashes)
     at = at or {"step": 0, "cursor": 0, "bad_steps": 0, "bad_in_a_row": 0}
-    exports = 1 + bool(c.eval_data) + (total // c.export_every if c.export_every else 0)
+    exports = 1 + bool(c.eval_data)
+    if c.export_every:
+        exports += total // c.export_every - at["step"] // c.export_every
     exports *= sum(f.stat().st_size for f in model_dir.glob("*.safetensors"))
     copies = c.keep_last + 1 if c.save_every else 1
     require_space(root, model, optimizer, world, copies=copies, export_bytes=exports)
@@ -530,13 +534,13 @@ def train(c: Config) -> int:
 
     with grader:
         for step in range(at["step"], total + 1):
+            optim.move_states(optimizer, "cpu" if c.offload_optimizer else world.device)
             if held_out and (step == total or step % c.eval_every == 0):
                 evaluate(sample, held_out, step, c, run, export)
             if step == total:
                 break
             begun = time.perf_counter()
             seconds.clear()
-            optim.move_states(optimizer, "cpu" if c.offload_optimizer else world.device)
             samples, prompts, cursor = sample_step(sample, problems, at["cursor"], c)
             coming = next_problems(problems, range(cursor, cursor + c.prompts), c.seed)
             loader.announce([p.get("images") or [] for p in coming])

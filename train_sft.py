@@ -122,10 +122,6 @@ class Config:
         check_installed(self.report_to)
         self.lora = LoRA.from_flags(self)
         self.lr = self.lr or (1e-4 if self.lora else 1e-5)
-        if self.lora and self.train_vision:
-            raise ValueError(
-                "--train_vision: LoRA trains the language model; leave one of them out"
-            )
         if self.plan_ranks and not self.plan:
             raise ValueError("--plan_ranks: only with --plan, which starts nothing")
         pairs = [("pack_len", "max_len"), ("batch_tokens", "pack_len"), ("micro_tokens", "max_len")]
@@ -224,7 +220,7 @@ def make_plan(config: Config, world: World) -> Plan:
     with rank0_first(world):
         data, _ = tokenize(config.data, model_dir)
         val = tokenize(config.val_data, model_dir)[0] if config.val_data else None
-    with_images = config.train_vision or data.has_images
+    with_images = config.train_vision or data.has_images or bool(val and val.has_images)
     images = ImageConfig.from_dir(model_dir) if with_images else None
     steps, steps_per_epoch = plan_steps(data.lengths, config)
     with torch.device("meta"):
@@ -317,7 +313,8 @@ def main_run(config: Config) -> int:
         len(plan.steps),
         sum(f.stat().st_size for f in plan.model_dir.glob("*.safetensors")),
     )
-    exports = 1 + (total // config.export_every if config.export_every else 0)
+    exports, each = 1, config.export_every
+    exports += total // each - at["step"] // each if each else 0
     copies = min(config.keep_last + 1, 1 + (total // config.save_every if config.save_every else 0))
     require_space(root, model, optimizer, world, copies=copies, export_bytes=exports * size)
     facts = {

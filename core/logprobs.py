@@ -70,14 +70,18 @@ class ChunkedLogProbs(torch.autograd.Function):
                 entropies[s] = lse[s] - p.mul_(logits).sum(-1)  # H = lse - E[logit]
         ctx.save_for_backward(hidden, weight, targets, lse, entropies)
         ctx.options = temperature, with_entropy, banned_ids, chunk
+        ctx.set_materialize_grads(False)  # None, not zeros, where no loss depends on an output
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, d_logprobs, d_entropies):
         hidden, weight, targets, lse, entropies = ctx.saved_tensors
         temperature, with_entropy, banned_ids, chunk = ctx.options
-        d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        with_entropy = with_entropy and d_entropies is not None
+        d_logprobs = torch.zeros_like(lse) if d_logprobs is None else d_logprobs
+        d_hidden, d_weight = torch.zeros_like(hidden), None
+        if ctx.needs_input_grad[1]:  # with LoRA it is not: 2.2 GB at the 7B
+            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for s in _slices(len(targets), chunk):
             # ∂logp[y]/∂z = onehot(y) - p;  ∂H/∂z = -p (log p + H)
             # in place, since a chunk of logits is the largest tensor
@@ -93,9 +97,9 @@ class ChunkedLogProbs(torch.autograd.Function):
             d_logits.scatter_add_(1, targets[s, None], d_logprobs[s, None])
             d_logits = d_logits.div_(temperature).to(hidden.dtype)
             d_hidden[s] = d_logits @ weight
-            if ctx.needs_input_grad[1]:
+            if d_weight is not None:
                 add_weight_gradient(d_weight, d_logits, hidden[s])
-        d_weight = d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None, None
 
 

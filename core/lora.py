@@ -56,6 +56,10 @@ class LoRA:
                 raise ValueError(
                     f"--lora_rank {config.lora_rank}: {config.adapter} has rank {rank}"
                 )
+        if rank and config.train_vision:
+            raise ValueError(
+                "--train_vision: LoRA trains the language model; leave one of them out"
+            )
         return LoRA(rank, alpha, config.lora_targets, config.seed, config.adapter) if rank else None
 
 

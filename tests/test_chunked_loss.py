@@ -90,3 +90,19 @@ def test_bf16_weight_gradient_is_summed_in_fp32(monkeypatch, chunks):
     assert (d_hidden - h.grad).norm() <= 2e-2 * h.grad.norm() and (
         d_weight - w.grad
     ).norm() <= 2e-2 * w.grad.norm()
+
+
+def test_only_gradients_that_are_asked_for_are_computed(monkeypatch):
+    """GRPO logs the entropy of every token, but its loss seldom holds it: the weight's gradient is
+    then the one without entropy, bit for bit. With LoRA the head is frozen: no (V, C) buffer."""
+    hidden, weight, targets = inputs(torch.float32)
+    plain, made, zeros = ours(hidden, weight, targets.clamp(min=0), 9), [], torch.zeros
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    monkeypatch.setattr(torch.Tensor, "exp", None)  # its first use is the gradient of the entropy
+    both = ChunkedLogProbs.apply(h, w, targets.clamp(min=0), 1.0, True, None, 9)
+    (-both[0].sum()).backward()
+    assert torch.equal(h.grad, plain[1]) and torch.equal(w.grad, plain[2])
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: (made.append(a[0]), zeros(*a, **k))[1])
+    frozen = ChunkedLogProbs.apply(h, weight, targets.clamp(min=0), 1.0, False, None, 9)
+    frozen[0].sum().backward()
+    assert weight.shape not in made

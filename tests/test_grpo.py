@@ -1,5 +1,6 @@
 """train_grpo.py as a whole: one gradient however the work is split, exactly on-policy, equal to TRL, learns, survives."""
 
+import dataclasses
 import json
 import random
 from types import SimpleNamespace
@@ -220,6 +221,71 @@ def test_nothing_to_train_on_is_no_update(model, world):
     set_advantages([], c)
 
 
+def test_an_update_reads_nothing_back_between_micro_batches(world, monkeypatch):
+    """On a GPU a value read waits for all kernels in the queue, and the next forward starts late."""
+    events, names = [], ("item", "tolist", "cpu", "numpy")
+    weight = torch.zeros((), requires_grad=True)
+
+    def made_up_scores(model, b, c, entropy):
+        events.append("forward")
+        return weight - b.sampler_logprobs, b.sampler_logprobs
+
+    def watched(name, plain):
+        return lambda t, *a: (events.append(name), plain(t, *a))[1]
+
+    prompts, samples = made_up()
+    c = config(micro_tokens=60, kl_coef=0)
+    set_advantages(samples, c)
+    batches = batches_of(trainable(samples, c), prompts, c, world)
+    for name in names:
+        monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+    monkeypatch.setattr(train_grpo, "score", made_up_scores)
+    monkeypatch.setattr(train_grpo.optim, "guarded_step", lambda *_, **__: (0.0, True))
+    train_grpo.update(None, None, batches, trainable(samples, c), 1e-6, c, world)
+    assert len(batches) > 2 and events[: len(batches)] == ["forward"] * len(batches)
+    assert all(s.logp_difference is not None for s in trainable(samples, c))
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """train_grpo.train in this process, which keeps its signal handlers and garbage collector."""
+    monkeypatch.setattr(train_grpo, "StopRequest", lambda: SimpleNamespace(requested=False))
+    monkeypatch.setattr(train_grpo, "quiet_garbage_collection", lambda: None)
+    monkeypatch.setattr("core.run._current", None)
+
+
+def test_moments_are_in_host_memory_whenever_samples_are_drawn(tmp_path, in_process, monkeypatch):
+    """Evaluation too: with the moments on the GPU it would find room for fewer slots, and the
+    rollouts after it would keep these."""
+    model_dir, data = make_model(tmp_path / "m"), write_problems(tmp_path / "p.jsonl", n=1)
+    at, places, draw = ["start"], [], train_grpo.sample_on_ranks
+    move = lambda _, place: at.append(place if place == "cpu" else "device")  # noqa: E731
+    monkeypatch.setattr(train_grpo.optim, "move_states", move)
+    monkeypatch.setattr(
+        train_grpo, "sample_on_ranks", lambda *a: (places.append(at[-1]), draw(*a))[1]
+    )
+    monkeypatch.setattr(train_grpo, "train_on", lambda *_: (at.append("train"), ({}, True))[1])
+    c = Config(str(model_dir), [str(data)], str(tmp_path / "o"), [str(data)], device="cpu")
+    c = dataclasses.replace(c, offload_optimizer=True, kl_coef=0, steps=2, prompts=1, group=2)
+    c = dataclasses.replace(c, max_new_tokens=2, prompt_style="plain", eval_every=1, graders=1)
+    assert train_grpo.train(c) == 0
+    assert places == ["cpu"] * 5, "three evaluations, two steps"
+
+
+def test_a_resumed_run_asks_for_the_room_of_exports_to_come(tmp_path, world, monkeypatch):
+    """Counted in full again, a run that filled its disk as planned could not go on."""
+    asked, stood = [], {"step": 90, "cursor": 9, "bad_steps": 0, "bad_in_a_row": 0}
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr(train_grpo, "resume", lambda *_: dict(stood))
+    monkeypatch.setattr(
+        train_grpo, "require_space", lambda *_, export_bytes, **__: asked.append(export_bytes)
+    )
+    run = SimpleNamespace(out=tmp_path, start=lambda *_: None, progress=lambda *_: None)
+    c = config(export_every=10)
+    train_grpo.begin(c, run, tmp_path, None, None, 100, world)
+    assert asked == [2 * 1000], "steps 100 and final"
+
+
 def test_an_empty_micro_batch_has_loss_zero_and_finite_gradients(model, world):
     """A rank that has no samples must still call backward, or the others wait for it for ever."""
     for kind in ("ppo_clip", "gspo", "cispo"):
@@ -299,6 +365,7 @@ def test_updates_share_the_groups_and_see_each_sample_once(model, world, monkeyp
         (dict(updates=3), "--updates"),
         (dict(tis_cap=2.0, old_logprobs="sampler"), "already corrects"),
         (dict(overlong_buffer=5000), "overlong"),
+        (dict(lora_rank=4, train_vision=True), "--train_vision"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(flags, named):
