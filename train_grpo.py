@@ -526,7 +526,7 @@ def train(c: Config) -> int:
     quiet_garbage_collection()
 
     def sample(problems: list[dict], salts: list[int], **changes):
-        """Graded samples and prompts, the same on every rank; id and salt seed a problem's."""
+        """Graded samples of the weights as they are now, and prompts; the same on every rank."""
         prompts = render(problems, tokenizer, images, loader, c.prompt_style, seconds)
         seeds = [problem_seed(p, salt) for p, salt in zip(problems, salts)]
         engine, how = (sampler, grader, tokenizer), replace(params, **changes)
