@@ -70,11 +70,9 @@ def _settle(problem: dict, text: str, reason: str, how: dict) -> Reward | tuple[
         if "length" in reason and not how.get("lenient"):
             return _failed("cut at the length limit", "truncated", answer and answer.text)
         if answer is None:
-            unclosed = extraction.after_thought(text, how.get("open_thought", False)) is None
-            where = (
-                "the thought is never closed" if unclosed else "no answer in the place asked for"
-            )
-            return _failed(where, "no_answer")
+            closed = extraction.after_thought(text, how.get("open_thought", False)) is not None
+            why = "no answer in the place asked for" if closed else "the thought is never closed"
+            return _failed(why, "no_answer")
         if kind == "choice":
             return _verdict(answer.text == golds[0], answer.text)
         return _settle_value(problem, answer.text, golds)
