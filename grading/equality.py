@@ -34,7 +34,7 @@ _TOKEN = re.compile(r"\\(?:begin|end)\{[a-z*]+\}|\\[a-zA-Z]+|\\.|.", re.S)
 _TURNED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne", "=": "="}
 _LETTER = re.compile(r"[a-zA-Z]|\\(?!infty)[a-z]+")
 _NAME = re.compile(  # what may stand left of "=": x, x_1, f(x), AB, (p,q), \angle ABC, S_{ABC}
-    r"(?:\\(?:angle|triangle|overline|text|frac|max|min|det|tan|sin|cos|alpha|beta|gamma|theta|lambda)"
+    r"(?:\\(?:angle|triangle|text|frac|max|min|tan|sin|cos|alpha|beta|gamma|theta|lambda)"
     r"(?![a-z])|[A-Za-z](?:_(?:\{[^{}]*\}|\w))?|[(){}|,:'/ ])+"
 )
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])(?:[a-df-hj-zA-Z](?![a-zA-Z])|[a-z]{2,})|\\theta|\\lambda")
@@ -58,7 +58,7 @@ def split(text: str, separators) -> tuple[list[str], list[str]]:
 
 
 def tidy(text: str) -> str:
-    r"""Without what adds nothing: `(5)` → `5`, `x\in A` → `A`, `\{x | x>2\}` → `x>2`, `\text{a}`."""
+    r"""Without what adds nothing: `(5)` → `5`, `x\in A` → `A`, `\{x | x>2\}` → `x>2`."""
     text = re.sub(r"^[a-zA-Z] ?\\in(?![a-z])", "", text).strip()
     text = re.sub(r"^\\\{ ?[a-z] ?(?:\\in ?[^|:]*)?[|:] ?(.*)\\\}$", r"\1", text)
     text = re.sub(r"^\\text\{ *([^{}]*?)[ .]*\}$", r"\1", text)
@@ -154,7 +154,7 @@ def match_unordered(pred: list, gold: list, leaf) -> bool | None:
 
 
 def compare(pred: str, gold: str, leaf) -> bool | None:
-    """Two normalised texts; `leaf(pred, gold)` settles two scalars or equations. None: undecided."""
+    """Two normalised texts; `leaf(pred, gold)` settles scalars and equations. None: undecided."""
     p, g = tidy(pred), tidy(gold)
     if squash(p) == squash(g):
         return True
@@ -214,13 +214,14 @@ def _compare_equalities(pred: str, gold: str, leaf) -> bool | None:
     if len(members) > 1 and all(re.fullmatch(r"-?\d+\.?\d*", m) for m in members):
         return False  # 1.0=1 states nothing
     for number in filter(None, map(read_number, rough)):
-        if (goal := read_number(target)) and abs(number.value / goal.value - 1) * 100 > 1:
+        goal = read_number(target) or number
+        if abs(number.value - goal.value) * 100 > abs(goal.value):
             return False
     return all_of(compare(m, target, leaf) for m in members)
 
 
 def _elements(text: str) -> tuple[list[str], str, bool]:
-    r"""Elements, brackets, and are all of them named? `n = 1, 2` names the list, `1\pm 2` is two."""
+    r"""Elements, brackets, are all named? `n = 1, 2` names the whole list, `1\pm 2` is two."""
     items, brackets = collection(text)
     names = [named(i)[0] for i in items]
     if not brackets and names[0] and not any(names[1:]):
@@ -232,7 +233,7 @@ def _elements(text: str) -> tuple[list[str], str, bool]:
 
 
 def _compare_collections(pred: str, gold: str, leaf) -> bool | None:
-    """Lists and sets are unordered, tuples and intervals ordered; named values may stand for both."""
+    """Lists and sets are unordered, tuples and intervals ordered, named values either."""
     (p, left, names), (g, right, others) = _elements(pred), _elements(gold)
     if len(p) != len(g):
         return False
