@@ -378,14 +378,16 @@ class Sampler:
         *,
         sample_ids: Sequence[int] | None = None,
         on_finish: Callable[[Completion], None] | None = None,
+        on_step: Callable[[], None] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
         """params.n completions of each prompt, ordered by (prompt, sample).
 
         sample_ids: a number a prompt that, with the seed and the sample's index, decides its random
         numbers; by default its index in this call. on_finish: called as soon as the host sees
-        that a completion ended. Uses the model's weights as they are now. Raises ValueError for
-        what can't work before computing anything. On Ctrl-C and when memory runs out, the
+        that a completion ended; on_step: each time it looks (`slots` holds all tokens so far). Uses
+        the model's weights as they are now. Raises ValueError for what can't work before
+        computing anything. On Ctrl-C and when memory runs out, the
         exception's `completions` holds the finished ones.
         """
         self.sample_ids = range(len(prompts)) if sample_ids is None else sample_ids
@@ -410,6 +412,8 @@ class Sampler:
                 start = time.perf_counter()
                 for _ in range(self.sync_every or (8 if self.device.type == "cuda" else 1)):
                     self._step()
+                if on_step is not None:
+                    on_step()
                 ended = self._collect()
                 self.stats["decode_seconds"] += time.perf_counter() - start
                 bar.update(len(ended))
