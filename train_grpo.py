@@ -172,6 +172,8 @@ class Config:
             raise ValueError(f"--prompts {self.prompts}: no multiple of --updates {self.updates}")
         if self.tis_cap and self.old_logprobs == "sampler":
             raise ValueError("--tis_cap with --old_logprobs sampler: the ratio already corrects")
+        if self.eval_n and not self.eval_data:
+            raise ValueError("--eval_n: needs --eval_data, the problems to evaluate on")
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError("--overlong_buffer: longer than --max_new_tokens")
 

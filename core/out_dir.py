@@ -180,7 +180,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def write_json(file: Path, value: dict) -> None:

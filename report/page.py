@@ -353,6 +353,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if out.is_dir():
             raise ValueError(f"--out {out}: a directory; name a file, as {out / 'report.html'}")
+        if out.suffix.lower() not in (".html", ".htm"):  # a slip would overwrite a run's file
+            raise ValueError(f"--out {out}: the page is HTML; name it {out.stem}.html")
         runs = [load_run(name, path) for name, path in find_runs(args.runs)]
         if args.figure:
             save_figure(runs, Path(args.figure))

@@ -11,6 +11,7 @@ from test_model import text_stream
 from core.checkpoint import load_state, newest_state, require_space, resume, save_state, state_bytes
 from core.lora import LoRA
 from core.optim import adamw, guarded_step
+from core.out_dir import gb
 from model import build_model
 
 
@@ -178,3 +179,8 @@ def test_a_checkpoint_with_other_trained_weights_is_a_clear_error(
     for folder, state in ((full, lora[0]), (small, lora[1]), (small, training)):
         with pytest.raises(ValueError, match="does not fit this run .*--lora_rank"):
             load_state(folder, *state)
+
+
+def test_small_sizes_are_not_told_as_nothing():
+    """On a full disk: `needs 0.0 GB, 0.0 GB are free`."""
+    assert (gb(91_400_000_000), gb(5_000_000)) == ("91.4 GB", "5.0 MB")

@@ -366,6 +366,7 @@ def test_updates_share_the_groups_and_see_each_sample_once(model, world, monkeyp
         (dict(tis_cap=2.0, old_logprobs="sampler"), "already corrects"),
         (dict(overlong_buffer=5000), "overlong"),
         (dict(lora_rank=4, train_vision=True), "--train_vision"),
+        (dict(eval_n=4), "needs --eval_data"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(flags, named):

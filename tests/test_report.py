@@ -471,6 +471,16 @@ def test_out_that_is_a_directory_is_one_line(tmp_path, capsys):
     assert e.value.code == 2 and "a directory; name a file" in capsys.readouterr().err
 
 
+def test_out_that_is_no_page_is_refused(tmp_path, capsys):
+    """--out RUN/metrics.jsonl overwrote the run's metrics with the page."""
+    run = grpo_run(tmp_path / "r")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as e:
+        report.main([str(run), "--out", str(run / "metrics.jsonl")])
+    assert e.value.code == 2 and "name it metrics.html" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 def test_thinned_curves_keep_their_mean_and_range(monkeypatch):
     """Drawing each n-th step would hide the spikes that people look for."""
     monkeypatch.setattr(report, "POINTS", 2)

@@ -73,7 +73,10 @@ def export(checkpoint: Path, out: Path, model_dir: Path | None = None) -> None:
     weights = StoredWeights(checkpoint, WeightFiles(model_dir), settings)
     with torch.device("meta"):
         model = Model(ModelConfig.from_dir(model_dir), with_vision=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--out {out}: cannot be written ({e.strerror})") from None
     export_hf(model, model_dir, out, init("cpu"), weights=weights)
 
 

@@ -109,6 +109,15 @@ class Config:
     )
     kv_gb: float = option(20.0, "with --grpo: GB of KV cache", gt=0)
 
+    def __post_init__(self):
+        if self.ranks % self.replicas:
+            raise ValueError(f"--replicas {self.replicas} does not divide --ranks {self.ranks}")
+        if self.kv_gb != 20 and not self.grpo:
+            raise ValueError("--kv_gb: only with --grpo, which samples")
+        if self.model not in PUBLISHED and not Path(self.model).exists():
+            names = ", ".join(PUBLISHED)
+            raise ValueError(f"--model {self.model}: no such directory, and none of {names}")
+
 
 def main(argv: list[str] | None = None) -> None:
     with exit_on_value_error():
