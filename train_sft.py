@@ -374,7 +374,7 @@ def train(config, plan: Plan, model: Model, optimizer, at: dict, run: Run, world
         if stopping or in_a_row >= config.max_bad_steps or due(config.save_every, i + 1):
             root, files = run.out / "checkpoints", {" ".join(config.data): data.data_hash}
             save_state(root, i + 1, model, optimizer, at, world, config.keep_last, files)
-            gc.collect()
+        gc.collect(0)  # what this step left behind; automatic collection is off
         if in_a_row >= config.max_bad_steps:
             raise ValueError(
                 f"loss or gradient was not finite in {in_a_row} steps in a row (now step {i + 1}); "

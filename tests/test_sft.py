@@ -371,6 +371,24 @@ def test_no_tensor_waits_for_the_garbage_collector(inputs, sft, monkeypatch, tmp
     assert not found
 
 
+def test_what_a_step_leaves_behind_is_collected_after_it(sft, monkeypatch, tmp_path):
+    """Selective checkpointing leaves cycles without tensors, at the 7B 47,000 objects a step and
+    rank: collected only when saving, they took gigabytes, and with --save_every 0 all memory."""
+    left, calls, real = [], [], train_sft.accumulate_gradients
+
+    def step(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            left.append(gc.collect())
+        return real(*args)
+
+    monkeypatch.setattr(train_sft, "accumulate_gradients", step)
+    flags = "--checkpointing", "matmul", "--save_every", 0
+    assert sft("--steps", 6, *flags, "--out", tmp_path / "o")[0] == 0
+    print("unreachable objects after five steps:", left)
+    assert left[0] < 300
+
+
 # ----------------------------------------------------------------------------------------- mistakes
 def conversation(content="answer", role="assistant", **more):
     return json.dumps(
