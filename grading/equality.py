@@ -248,6 +248,7 @@ def undecided(pred: str, gold: str) -> None:
     """The leaf of `quick_equal`."""
 
 
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _OPTION = re.compile(r"(?:\\text\{ ?)?\(([A-H])\) ?\}?\s*((?!.*\([A-H]\)).*)", re.S)
 
 
@@ -260,6 +261,8 @@ def _equal(pred: str, gold: str, leaf) -> bool | None:
     golds, letter = [g], _OPTION.fullmatch(p)
     if m := _OPTION.fullmatch(g):  # the gold (D) \ 13 may be met by its letter or by its value
         golds = [g, m[1], *([m[2].strip()] if m[2].strip() else [])]
+    if tidy(g) in NUMBER_WORDS:  # golds of MATH; nobody answers a number in words
+        golds.append(str(NUMBER_WORDS.index(tidy(g))))
     if letter and any(re.fullmatch("[A-H]", t) for t in golds):
         p = letter[1]
     if squash(p) in map(squash, golds):

@@ -90,6 +90,7 @@ x\approx 3.14 ~ 3.14
 x<2 \text{ or } x>3 ~ (-\infty,2)\cup(3,\infty)
 x = 1,023 ~ 1023
 3:2 ~ 3/2
+4 ~ \mbox{four}
 """
 UNEQUAL = r"""
 0.333 ~ 1/3
@@ -165,12 +166,12 @@ KNOWN_MISSES = r"""
 3,14 ~ 3.14
 |z| \le 1 ~ [-1,1]
 |x| < \sqrt{3} ~ (-\sqrt{3}, \sqrt{3})
-4 ~ \mbox{four}
 ]2, \infty[ ~ (2,\infty)
 204_{\text{five}} ~ 204_5
 4 to 1 ~ 4:1
 0.\overline{3} ~ \frac{1}{3}
 0.1\overline{6} ~ \frac16
+[5,-5,-6] ~ (5,-5,-6)
 """
 
 
