@@ -356,3 +356,9 @@ def test_image_form_of_the_conversations_says_the_same(world_dir):
             assert solve(line) in range(10) and width == world.CELL * len(line)
         else:
             assert asked == shown
+
+
+def test_data_for_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file: cannot be written .Not a directory"):
+        world.write_data(world.DataConfig(out=str(tmp_path / "file")))

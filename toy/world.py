@@ -320,7 +320,10 @@ def write_data(config: DataConfig) -> None:
     """sft.jsonl, sft_direct.jsonl (the same without thoughts), rl.jsonl, test_TASK.jsonl with img/;
     with --images also sft_images.jsonl."""
     out = Path(config.out)
-    (out / "img").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "img").mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--out {out}: cannot be written ({e.strerror})") from None
     write_jsonl(out / "sft.jsonl", conversations(config))
     write_jsonl(out / "sft_direct.jsonl", conversations(config, thoughts=False))
     if config.images:
