@@ -65,6 +65,8 @@ from data import (
 from model import Model, build_model, resolve_model_dir
 from rewards import RULES, Grader
 from sampler import Sampler, SamplingParams
+from scoring.metrics import accuracy, accuracy_by
+from scoring.stats import Interval
 
 DATA, GOAL, SAMPLE, OPTIM, MEMORY, RUN = (
     partial(option, group=g)
@@ -423,13 +425,20 @@ def evaluate(
         return
     salts = [-1] * len(problems)
     greedy, _ = sample(problems, salts, n=1, temperature=0.0)
-    result = {"step": step, "n": len(problems), "greedy": mean(s.reward for s in greedy)}
+    rewards = [[s.reward] for s in greedy]
+    tasks = accuracy_by("task", problems, rewards) if len({p["task"] for p in problems}) > 1 else {}
+    result = {"step": step, **greedy_score(accuracy(problems, rewards))}
     result["truncated"] = mean(s.truncated for s in greedy)
+    result["tasks"] = {task: greedy_score(interval) for task, interval in tasks.items()}
     if c.eval_n:
         several, _ = sample(problems, salts, n=c.eval_n)
         result[f"avg@{c.eval_n}"] = mean(s.reward for s in several)
     run.keep_best(step, result["greedy"], export)
     run.log_evaluation(result)
+
+
+def greedy_score(e: Interval) -> dict:
+    return {"n": e.n, "greedy": e.mean, "low": e.low, "high": e.high}
 
 
 # --------------------------------------------------------------------------------------- the run
@@ -495,14 +504,14 @@ def begin(c: Config, run: Run, model_dir: Path, model, optimizer, total: int, wo
         exports += total // c.export_every - at["step"] // c.export_every
     exports *= sum(f.stat().st_size for f in model_dir.glob("*.safetensors"))
     copies = c.keep_last + 1 if c.save_every else 1
-    require_space(root, model, optimizer, world, copies=copies, export_bytes=exports)
+    disk = require_space(root, model, optimizer, world, copies=copies, export_bytes=exports)
     if world.is_main:  # of steps that will be done again
         for file in (run.out / "rollouts").glob("step_*.jsonl"):
             if int(file.stem[5:]) > at["step"]:
                 file.unlink()
     facts = {"data": hashes | hash_files(c.eval_data), "model": str(model_dir)}
     facts["attention"] = attention.backend(world.device, torch.bfloat16)
-    run.progress(total, at["step"])
+    run.progress(total, at["step"], disk)
     run.start(header(world_size=world.size, **facts), at["step"])
     return at, hashes
 
@@ -569,8 +578,7 @@ def train(c: Config) -> int:
             seconds["step_time"] = time.perf_counter() - begun
             metrics |= new | grpo_speed(metrics["tokens"], prompts, seconds)
             run.log(metrics | {"bad_steps": at["bad_steps"]})
-            run.say(describe_grpo_step(metrics, total, at["bad_steps"]))
-            run.advance()
+            run.step_done(metrics, describe_grpo_step(metrics, total, at["bad_steps"]))
             last, stopping = step + 1 == total, all_any(stop.requested)
             due = c.save_every and (step + 1) % c.save_every == 0
             if last or stopping or due or bad >= c.max_bad_steps:

@@ -316,7 +316,8 @@ def main_run(config: Config) -> int:
     exports, each = 1, config.export_every
     exports += total // each - at["step"] // each if each else 0
     copies = min(config.keep_last + 1, 1 + (total // config.save_every if config.save_every else 0))
-    require_space(root, model, optimizer, world, copies=copies, export_bytes=exports * size)
+    more = dict(copies=copies, export_bytes=exports * size)
+    disk = require_space(root, model, optimizer, world, **more)
     facts = {
         "world_size": world.size,
         "model": str(plan.model_dir),
@@ -325,7 +326,7 @@ def main_run(config: Config) -> int:
         "checkpointing": plan.setting.checkpointing,
         "micro_tokens": plan.setting.tokens,
     }
-    run.progress(total, at["step"])
+    run.progress(total, at["step"], disk)
     run.start(header(**facts) if world.is_main else {}, at["step"])
     return train(config, plan, model, optimizer, at, run, world)
 
@@ -369,8 +370,7 @@ def train(config, plan: Plan, model: Model, optimizer, at: dict, run: Run, world
             **speed(model.config, streams, seconds, waited, world),
         }
         run.log(metrics)
-        run.say(describe_step(metrics, total))
-        run.advance()
+        run.step_done(metrics, describe_step(metrics, total))
         if stopping or in_a_row >= config.max_bad_steps or due(config.save_every, i + 1):
             root, files = run.out / "checkpoints", {" ".join(config.data): data.data_hash}
             save_state(root, i + 1, model, optimizer, at, world, config.keep_last, files)

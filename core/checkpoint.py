@@ -230,8 +230,9 @@ def require_space(
     *,
     copies: int,
     export_bytes: int,
-) -> None:
-    """Raise ValueError unless the disk has room for what a run will save. Collective.
+) -> str:
+    """Raise ValueError unless the disk has room for what a run will save, which is returned in
+    words. Collective.
 
     copies: checkpoints at a time (keep_last + 1: the new one is written before the oldest goes);
     those already there are not counted again. export_bytes: of all model directories to come.
@@ -239,9 +240,10 @@ def require_space(
     """
     size = state_bytes(model, optimizer)
 
-    def check() -> None:
+    def check() -> str:
         missing = max(0, copies - len(_state_dirs(Path(root))))
-        what = f"this run ({missing} × {gb(size)} of checkpoints, {gb(export_bytes)} of exports)"
-        require_free(Path(root), missing * size + export_bytes, what)
+        what = f"{missing} × {gb(size)} of checkpoints, {gb(export_bytes)} of exports"
+        require_free(Path(root), missing * size + export_bytes, f"this run ({what})")
+        return what
 
-    from_rank0(world, check)
+    return from_rank0(world, check)

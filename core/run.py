@@ -32,7 +32,7 @@ import torch
 from core.options import exit_on_value_error as exit_on_value_error
 from core.options import option as option
 from core.options import parse_config as parse_config
-from core.out_dir import assert_shared, claim, write_json
+from core.out_dir import assert_shared, claim, free_bytes, gb, write_json
 from core.parallel import World, from_rank0, shutdown
 from core.samples import Sample, write_samples
 from core.trackers import Tracker
@@ -169,8 +169,15 @@ class Run:
     def log_evaluation(self, results: dict) -> None:
         """Append an evaluation during training to eval.jsonl and print it."""
         self.log(results, "eval")
-        parts = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in results.items())
-        self.say(" | ".join(parts))
+        tasks = results.get("tasks", {})
+        for name, row in [("", results), *tasks.items()]:
+            numbers = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()}
+            if "low" in row:
+                numbers["greedy"] += f" [{numbers.pop('low')}, {numbers.pop('high')}]"
+            numbers.pop("tasks", None)
+            self.say(
+                " | ".join([f"  {name}"] * bool(name) + [f"{k} {v}" for k, v in numbers.items()])
+            )
 
     def log_skipped(self, kind: str, faults: list[str]) -> None:
         """Write every bad row that is left out to bad_rows_KIND.txt, and print the first."""
@@ -218,23 +225,52 @@ class Run:
                 self.tracker.close(failed=status.startswith("failed"))
                 self.tracker = None
 
-    def progress(self, total: int, done: int) -> None:
-        """Show a progress bar when a person is watching. Raises ValueError when more than `total`
-        steps are done: the result would not be that of `total`."""
+    def progress(self, total: int, done: int, disk: str = "") -> None:
+        """Begin the clock of `step_done`; show a progress bar when a person is watching. disk: what
+        the run will save. Raises ValueError when more than `total` steps are done: the result would
+        not be that of `total`."""
         if done > total:
             raise ValueError(
                 f"the checkpoint is of step {done}, this run has {total}: raise --steps or "
                 f"--epochs, or export an earlier one with `python -m tools.export`"
             )
+        self.total, self.done, self.disk, self.begun = total, done, disk, time.monotonic()
         if self.world.is_main and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, initial=done, dynamic_ncols=True, unit="step")
 
-    def advance(self) -> None:
-        """One step further on the progress bar."""
+    def step_done(self, metrics: dict, text: str) -> None:
+        """Say a step's metrics with the time left, at this start's mean seconds a step with all
+        that came between them; after the first step, what the whole run will take."""
+        step = metrics["step"]
+        seconds = (time.monotonic() - self.begun) / (step - self.done)
+        left = seconds * (self.total - step)
+        end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
+        self.say(f"{text} | {duration(left)} left, until {end}" if left else text)
+        if step == self.done + 1 and self.world.is_main:
+            rollouts = sum(f.stat().st_size for f in self.out.glob(f"rollouts/step_{step}.jsonl"))
+            self.say(
+                f"first step and what came before: {seconds:.1f} s, so {self.total - self.done} "
+                f"steps take about {duration(seconds * (self.total - self.done))}; peak memory "
+                f"{metrics['memory_gib']:.2f} GiB a rank; disk: {self.disk}, "
+                + (f"{rollouts / 1e6:.1f} MB of rollouts a step, " if rollouts else "")
+                + f"{gb(free_bytes(self.out))} free"
+            )
         if self.bar is not None:
             self.bar.update()
+
+
+def duration(seconds: float) -> str:
+    """45 → "45 s", 3700 → "1 h 02 min", 200000 → "2 d 07 h"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60:02d} h"
 
 
 def _has_done_a_step(out: Path) -> bool:

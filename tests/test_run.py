@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from core.out_dir import claim
-from core.run import Run, script
+from core.run import Run, duration, script
 
 
 @dataclass
@@ -241,3 +242,41 @@ def test_a_checkpoint_beyond_the_runs_end_is_refused(world, tmp_path):
     run.progress(total=4, done=4)
     with pytest.raises(ValueError, match="of step 5, this run has 4: raise --steps"):
         run.progress(total=4, done=5)
+
+
+def test_time_left_is_in_the_log_without_a_terminal(world, tmp_path, monkeypatch, capsys):
+    """Under a scheduler there is no progress bar: the step line says when the run will end, and the
+    first one what it will need."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    run = begun(tmp_path, world)
+    run.progress(total=42, done=2, disk="3 × 91.4 GB of checkpoints")
+    clock[0] += 90
+    run.step_done({"step": 3, "memory_gib": 61.5}, "step 3/42 | loss 1")
+    clock[0] += 70  # 160 s for two steps
+    run.step_done({"step": 4, "memory_gib": 61.5}, "step 4/42 | loss 1")
+    first, expected, second = capsys.readouterr().out.splitlines()[-3:]
+    assert first.startswith("step 3/42 | loss 1 | 58 min left, until ")
+    assert expected.startswith(
+        "first step and what came before: 90.0 s, so 40 steps take about 1 h"
+    )
+    assert "; peak memory 61.50 GiB a rank; disk: 3 × 91.4 GB of checkpoints, " in expected
+    assert expected.endswith(" GB free")
+    assert second.startswith("step 4/42 | loss 1 | 51 min left, until ")
+    run.progress(total=5, done=4)
+    run.step_done({"step": 5, "memory_gib": 1.0}, "last")
+    assert "last\n" in capsys.readouterr().out
+
+
+def test_durations_in_words():
+    said = {45: "45 s", 600: "10 min", 3720: "1 h 02 min", 200_000: "2 d 07 h"}
+    assert {s: duration(s) for s in said} == said
+
+
+def test_an_evaluation_is_printed_by_data_set_with_its_interval(world, tmp_path, capsys):
+    run, score = begun(tmp_path, world), {"n": 4, "greedy": 0.5, "low": 0.25, "high": 0.75}
+    run.log_evaluation({"step": 2, **score, "tasks": {"text": score}})
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "step 2 | n 4 | greedy 0.500 [0.250, 0.750]",
+        "  text | n 4 | greedy 0.500 [0.250, 0.750]",
+    ]
