@@ -1,0 +1,114 @@
+"""A model card from a run, and the command that puts OUT/final on the Hugging Face hub.
+
+    python -m tools.model_card runs/grpo --eval runs/eval/grpo_greedy runs/eval/grpo_avg5
+
+Writes OUT/final/README.md: base model, data with hashes, settings that differ from the defaults,
+results with their 95% intervals, commit and versions. Everything comes from the run's own files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from core.options import exit_on_value_error
+from scoring.tables import markdown, percent, read_result, span
+
+STAGES = {"train_sft": "supervised fine-tuning", "train_grpo": "GRPO"}
+HIDDEN = (
+    "script",
+    "out",
+    "model",
+    "data",
+    "resume",
+    "report_to",
+)  # said elsewhere, or of no effect
+
+
+def read(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{file}: cannot be read ({e}); name the --out of a training run") from e
+
+
+def results(evaluations: list[Path]) -> list[str]:
+    """A table of each evaluation's sets; how it was sampled stands above it."""
+    parts = []
+    for folder in evaluations:
+        result = read_result(folder)
+        s = result["settings"]
+        budget = s.get("think_budget")
+        how = [f"{s['samples']} sample(s) a question at temperature {s['temperature']}"]
+        how += [f"at most {s['max_new_tokens']} tokens"]
+        how += [f"thoughts ended by force after {budget}"] if budget else []
+        lines = [
+            [name, str(m["n"]), percent(m["accuracy"]), span(m)]
+            for name, m in result["sets"].items()
+        ]
+        head = [
+            "set",
+            "questions",
+            f"accuracy, % ({next(iter(result['sets'].values()))['metric']})",
+        ]
+        parts += [f"{'; '.join(how)}.", markdown([*head, "95% interval"], lines)]
+    return parts or ["Not evaluated yet: pass `--eval` with the --out of eval.py."]
+
+
+def card(out: Path, evaluations: list[Path]) -> str:
+    """The text of README.md. Raises ValueError where `out` is no finished training run."""
+    config, header = read(out / "config.json"), read(out / "header.json")
+    if config.get("script") not in STAGES:
+        raise ValueError(f"{out}: not the --out of train_sft.py or train_grpo.py")
+    if not (out / "final" / "config.json").is_file():
+        raise ValueError(f"{out}: has no final/; run its training command to the end")
+    base, tags = config["model"], ["reasoning"]
+    hub = f"base_model: {base}\n" * (base.count("/") == 1 and not Path(base).exists())
+    data = header.get("data") or {}
+    names = data or config["data"]
+    rows = [[f"`{name}`", f"`{str(data.get(name, '–'))[:16]}`"] for name in names]
+    settings = [
+        [f"`--{k}`", f"`{json.dumps(v) if not isinstance(v, str) else v}`"]
+        for k, v in config.items()
+        if k not in HIDDEN and v not in ("", None, [], False)
+    ]
+    machine = f"{header.get('world_size', 1)} × {header.get('device')}"
+    versions = ", ".join(f"{k} {v}" for k, v in (header.get("versions") or {}).items() if v)
+    parts = [
+        f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{hub}"
+        f"tags: [{', '.join(tags)}]\n---",
+        f"# {out.name}",
+        f"`{base}` after {STAGES[config['script']]} with `{config['script']}.py` on text.",
+        "## Results",
+        *results(evaluations),
+        "## Data",
+        markdown(["file", "sha256"], rows),
+        "## Settings",
+        markdown(["flag", "value"], settings),
+        "## Reproduce",
+        f"```bash\n{header.get('command')}\n```",
+        f"Commit `{header.get('commit')}`, {versions}; {machine}; {header.get('time')}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m tools.model_card", None, __doc__, formatter_class=raw
+    )
+    parser.add_argument("out", type=Path, help="--out of a finished training run")
+    parser.add_argument(
+        "--eval", type=Path, nargs="+", default=[], help="--out of evaluations of it"
+    )
+    args = parser.parse_args(argv)
+    with exit_on_value_error():
+        text = card(args.out, args.eval)
+        (args.out / "final" / "README.md").write_text(text, encoding="utf-8")
+    print(f"{args.out / 'final' / 'README.md'} written; read it, then:")
+    print(f"hf upload YOUR_NAME/{args.out.name} {args.out / 'final'} .")
+
+
+if __name__ == "__main__":
+    main()
