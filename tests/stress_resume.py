@@ -1,6 +1,6 @@
 """Kill a training run again and again; what it ends with must equal an undisturbed run's.
 
-    python tests/stress_resume.py [--script train_grpo] [--kills 10] [--seed 0]
+    python tests/stress_resume.py [--script train_grpo] [--kills 10] [--seed 0] [--lora_rank 4]
 
 Not part of the suite: about 30 s a kill on two cores. Two ranks under torchrun, a tiny model. Every
 kill is a SIGKILL to all processes (or to one rank, whose death torchrun then spreads) at a random
@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--script", choices=("train_sft", "train_grpo"), default="train_sft")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lora_rank", type=int, default=0)
     args = parser.parse_args()
     draw, found, total = random.Random(args.seed), Counter(), 3 * args.kills
     with tempfile.TemporaryDirectory() as temporary:
@@ -209,7 +210,7 @@ def main() -> None:
             common = [*make_inputs(folder), *SETTINGS, "--val_every", "6"]
         else:
             common = [*make_grpo_inputs(folder), *GRPO]
-        common += ["--steps", str(total), "--save_every", "3"]
+        common += ["--steps", str(total), "--save_every", "3", "--lora_rank", str(args.lora_rank)]
 
         def begin(name: str) -> subprocess.Popen:
             log = folder / f"{name}.log"
