@@ -150,10 +150,13 @@ ATTENTION_OPS = ("scaled_dot_product", "_flash_attention", "varlen_attn", "flash
 
 
 def keep_matmuls():
-    """Contexts for `checkpoint` that keep the outputs of attention and matmuls."""
+    """Contexts for `checkpoint` that keep the outputs of attention and matmuls, but for those of
+    LoRA's second matrix: as large as its layer's output, and cheap to recompute."""
 
     def policy(ctx, op, *args, **kwargs):
         keep = any(n in str(op) for n in (*ATTENTION_OPS, "aten.mm", "aten.addmm"))
+        if keep and "aten.mm" in str(op):  # (T, rank) @ (rank, out)
+            keep = 8 * args[1].shape[0] > args[1].shape[1]
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
