@@ -6,12 +6,13 @@ python -m convert omnimedvqa OmniMedVQA.zip --out data/omni.jsonl --limit 1000 -
 python -m convert chat mine.json --out data/mine.jsonl  ShareGPT, Alpaca, prompt/completion,
                                                         OpenAI messages; jsonl, json, parquet
 python -m convert from_samples OUT --out traces.jsonl   right samples of eval.py, to train on
+python -m convert select FILE --out part.jsonl          by length, by how often a model solved them
 """
 
 import argparse
 import sys
 
-from convert import from_samples
+from convert import from_samples, select
 from convert.conversion import convert, download, print_report
 from convert.public import HUB, SPECS
 
@@ -19,6 +20,8 @@ from convert.public import HUB, SPECS
 def main(argv: list[str]) -> None:
     if argv[:1] == ["from_samples"]:
         return from_samples.main(argv[1:])
+    if argv[:1] == ["select"]:
+        return select.main(argv[1:])
     fetch = argv[:1] == ["download"]
     parser = argparse.ArgumentParser(
         prog="python -m convert" + " download" * fetch,

@@ -68,6 +68,8 @@ class ChunkedLogProbs(torch.autograd.Function):
             if with_entropy:
                 p = (logits - lse[s, None]).exp_()
                 entropies[s] = lse[s] - p.mul_(logits).sum(-1)  # H = lse - E[logit]
+                del p
+            del logits  # else it lives on beside the next chunk's
         ctx.save_for_backward(hidden, weight, targets, lse, entropies)
         ctx.options = temperature, with_entropy, banned_ids, chunk
         ctx.set_materialize_grads(False)  # None, not zeros, where no loss depends on an output
@@ -99,6 +101,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             d_hidden[s] = d_logits @ weight
             if d_weight is not None:
                 add_weight_gradient(d_weight, d_logits, hidden[s])
+            del logp, d_logits
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None, None
 

@@ -46,8 +46,9 @@ class Setting:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """{"block" (one), "blocks", "embedding", "head", "norm", "vision", "adapters", "total"}; a tied
-    head has 0. adapters: those of LoRA, which are among the blocks' too.
+    """{"block" (one), "blocks", "embedding", "head", "norm", "vision", "adapters", "ranks",
+    "total"}; a tied head has 0. adapters: LoRA's, which are among the blocks' too; ranks: the sum
+    of theirs in one block (7 layers of rank 32: 224), and of other parameters none is trained.
 
     The 7B: block 233,057,792, embedding and head 544,997,376 each, total 7,615,616,512 without the
     vision tower.
@@ -64,13 +65,16 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         "head": count(model.lm_head),
         "norm": count(decoder.norm),
         "vision": count(model.visual),
+        "ranks": sum(
+            len(p) for n, p in decoder.layers[0].named_parameters() if n.endswith(".lora_A")
+        ),
         "adapters": sum(p.numel() for n, p in model.named_parameters() if is_adapter(n)),
         "total": count(model),
     }
 
 
 def block_activations(
-    c, tokens: int, mode: str, compute_bytes: int = 2, *, fused: bool = True
+    c, tokens: int, mode: str, compute_bytes: int = 2, *, fused: bool = True, ranks: int = 0
 ) -> int:
     """Bytes that one decoder block keeps between its forward and its backward pass, with its input.
 
@@ -78,7 +82,8 @@ def block_activations(
     matrix product (q, k, v, o, gate, up, down). none: what autograd asks for: inputs and statistics
     of both norms, normed inputs, rotated q and k, v, attention's output, four MLP tensors. On the
     CPU (fused False) a norm also keeps fp32 copies, and attention's output exists per document and
-    joined. c: the model's configuration.
+    joined. With LoRA (ranks > 0) also the products with A; frozen norms keep one copy less. c: the
+    model's configuration.
     The 7B in bf16, 28 blocks of 16,384 tokens, GiB: full 3.06, matmul 48.6, none about 84.
     """
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -93,7 +98,10 @@ def block_activations(
         heads = q + kv if c.qk_norm else 0  # inputs of the norms on the heads, and statistics
         per_token += heads * compute_bytes + 4 * heads // c.head_dim
         if not fused:  # x̂ in fp32 (and x itself, where it was bf16); attention's output joined
-            per_token += (2 * c.hidden_size + heads) * (4 + (4 - compute_bytes)) + q * compute_bytes
+            copies = (0 if ranks else 4) + (4 - compute_bytes)
+            per_token += (2 * c.hidden_size + heads) * copies + q * compute_bytes
+    if mode != "full":
+        per_token += ranks * compute_bytes
     return per_token * tokens
 
 
@@ -108,15 +116,17 @@ def working_sets(c, s: Setting, counts: dict[str, int]) -> dict[str, int]:
     """
     b, matrix = s.compute_bytes, c.vocab_size * c.hidden_size
     chunk = min(s.logit_rows, s.tokens) * c.vocab_size * 8
-    recomputed = block_activations(c, s.tokens, "none", b, fused=s.fused)
-    recomputed -= block_activations(c, s.tokens, s.checkpointing, b, fused=s.fused)
+    how = dict(fused=s.fused, ranks=counts["ranks"])
+    recomputed = block_activations(c, s.tokens, "none", b, **how)
+    recomputed -= block_activations(c, s.tokens, s.checkpointing, b, **how)
     gradients = s.tokens * b * (2 * c.intermediate_size + 2 * c.hidden_size)
     in_flight = counts["block"] * (4 + b if s.ranks > 1 or b < 4 else b)
     root = counts["embedding"] + counts["head"] + counts["norm"]
     root += counts["vision"] if s.train_vision else 0
     if counts["adapters"]:  # no gradient but the adapters'
         matrix, root = 0, 0
-        in_flight = in_flight * counts["adapters"] // (counts["blocks"])
+        in_flight = in_flight * counts["adapters"] // counts["blocks"]
+        gradients += s.tokens * b * 2 * c.intermediate_size  # of B's product, and scaled
     return {
         "head": chunk + matrix * (4 + (b if b < 4 else 0)) + 4 * s.tokens * c.hidden_size * b,
         "block": recomputed + gradients + in_flight + matrix * b,
@@ -131,7 +141,8 @@ def plan_step(model: nn.Module, s: Setting) -> dict[str, int]:
     frozen = counts["total"] - trained if counts["adapters"] else 0  # in the compute dtype
     blocks = min(2, c.num_hidden_layers) * counts["block"] if s.reshard else counts["blocks"]
     gathered = counts["total"] - counts["blocks"] + blocks
-    block = block_activations(c, s.tokens, s.checkpointing, s.compute_bytes, fused=s.fused)
+    how = dict(fused=s.fused, ranks=counts["ranks"])
+    block = block_activations(c, s.tokens, s.checkpointing, s.compute_bytes, **how)
     kept = c.num_hidden_layers * block
     sets = working_sets(c, s, counts)
     plan = {

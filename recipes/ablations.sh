@@ -80,6 +80,8 @@ ablate clip_higher    grpo sft  --data "$DATA/orz57k.jsonl" --updates 4 --clip_h
 ablate sequence_mean  grpo sft  --data "$DATA/orz57k.jsonl" --aggregation seq_mean_token_mean
 ablate forced_exit_rl grpo sft  --data "$DATA/orz57k.jsonl" --think_budget $THINK
 # what came after it
+ablate lora           sft  base --data "$DATA/openthoughts.jsonl" --lora_rank 32  # LoRA against full: beside sft
+ablate rl_lora        grpo sft  --data "$DATA/orz57k.jsonl" --lora_rank 32        # and beside sft_rl
 ablate dr_grpo        grpo sft  --data "$DATA/orz57k.jsonl" --advantage mean_only --aggregation constant --kl_coef 0
 ablate dapo           grpo sft  --data "$DATA/orz57k.jsonl" --updates 4 --clip_high 0.28 --kl_coef 0 --zero_variance refill
 ablate sft_16k        sft  base --data "$DATA/openthoughts.jsonl" --max_len 16384 --pack_len 16384

@@ -3,6 +3,7 @@
 #
 #   NPROC=8        GPUs of this node                 MODEL=…   the model to start from (hub id or directory)
 #   RUNS=runs      runs and evaluations go here      DATA=data converted jsonl, RAW=data/raw the releases
+#   LORA=32        train adapters of this rank instead of all weights: a 7B on one GPU (docs/memory.md)
 #   SFT= RL= EVAL= flags added to every train_sft.py, train_grpo.py, eval.py
 #   NNODES=2 NODE_RANK=0|1 MASTER=host:29500         more nodes: the same command on each, on a shared file system
 #   SMOKE=1        the same lines with tiny weights (of MODEL's architecture) and a few made-up rows, on CPU in minutes
@@ -33,6 +34,9 @@ else
     THINK=3800  # forced exit here leaves room for the answer within the paper's 4,096 tokens
     SFT_FLAGS=() GRPO_FLAGS=() EVAL_FLAGS=()
 fi
+
+LORA_FLAGS=()
+[ -z "${LORA:-}" ] || LORA_FLAGS=(--lora_rank "$LORA")
 
 show() { echo "+ $*"; "$@"; }
 
@@ -65,16 +69,23 @@ data() {  # data NAME FLAGS…: DATA/NAME.jsonl from the published release; on m
     show python -m convert "$name" "$raw" --out "$out" "$@"
 }
 
+pick() {  # pick FROM NAME FLAGS…: DATA/NAME.jsonl, a part of DATA/FROM.jsonl by length or difficulty
+    local from=$1 out=$DATA/$2.jsonl; shift 2
+    [ ! -f "$out.info.json" ] || return 0
+    if [ "$NODE_RANK" != 0 ]; then until [ -f "$out.info.json" ]; do sleep 10; done; return; fi
+    show python -m convert select "$DATA/$from.jsonl" --out "$out" "$@"
+}
+
 trained() { [ "$(cat "$RUNS/$1/status" 2>/dev/null)" = finished ]; }
 
 sft() {  # sft NAME FLAGS…: train_sft.py into RUNS/NAME
     local name=$1; shift
-    trained "$name" || launch train_sft.py --out "$RUNS/$name" "${SFT_FLAGS[@]}" "$@" ${SFT:-}
+    trained "$name" || launch train_sft.py --out "$RUNS/$name" "${SFT_FLAGS[@]}" "${LORA_FLAGS[@]}" "$@" ${SFT:-}
 }
 
 grpo() {  # grpo NAME FLAGS…: train_grpo.py into RUNS/NAME
     local name=$1; shift
-    trained "$name" || launch train_grpo.py --out "$RUNS/$name" "${GRPO_FLAGS[@]}" "$@" ${RL:-}
+    trained "$name" || launch train_grpo.py --out "$RUNS/$name" "${GRPO_FLAGS[@]}" "${LORA_FLAGS[@]}" "$@" ${RL:-}
 }
 
 evaluate() {  # evaluate NAME FLAGS…: eval.py into RUNS/eval/NAME

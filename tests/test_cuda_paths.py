@@ -21,12 +21,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def seen_in(case: str) -> dict:
+def seen_in(case: str, *arguments: str) -> dict:
     """What a case of tests/helpers/fake_cuda_cases.py prints; a process of its own, as torch looks
     for
     CUDA once, at import."""
     file = ROOT / "tests" / "helpers" / "fake_cuda_cases.py"
-    done = subprocess.run([sys.executable, str(file), case], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(file), case, *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -42,6 +44,18 @@ def test_memory_of_an_sft_step_is_as_planned(modes, mode, off):
     weighs
     more here than in the whole 7B, where full was 28.37 GiB against 28.27 planned."""
     assert modes[mode]["peak"] == pytest.approx(modes[mode]["plan"], rel=off)
+
+
+def test_memory_of_lora_on_one_gpu_is_as_planned():
+    """The 7B's widths with adapters of rank 32, 4 of 28 layers, 16,384 tokens: SFT; GRPO's
+    reference (adapters off) and update; the merged copy and the KV cache to sample."""
+    seen = seen_in("lora", "4")
+    for part, planned in (
+        ("full", "peak"),
+        ("update", "training peak"),
+        ("sample", "sampling peak"),
+    ):
+        assert seen[part]["peak"] == pytest.approx(seen[part]["plan"][planned], rel=0.03), part
 
 
 @pytest.mark.parametrize("mode", ["full", "matmul", "none", "compiled"])

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from core.optim import adamw, guarded_step
 from core.parallel import shard
 from core.plan import Setting, plan_step
-from data import Batch
+from data import Batch, RolloutBatch
 from model import Model
 from tools.memory import meta_model, published_config
 
@@ -234,6 +234,102 @@ def flash_attn_package() -> dict:
     attention.flash_attn_varlen_func = lambda q, k, v, *ends, causal: forward(q, k, v)
     name = attention.backend("cuda", torch.bfloat16)
     return {"name": name, **{mode: sft(mode, "2", "1024") for mode in ("full", "matmul")}}
+
+
+def lora(layers: str = "28", tokens: str = "16384", rank: str = "32", modes: str = "full") -> dict:
+    """The 7B with adapters on one GPU: peaks of an SFT micro-batch by mode, of GRPO's reference and
+    update, and of copying the weights to sample; and as planned."""
+    from core.lora import LoRA, add_lora, lora_disabled
+    from core.parallel import gathered
+    from sampler import Sampler
+    from tools.memory import plan_grpo
+    from train_grpo import Config, grpo_loss, score
+    from train_sft import accumulate_gradients
+
+    config, size, out = seven_b(int(layers)), int(tokens), {}
+    adapters, slots, max_len = LoRA(int(rank), 32.0), 16, 6144
+    planned = meta_model(config)
+    with torch.device("meta"):
+        add_lora(planned, adapters)
+    batch = batch_of([size // 2, size // 4, size - size // 2 - size // 4])
+    torch.Tensor.data_ptr = lambda self: 0
+    with fake_cuda.ranks(1) as world:
+
+        def build(mode, allocate=True):
+            torch.set_default_dtype(torch.bfloat16)  # fake tensors cannot be cast in place
+            with torch.device("meta"):
+                model = Model(config)
+            torch.set_default_dtype(torch.float32)
+            if not allocate:
+                return model, None, None
+            add_lora(model, adapters)
+            for block in model.model.layers:
+                block.checkpointing = mode
+            shard(model, world, compute_dtype=torch.bfloat16)
+            model.to_empty(device=world.device)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            assert {p.dtype for p in trained} == {torch.float32}
+            return model, adamw(model, lr=1e-4, weight_decay=0.0), trained
+
+        def peak(model, optimizer, trained, run) -> int:
+            tracker = MemTracker()
+            track = tracker._track_module_params_and_buffers  # its hooks take trained tensors only
+            tracker._track_module_params_and_buffers = lambda m, **_: track(m, False)
+            tracker.track_external(model, optimizer, *(p.grad for p in trained))
+            with fake_cuda.Watch(), tracker:
+                run(tracker)
+            return tracker.get_tracker_snapshot("peak")[world.device]["Total"]
+
+        batch = batch.to(world.device)
+        for mode in modes.split():
+            model, optimizer, trained = build(mode)
+            with fake_cuda.Watch():  # makes the gradients
+                accumulate_gradients(model, [batch], size, world)
+                guarded_step(model, optimizer, lr=1e-4, max_norm=1.0, loss=1.0)
+
+            def step(_, model=model):
+                accumulate_gradients(model, [batch], size, world)
+
+            setting = Setting(1, tokens=size, checkpointing=mode)
+            plan = plan_step(planned, setting)
+            out[mode] = {"peak": peak(model, optimizer, trained, step), "plan": plan}
+        model, optimizer, trained = build("full")
+        with fake_cuda.Watch():
+            accumulate_gradients(model, [batch], size, world)
+            guarded_step(model, optimizer, lr=1e-4, max_norm=1.0, loss=1.0)
+        c = Config(model="", data=[], out="", lora_rank=int(rank))
+        rows = batch.supervised_rows
+        values = torch.zeros(len(rows), device=world.device)
+        one = torch.zeros(len(rows), dtype=torch.long, device=world.device)
+        rollouts = RolloutBatch(
+            stream=batch, samples=[0], sequence=one, counts=one[:1] + len(rows), advantages=values,
+            sampler_logprobs=values,
+        )  # fmt: skip
+
+        def update(tracker):
+            with torch.no_grad(), lora_disabled(model):
+                rollouts.ref_logprobs = score(model, rollouts, c)[0]
+            tracker.reset_mod_stats()
+            logprobs, entropy = score(model, rollouts, c, entropy=True)
+            grpo_loss(logprobs, entropy, rollouts, size, 1, c)[0].backward()
+
+        sampler, (decoder, _, _) = (
+            Sampler(model, max_len=max_len, slots=slots, kv_gb=99),
+            build("full", False),
+        )
+
+        def sample(_):
+            optimizer.zero_grad()
+            sampler.decoder = decoder.to_empty(device=world.device)
+            with gathered(model, blocks=not sampler.copies):
+                sampler.load_weights()
+                sampler._allocate()
+
+        setting = Setting(1, tokens=size)
+        plan = plan_grpo(planned, setting, reference=True, slots=slots, max_len=max_len)
+        out["update"] = {"peak": peak(model, optimizer, trained, update), "plan": plan}
+        out["sample"] = {"peak": peak(model, optimizer, trained, sample), "plan": plan}
+    return out
 
 
 if __name__ == "__main__":
