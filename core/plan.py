@@ -234,7 +234,7 @@ def plan_grpo(
     """Bytes on one rank in both halves of a GRPO step: "sampling peak", "training peak", "peak".
 
     Training is `plan_step`, with the reference model's shards and its gathered root if there is
-    one. Sampling holds every weight once, in the compute dtype: on a GPU the sampler's copy, into
+    one (with LoRA it is the model itself, adapters off). Sampling holds every weight once, in the compute dtype: on a GPU the sampler's copy, into
     which one unit after the other is gathered, the largest being the root with its shards cast. It
     also holds the KV cache (kv_gb in GB, or slots × max_len tokens), three rows of fp32 logits a
     slot, no gradients, and no Adam moments when these are offloaded. Without keep_sampler there is
@@ -243,10 +243,14 @@ def plan_grpo(
     step, counts = plan_step(model, s), count_parameters(model)
     root = (counts["total"] - counts["blocks"]) * s.compute_bytes
     weights = counts["total"] * s.compute_bytes
+    reference = reference and not counts["adapters"]
     shard = weights // s.shards if reference else 0
     cache = slots * max_len * kv_bytes(model.config, s.compute_bytes)
     cache = int(kv_gb * 1e9) if kv_gb else cache
-    gathered = root + root // s.shards if s.fused else 0
+    gathered = root + (0 if counts["adapters"] else root // s.shards) if s.fused else 0
+    if counts["adapters"]:  # the largest W, B A and their sum in fp32, and rounded
+        matrix = model.config.intermediate_size * model.config.hidden_size
+        gathered = max(gathered, counts["block"] * s.compute_bytes + matrix * 14)
     decoding = cache + slots * model.config.vocab_size * 12
     states = step["weights"] + (0 if offload_optimizer else step["optimizer"]) + shard
     sampling = states + weights

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from core.optim import adamw, guarded_step
 from core.parallel import shard
-from core.plan import Setting, plan_step
+from core.plan import Setting, plan_grpo, plan_step
 from data import Batch, RolloutBatch
 from model import Model
 from tools.memory import meta_model, published_config
@@ -238,30 +238,24 @@ def flash_attn_package() -> dict:
 
 def lora(layers: str = "28", tokens: str = "16384", rank: str = "32", modes: str = "full") -> dict:
     """The 7B with adapters on one GPU: peaks of an SFT micro-batch by mode, of GRPO's reference and
-    update, and of copying the weights to sample; and as planned."""
+    update; and as planned."""
     from core.lora import LoRA, add_lora, lora_disabled
-    from core.parallel import gathered
-    from sampler import Sampler
-    from tools.memory import plan_grpo
     from train_grpo import Config, grpo_loss, score
     from train_sft import accumulate_gradients
 
     config, size, out = seven_b(int(layers)), int(tokens), {}
-    adapters, slots, max_len = LoRA(int(rank), 32.0), 16, 6144
+    adapters = LoRA(int(rank), 32.0)
     planned = meta_model(config)
     with torch.device("meta"):
         add_lora(planned, adapters)
     batch = batch_of([size // 2, size // 4, size - size // 2 - size // 4])
-    torch.Tensor.data_ptr = lambda self: 0
     with fake_cuda.ranks(1) as world:
 
-        def build(mode, allocate=True):
+        def build(mode):
             torch.set_default_dtype(torch.bfloat16)  # fake tensors cannot be cast in place
             with torch.device("meta"):
                 model = Model(config)
             torch.set_default_dtype(torch.float32)
-            if not allocate:
-                return model, None, None
             add_lora(model, adapters)
             for block in model.model.layers:
                 block.checkpointing = mode
@@ -313,22 +307,9 @@ def lora(layers: str = "28", tokens: str = "16384", rank: str = "32", modes: str
             logprobs, entropy = score(model, rollouts, c, entropy=True)
             grpo_loss(logprobs, entropy, rollouts, size, 1, c)[0].backward()
 
-        sampler, (decoder, _, _) = (
-            Sampler(model, max_len=max_len, slots=slots, kv_gb=99),
-            build("full", False),
-        )
-
-        def sample(_):
-            optimizer.zero_grad()
-            sampler.decoder = decoder.to_empty(device=world.device)
-            with gathered(model, blocks=not sampler.copies):
-                sampler.load_weights()
-                sampler._allocate()
-
         setting = Setting(1, tokens=size)
-        plan = plan_grpo(planned, setting, reference=True, slots=slots, max_len=max_len)
+        plan = plan_grpo(planned, setting, reference=True, kv_gb=8)
         out["update"] = {"peak": peak(model, optimizer, trained, update), "plan": plan}
-        out["sample"] = {"peak": peak(model, optimizer, trained, sample), "plan": plan}
     return out
 
 
