@@ -126,7 +126,8 @@ def working_sets(c, s: Setting, counts: dict[str, int]) -> dict[str, int]:
     if counts["adapters"]:  # no gradient but the adapters'
         matrix, root = 0, 0
         in_flight = in_flight * counts["adapters"] // counts["blocks"]
-        gradients += s.tokens * b * 2 * c.intermediate_size  # of B's product, and scaled
+        if s.fused:  # of B's product, and scaled; on the CPU a norm's copies are gone by then
+            gradients += s.tokens * b * 2 * c.intermediate_size
     return {
         "head": chunk + matrix * (4 + (b if b < 4 else 0)) + 4 * s.tokens * c.hidden_size * b,
         "block": recomputed + gradients + in_flight + matrix * b,
