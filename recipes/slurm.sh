@@ -2,7 +2,7 @@
 # One script under Slurm, on one node or several, that survives pre-emption and time limits:
 #
 #   sbatch recipes/slurm.sh train_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data F --out OUT
-#   sbatch --nodes=4 --time=24:00:00 recipes/slurm.sh train_grpo.py --model DIR --data F --out OUT
+#   sbatch --nodes=4 --time=24:00:00 recipes/slurm.sh SCRIPT …            the same on four nodes
 #
 # --out must be on a file system that all nodes share; the scripts check it. Five minutes before the
 # time limit, and when the job is pre-empted, the trainer finishes its step, saves and exits with
