@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 import data
 import rewards
 from core import schema
+from core.options import parse_config
 from core.vision import ImageConfig, load_image, preprocess_image
 from toy import base, table, world
-from toy.model_files import VOCAB, make_tokenizer, write_model_files
+from toy.model_files import ASSETS, VOCAB, make_tokenizer, write_model_files
 
 
 @pytest.fixture(scope="module")
@@ -360,5 +362,34 @@ def test_image_form_of_the_conversations_says_the_same(world_dir):
 
 def test_data_for_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file: cannot be written .Not a directory"):
+    with pytest.raises(ValueError, match="file: cannot be written .(Not a directory|File exists)"):
         world.write_data(world.DataConfig(out=str(tmp_path / "file")))
+
+
+@pytest.mark.parametrize("command", ["data", "base"])
+def test_a_folder_of_something_else_is_refused_untouched(command, tmp_path):
+    """`toy base --out toy/assets` copied a file onto itself; `toy data` wrote between its files."""
+    out = tmp_path / "assets"
+    shutil.copytree(ASSETS, out)
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    make, settings = {
+        "data": (world.write_data, world.DataConfig(out=str(out), conversations=1)),
+        "base": (base.make_base, base.BaseConfig(out=str(out), steps=1, align_steps=1)),
+    }[command]
+    with pytest.raises(ValueError, match="assets: holds other files .*name a new directory"):
+        make(settings)
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "config, flag",
+    [
+        *((base.BaseConfig, f"--{f} 0") for f in ("steps", "align_steps", "rows", "lr")),
+        *((world.DataConfig, f) for f in ("--conversations -5", "--problems 0", "--test 0")),
+        (world.DataConfig, "--replay 1.5"),
+    ],
+)
+def test_sizes_out_of_range_are_refused(config, flag, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config(config, "", ["--out", str(tmp_path / "o"), *flag.split()])
+    assert end.value.code == 2 and flag.split()[0] in capsys.readouterr().err

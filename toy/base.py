@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import tempfile
 import time
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -47,11 +48,11 @@ SIZES = (1, 2, 3, 4, 5, 6)
 @dataclass
 class BaseConfig:
     out: str = option(MISSING, "the model directory to write")
-    seed: int = option(0, "initial weights and data")
-    align_steps: int = option(100, "steps of phase 1")
-    steps: int = option(1500, "steps of phase 2")
-    rows: int = option(40, "rows a step, half of them with an image")
-    lr: float = option(2e-3, "peak learning rate, warmed up, then down a cosine")
+    seed: int = option(0, "initial weights and data", ge=0)
+    align_steps: int = option(100, "steps of phase 1", ge=1)
+    steps: int = option(1500, "steps of phase 2", ge=1)
+    rows: int = option(40, "rows a step, half of them with an image", ge=1)
+    lr: float = option(2e-3, "peak learning rate, warmed up, then down a cosine", gt=0)
     align: bool = option(True, "vision tokens' goal: the embeddings; off: a rotation of these")
 
 
@@ -184,15 +185,18 @@ def make_base(config: BaseConfig) -> None:
     torch.manual_seed(config.seed)
     rng = np.random.default_rng([config.seed, 5])
     out, start = Path(config.out), time.perf_counter()
-    write_model_files(out)
-    tokenizer, images = data.load_tokenizer(out), ImageConfig.from_dir(out)
-    model = Model(ModelConfig.from_dir(out), with_vision=True)
+    world.take_folder(out, own=())
+    with tempfile.TemporaryDirectory() as files:  # a run that is killed leaves --out empty
+        write_model_files(files)
+        tokenizer, images = data.load_tokenizer(files), ImageConfig.from_dir(files)
+        model = Model(ModelConfig.from_dir(files), with_vision=True)
     initialise(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     for phase, trained in ((align, model.visual), (joint, model)):
         settings = {"betas": (0.9, 0.98), "weight_decay": 0.01, "fused": True}
         optimizer = torch.optim.AdamW(trained.parameters(), **settings)
         phase(model, optimizer, tokenizer, images, config, rng)
+    write_model_files(out)
     weights = {n: p.detach().bfloat16().contiguous() for n, p in model.named_parameters()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     seconds = round(time.perf_counter() - start)

@@ -30,7 +30,7 @@ import json
 from dataclasses import MISSING, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Collection, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -261,12 +261,28 @@ def draw_line(text: str, rng: np.random.Generator) -> Image.Image:
 @dataclass
 class DataConfig:
     out: str = option(MISSING, "directory for the files")
-    seed: int = option(0, "everything is a function of it")
-    conversations: int = option(24_000, "rows of sft.jsonl, sft_direct.jsonl and sft_images.jsonl")
-    problems: int = option(6_000, "rows of rl.jsonl")
-    test: int = option(200, "problems of each test set")
-    replay: float = option(0.25, "share of text exercises of the base's kind in the SFT files")
+    seed: int = option(0, "everything is a function of it", ge=0)
+    conversations: int = option(
+        24_000, "rows of sft.jsonl, sft_direct.jsonl and sft_images.jsonl", ge=1
+    )
+    problems: int = option(6_000, "rows of rl.jsonl", ge=1)
+    test: int = option(200, "problems of each test set", ge=1)
+    replay: float = option(
+        0.25, "share of text exercises of the base's kind in the SFT files", ge=0, le=1
+    )
     images: bool = option(False, "also sft_images.jsonl: every second question as an image")
+
+
+def take_folder(out: Path, own: Collection[str]) -> None:
+    """Make the folder `out`. Raises ValueError where that fails, and, with nothing changed, where
+    it holds anything whose name matches no pattern of `own`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--out {out}: cannot be written ({e.strerror})") from None
+    other = [p.name for p in out.iterdir() if not any(p.match(pattern) for pattern in own)]
+    if other:
+        raise ValueError(f"--out {out}: holds other files ({min(other)}, …); name a new directory")
 
 
 def write_jsonl(path: Path, rows) -> None:
@@ -320,10 +336,8 @@ def write_data(config: DataConfig) -> None:
     """sft.jsonl, sft_direct.jsonl (the same without thoughts), rl.jsonl, test_TASK.jsonl with img/;
     with --images also sft_images.jsonl."""
     out = Path(config.out)
-    try:
-        (out / "img").mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"--out {out}: cannot be written ({e.strerror})") from None
+    take_folder(out, own=("sft*.jsonl", "rl.jsonl", "test_*.jsonl", "*.tmp", "img"))
+    (out / "img").mkdir(exist_ok=True)
     write_jsonl(out / "sft.jsonl", conversations(config))
     write_jsonl(out / "sft_direct.jsonl", conversations(config, thoughts=False))
     if config.images:
