@@ -356,6 +356,8 @@ def build_model(
         model.to(compute_dtype if lora else master_dtype)
     if with_vision:
         model.visual.requires_grad_(train_vision)
+        for block in model.visual.blocks:
+            block.recompute = train_vision and checkpointing != "none"
     if lora:
         add_lora(model, lora)
     for block in model.model.layers:

@@ -32,9 +32,10 @@ from core import attention, optim
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
 from core.checkpoint import require_space, resume, save_state
 from core.images import ImageLoader
-from core.lora import LoRA, lora_disabled, save_adapter
+from core.lora import LoRA, add_lora, lora_disabled, save_adapter
 from core.packing import next_problems
 from core.parallel import World, all_any, all_gather_objects, all_max, all_sum, init
+from core.plan import choose_setting, compute_dtype, plan_grpo
 from core.run import (
     Run,
     StopRequest,
@@ -62,7 +63,7 @@ from data import (
     render_problem,
     rollout_batches,
 )
-from model import Model, build_model, resolve_model_dir
+from model import Model, ModelConfig, build_model, resolve_model_dir
 from rewards import RULES, Grader
 from sampler import Sampler, SamplingParams
 from scoring.metrics import accuracy, accuracy_by
@@ -152,7 +153,9 @@ class Config:
     dtype: Literal["auto", "bf16", "fp32"] = MEMORY("auto", "auto: bf16 on CUDA, fp32 on CPU")
     adam_dtype: Literal["fp32", "bf16"] = MEMORY("fp32", "AdamW moments; bf16 saves 28 GiB at 7B")
     offload_optimizer: bool = MEMORY(False, "optimizer states in host memory while sampling")
-    checkpointing: Literal["none", "matmul", "full"] = MEMORY("full", "activations, as in SFT")
+    checkpointing: Literal["auto", "none", "matmul", "full"] = MEMORY(
+        "auto", "what backward recomputes, as in SFT; auto: the least that fits the memory"
+    )
     compile: bool = MEMORY(False, "torch.compile each decoder block")
     device: Literal["auto", "cpu", "cuda"] = MEMORY("auto", "where to run")
 
@@ -176,6 +179,11 @@ class Config:
             raise ValueError("--tis_cap with --old_logprobs sampler: the ratio already corrects")
         if self.eval_n and not self.eval_data:
             raise ValueError("--eval_n: needs --eval_data, the problems to evaluate on")
+        if self.keep_sampler and not (self.kv_gb or self.slots):
+            raise ValueError(
+                "--keep_sampler: give --kv_gb or --slots too; a cache of 80% of the free memory "
+                "would leave none to train"
+            )
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError("--overlong_buffer: longer than --max_new_tokens")
 
@@ -472,16 +480,43 @@ def load_data(c: Config, model_dir: Path, tokenizer, run: Run) -> tuple[list, li
     return fitting, held_out, longest, images
 
 
+def choose_checkpointing(
+    c: Config, run: Run, model_dir: Path, with_images: bool, max_len: int, world: World
+) -> str:
+    """--checkpointing auto: the mode that recomputes least and fits; says what it needs."""
+    with torch.device("meta"):
+        model = Model(ModelConfig.from_dir(model_dir), with_images)
+        if c.lora:
+            add_lora(model, c.lora)
+    kept = dict(offload_optimizer=c.offload_optimizer, keep_sampler=c.keep_sampler)
+    cache = dict(kv_gb=c.kv_gb or 0.0, slots=c.slots or 0, max_len=max_len)
+    plan = partial(plan_grpo, reference=bool(c.kl_coef and not c.lora), **cache, **kept)
+    setting, text = choose_setting(
+        model,
+        world,
+        [max(c.micro_tokens, max_len)],
+        checkpointing=c.checkpointing,
+        dtype=c.dtype,
+        adam_dtype=c.adam_dtype,
+        reshard=True,
+        replicas=1,
+        train_vision=c.train_vision and with_images,
+        plan=plan,
+    )
+    run.say(text)
+    return setting.checkpointing
+
+
 def build(
-    c: Config, model_dir: Path, tokenizer, with_images: bool, world: World
+    c: Config, run: Run, model_dir: Path, tokenizer, with_images: bool, max_len: int, world: World
 ) -> tuple[Model, Model | None, torch.optim.Optimizer]:
     """Model, reference model (None without a KL term; with LoRA the model itself, whose adapters
     are then switched off), optimizer."""
-    bf16 = c.dtype == "bf16" or (c.dtype == "auto" and world.device.type == "cuda")
-    compute = torch.bfloat16 if bf16 else torch.float32
+    mode = choose_checkpointing(c, run, model_dir, with_images, max_len, world)
+    compute = compute_dtype(c.dtype, world.device.type == "cuda")
     load = partial(build_model, model_dir, world, with_vision=with_images, compute_dtype=compute)
     train_vision, more = c.train_vision and with_images, dict(compile_blocks=c.compile, lora=c.lora)
-    model = load(train_vision=train_vision, checkpointing=c.checkpointing, **more)
+    model = load(train_vision=train_vision, checkpointing=mode, **more)
     reference = None
     if c.kl_coef:
         reference = model if c.lora else load(master_dtype=compute)
@@ -519,20 +554,21 @@ def begin(c: Config, run: Run, model_dir: Path, model, optimizer, total: int, wo
 def train(c: Config) -> int:
     """Run to the end, or to a signal. Returns the exit code."""
     world = init(c.device)
-    run = Run(c.out, c, world)
+    run, root = Run(c.out, c, world), Path(c.out) / "checkpoints"
     if run.complete:
         return run.finished()
     model_dir = resolve_model_dir(c.model, world)
     tokenizer = load_tokenizer(model_dir)
     problems, held_out, longest, images = load_data(c, model_dir, tokenizer, run)
-    model, reference, optimizer = build(c, model_dir, tokenizer, images is not None, world)
-    checkpoints = run.out / "checkpoints"
+    max_len, seen = longest + c.max_new_tokens, images is not None
+    model, reference, optimizer = build(c, run, model_dir, tokenizer, seen, max_len, world)
     total = c.steps or -(-c.epochs * len(problems) // c.prompts)
     export = partial(export_hf, model, model_dir, world=world)
-    sampler = Sampler(model, max_len=longest + c.max_new_tokens, slots=c.slots, kv_gb=c.kv_gb)
+    sampler = Sampler(model, max_len=max_len, slots=c.slots, kv_gb=c.kv_gb)
     params = sampling_params(c, tokenizer, model.config.vocab_size)
     at, hashes = begin(c, run, model_dir, model, optimizer, total, world)
     stop, grader, loader = StopRequest(), make_grader(c, tokenizer), ImageLoader(images)
+    moments = optim.Offload(optimizer, c.offload_optimizer)
     seconds = Counter()  # of the current step, by what they went into
     quiet_garbage_collection()
 
@@ -545,7 +581,7 @@ def train(c: Config) -> int:
 
     with grader:
         for step in range(at["step"], total + 1):
-            optim.move_states(optimizer, "cpu" if c.offload_optimizer else world.device)
+            moments.to_host()
             if held_out and (step == total or step % c.eval_every == 0):
                 evaluate(sample, held_out, step, c, run, export)
             if step == total:
@@ -557,7 +593,7 @@ def train(c: Config) -> int:
             loader.announce([p.get("images") or [] for p in coming])
             if not c.keep_sampler and world.device.type == "cuda":
                 sampler.release()
-            optim.move_states(optimizer, world.device)
+            moments.to_device()
             seconds["rollout_s"] = time.perf_counter() - begun
 
             trained = [s for s in samples if s.trained]
@@ -582,7 +618,7 @@ def train(c: Config) -> int:
             last, stopping = step + 1 == total, all_any(stop.requested)
             due = c.save_every and (step + 1) % c.save_every == 0
             if last or stopping or due or bad >= c.max_bad_steps:
-                save_state(checkpoints, step + 1, model, optimizer, at, world, c.keep_last, hashes)
+                save_state(root, step + 1, model, optimizer, at, world, c.keep_last, hashes)
             if c.export_every and (step + 1) % c.export_every == 0:
                 export(run.out / "exports" / f"step_{step + 1}")
             if bad >= c.max_bad_steps:

@@ -219,6 +219,8 @@ def learn(args, folder: Path) -> None:
                         0,
                         "--keep_sampler",
                         "True",
+                        "--slots",
+                        64,
                         "--seed",
                         seed,
                     ]

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from core.bf16_moments import step_with_bf16_moments
 from core.parallel import grad_norm
@@ -101,9 +102,45 @@ def guarded_step(
     return value, stepped
 
 
-@torch.no_grad()
-def move_states(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
-    """Move AdamW's moments to host memory while sampling needs the GPU's, or back."""
-    for state in optimizer.state.values():
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = state[name].to(device)
+class Offload:
+    """AdamW's moments in host memory while sampling needs the GPU's; nothing unless `on`.
+
+    The buffers are pinned, made once. A moment stays the same tensor, sharded or not; only its
+    storage is emptied, so that all who hold it see it come back.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, on: bool = True):
+        self.optimizer, self.on, self.buffers, self.away = optimizer, on, [], False
+
+    def _moments(self) -> list[torch.Tensor]:
+        states = self.optimizer.state.values()
+        moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+        return [m.to_local() if isinstance(m, DTensor) else m for m in moments]
+
+    @torch.no_grad()
+    def to_host(self) -> None:
+        moments = self._moments()
+        if not self.on or not moments or self.away:
+            return
+        on_gpu = moments[0].is_cuda
+        if not self.buffers:
+            self.buffers = [
+                torch.empty(m.shape, dtype=m.dtype, device="cpu", pin_memory=on_gpu)
+                for m in moments
+            ]
+        for buffer, m in zip(self.buffers, moments):
+            buffer.copy_(m, non_blocking=on_gpu)
+        if on_gpu:  # all copies, before their sources are freed
+            torch.cuda.current_stream().synchronize()
+        for m in moments:
+            m.untyped_storage().resize_(0)
+        self.away = True
+
+    @torch.no_grad()
+    def to_device(self) -> None:
+        if not self.away:
+            return
+        for buffer, m in zip(self.buffers, self._moments()):
+            m.untyped_storage().resize_(m.nbytes)
+            m.copy_(buffer, non_blocking=m.is_cuda)
+        self.away = False

@@ -13,6 +13,7 @@ prints these plans for published sizes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Callable
 
 import torch
 from torch import nn
@@ -164,16 +165,19 @@ def fits(plan: dict[str, int], free: int) -> bool:
     return plan["peak"] * 1.08 + 1.5 * GIB <= free
 
 
-def fastest_setting(model: nn.Module, s: Setting, free: int, tokens: list[int]) -> Setting:
+def fastest_setting(
+    model: nn.Module, s: Setting, free: int, tokens: list[int], plan: Callable | None = None
+) -> Setting:
     """The setting that recomputes least and fits into `free` bytes. s.checkpointing "auto" tries
-    every mode, each with these numbers of tokens; the last of them is taken if none fits.
+    every mode, each with these numbers of tokens; the last of them is taken if none fits. plan:
+    `plan_step`, or what counts more.
 
     The 7B, tokens [16384, 8192]: none with 8,192 (67 GiB) on 8 × 80 GB, matmul with 8,192 (63 GiB)
     on 4 × 80 GB, full with 8,192 (126 GiB) on 1 × H200.
     """
     modes = FASTEST_FIRST if s.checkpointing == "auto" else (s.checkpointing,)
     tries = [replace(s, checkpointing=mode, tokens=n) for mode in modes for n in tokens]
-    return next((x for x in tries if fits(plan_step(model, x), free)), tries[-1])
+    return next((x for x in tries if fits((plan or plan_step)(model, x), free)), tries[-1])
 
 
 def compute_dtype(name: str, on_gpu: bool) -> torch.dtype:
@@ -193,10 +197,13 @@ def choose_setting(
     replicas: int,
     train_vision: bool,
     plan_ranks: int = 0,
+    plan: Callable | None = None,
 ) -> tuple[Setting, str]:
     """`fastest_setting` for a script's flags and this machine's memory (4 GiB a rank are assumed on
     a CPU), and what it needs in words. plan_ranks: for this many GPUs of 80 GB instead, in detail.
+    plan: `plan_step`, or GRPO's.
     """
+    plan = plan or plan_step
     on_gpu = world.device.type == "cuda" or plan_ranks > 0
     setting = Setting(
         plan_ranks or world.size,
@@ -212,8 +219,8 @@ def choose_setting(
     free = 79 * GIB if plan_ranks else 4 * GIB
     if on_gpu and not plan_ranks:  # the least that is free on any rank
         free = -int(all_max(-torch.cuda.mem_get_info()[0])[0])
-    setting = fastest_setting(model, setting, free, tokens)
-    return setting, describe(setting, plan_step(model, setting), free, detailed=plan_ranks > 0)
+    setting = fastest_setting(model, setting, free, tokens, plan)
+    return setting, describe(setting, plan(model, setting), free, detailed=plan_ranks > 0)
 
 
 def kv_bytes(c, compute_bytes: int = 2) -> int:

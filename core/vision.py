@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from core.attention import apply_rope, attend
 
@@ -523,8 +524,15 @@ class VisionBlock(nn.Module):
         self.norm2 = norm(c.hidden_size, eps=1e-6)
         self.attn = VisionAttention(c)
         self.mlp = mlp(c)
+        self.recompute = False  # in backward, all from the block's input
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
+        args = (x, cos, sin, cu_seqlens, max_len)
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.run(*args)
+        return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=False)
+
+    def run(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, cu_seqlens, max_len)
         return x + self.mlp(self.norm2(x))
 

@@ -116,6 +116,12 @@ def test_the_samplers_copy_is_gathered_unit_by_unit():
     assert beside == pytest.approx(2 * root * (1 + 1 / 8), rel=0.01)
 
 
+def test_offloaded_moments_leave_the_gpu():
+    """To pinned memory, with one wait at the end; the sampler's budget is measured after that."""
+    seen = seen_in("offload")
+    assert seen["sizes"] == [seen["wanted"], 0, seen["wanted"]] and not any(seen["waits"].values())
+
+
 def test_the_flash_attn_package_on_request():
     """ATTENTION=flash_attn takes its function, and selective checkpointing knows its operator: it
     was

@@ -259,8 +259,9 @@ def test_moments_are_in_host_memory_whenever_samples_are_drawn(tmp_path, in_proc
     rollouts after it would keep these."""
     model_dir, data = make_model(tmp_path / "m"), write_problems(tmp_path / "p.jsonl", n=1)
     at, places, draw = ["start"], [], train_grpo.sample_on_ranks
-    move = lambda _, place: at.append(place if place == "cpu" else "device")  # noqa: E731
-    monkeypatch.setattr(train_grpo.optim, "move_states", move)
+    for name, place in (("to_host", "cpu"), ("to_device", "device")):
+        move = lambda _, place=place: at.append(place)  # noqa: E731
+        monkeypatch.setattr(train_grpo.optim.Offload, name, move)
     monkeypatch.setattr(
         train_grpo, "sample_on_ranks", lambda *a: (places.append(at[-1]), draw(*a))[1]
     )
@@ -367,6 +368,7 @@ def test_updates_share_the_groups_and_see_each_sample_once(model, world, monkeyp
         (dict(overlong_buffer=5000), "overlong"),
         (dict(lora_rank=4, train_vision=True), "--train_vision"),
         (dict(eval_n=4), "needs --eval_data"),
+        (dict(keep_sampler=True), "--kv_gb or --slots"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(flags, named):
@@ -753,6 +755,8 @@ LEARNING = [
     2,
     "--keep_sampler",
     "True",
+    "--slots",
+    64,
     "--save_every",
     0,
     "--kl_coef",

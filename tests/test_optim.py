@@ -8,7 +8,7 @@ from test_model import load, text_stream
 from torch import nn
 
 from core.bf16_moments import round_to_bf16
-from core.optim import adamw, guarded_step, lr_at
+from core.optim import Offload, adamw, guarded_step, lr_at
 
 
 def rates(steps, **settings):
@@ -186,3 +186,25 @@ def test_bf16_moments_train_like_fp32_and_repeat_bit_for_bit(tiny_vl, monkeypatc
     exact, once, again = ends
     assert torch.equal(once, again)
     assert 0 < (once - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_moments_take_no_memory_and_come_back_to_the_bit(tiny_vl, state_dtype):
+    """The next steps equal those without; the tensors stay the same objects, as a checkpoint holds
+    them."""
+    stream, models, held = text_stream([20]), [load(tiny_vl), load(tiny_vl)], []
+    for model in models:
+        optimizer = adamw(model, lr=1e-3, weight_decay=0.0, state_dtype=state_dtype)
+        away = Offload(optimizer, model is models[0])
+        for _ in range(3):
+            held = [s[n] for s in optimizer.state.values() for n in ("exp_avg", "exp_avg_sq")]
+            away.to_host()
+            away.to_host()  # an evaluation before the rollouts
+            left = sum(m.untyped_storage().nbytes() for m in held)
+            assert (left == 0) is (model is models[0])
+            away.to_device()
+            (-model(*stream, targets=stream[0])[0].sum()).backward()
+            guarded_step(model, optimizer, lr=1e-3, max_norm=1.0, loss=1.0)
+            assert all(m.untyped_storage().nbytes() == m.nbytes for m in held)
+    for a, b in zip(*(m.parameters() for m in models)):
+        assert torch.equal(a, b)

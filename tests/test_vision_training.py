@@ -50,3 +50,23 @@ def test_a_frozen_tower_gets_no_gradient_and_does_no_work_on_text(tiny_vl):
     b = batch([[]], 2)
     model(b.tokens, b.position_ids, b.cu_seqlens, targets=b.targets)[0].sum().backward()
     assert all(p.grad is None for p in model.visual.parameters())
+
+
+def test_a_trained_tower_is_recomputed_with_the_same_gradients(tiny_vl):
+    """With checkpointing its blocks keep their input alone, as the decoder's do."""
+    b, kept, grads = batch([[(4, 8), (8, 4)], []], 1), [0, 0], []
+    patches, grid = b.inputs()["pixel_values"], torch.as_tensor(b.inputs()["grid_thw"])
+    for i in range(2):
+        model = load(tiny_vl, with_vision=True)
+        for block in model.visual.blocks:
+            block.recompute = i == 1
+
+        def keep(t, i=i):
+            kept[i] += t.nbytes
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            image = model.visual(patches, grid)
+        image.square().sum().backward()
+        grads.append(whole_gradients(model.visual))
+    assert kept[1] < kept[0] and distance(*grads) == 0

@@ -216,6 +216,25 @@ def weight_copy() -> dict:
     }
 
 
+def offload() -> dict:
+    """AdamW's moments of a sharded model in host memory and back, on rank 0 of 8."""
+    from core.optim import Offload
+
+    with fake_cuda.ranks(8) as world:
+        model = sharded(seven_b(2), world, "full")
+        optimizer = adamw(model, lr=1e-5, weight_decay=0.0)
+        moments = [
+            s[n].to_local() for s in optimizer.state.values() for n in ("exp_avg", "exp_avg_sq")
+        ]
+        sizes, away = [], Offload(optimizer)
+        with fake_cuda.Watch() as seen:
+            for move in (lambda: None, away.to_host, away.to_device):
+                move()
+                sizes.append(sum(m.untyped_storage().nbytes() for m in moments))
+    wanted = 2 * sum(p.to_local().nbytes for p in model.parameters())
+    return {"sizes": sizes, "wanted": wanted, "waits": dict(seen.waits)}
+
+
 def flash_attn_package() -> dict:
     """With ATTENTION=flash_attn and a stand-in for the package: how often its operator runs."""
     import flash_attn
