@@ -116,6 +116,15 @@ def test_the_samplers_copy_is_gathered_unit_by_unit():
     assert beside == pytest.approx(2 * root * (1 + 1 / 8), rel=0.01)
 
 
+def test_waits_for_the_gpu_in_a_grpo_update():
+    """Scoring under the reference waits for nothing; an update for its gradient norm and, after its
+    last micro-batch, for the metrics: two lists, and one of samples a micro-batch."""
+    seen = seen_in("grpo")
+    assert not any(seen["scoring"].values()) and seen["weights"] == ["torch.float32"]
+    assert seen["micro_batches"] == 2 and len(seen["lists"]) == 2 + 2
+    assert sum(seen["waits"].values()) == 1 == seen["waits"]["aten._local_scalar_dense.default"]
+
+
 def test_offloaded_moments_leave_the_gpu():
     """To pinned memory, with one wait at the end; the sampler's budget is measured after that."""
     seen = seen_in("offload")

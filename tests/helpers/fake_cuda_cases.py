@@ -21,7 +21,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import FSDPModule
 
 from core.optim import adamw, guarded_step
-from core.parallel import shard
+from core.parallel import World, shard
 from core.plan import Setting, plan_grpo, plan_step
 from data import Batch, RolloutBatch
 from model import Model
@@ -233,6 +233,47 @@ def offload() -> dict:
                 sizes.append(sum(m.untyped_storage().nbytes() for m in moments))
     wanted = 2 * sum(p.to_local().nbytes for p in model.parameters())
     return {"sizes": sizes, "wanted": wanted, "waits": dict(seen.waits)}
+
+
+def grpo() -> dict:
+    """A GRPO update with a reference model on rank 0 of 8: two micro-batches of four samples each."""
+    import numpy as np
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    import train_grpo
+    from core.samples import Sample
+    from data import Prompt, rollout_batches
+
+    config, waits = seven_b(2), []
+    c = train_grpo.Config("-", ["-"], "-", group=4, micro_tokens=4096, max_new_tokens=1000)
+    prompts = [Prompt(list(range(24)), None, None)] * 16
+    samples = [
+        Sample(str(i // 4), i % 4, [7] * 1000, "stop", "", problem=i // 4, advantage=0.5)
+        for i in range(64)
+    ]
+    for s in samples:
+        s.logprobs = np.zeros(1000, np.float32)
+    here = World(0, 8, 0, torch.device("cpu"))
+    made = rollout_batches(samples, prompts, c.micro_tokens, here)
+    FakeTensor.tolist = lambda t: waits.append(t.device.type) or [1.0] * t.shape[0]
+    train_grpo.all_sum = train_grpo.all_max = lambda *values: list(values)
+    train_grpo.all_gather_objects = lambda value: [value]
+    with fake_cuda.ranks(8) as world:
+        model, reference = sharded(config, world, "full"), sharded(config, world, "none")
+        reference.requires_grad_(False)
+        optimizer = adamw(model, lr=1e-6, weight_decay=0.0)
+        with fake_cuda.Watch() as scoring, torch.no_grad():
+            for b in made:
+                b.ref_logprobs = train_grpo.score(reference, b.to(world.device), c)[0]
+        with fake_cuda.Watch() as seen:
+            train_grpo.update(model, optimizer, made, samples, 1e-6, c, world)
+    return {
+        "micro_batches": len(made),
+        "scoring": dict(scoring.waits),
+        "waits": dict(seen.waits),
+        "lists": waits,
+        "weights": sorted({str(p.dtype) for p in model.parameters()}),
+    }
 
 
 def flash_attn_package() -> dict:
