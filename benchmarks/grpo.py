@@ -1,8 +1,11 @@
-"""GRPO measured: beside TRL's GRPOTrainer, how it learns, and what kill -9 does to it. All on CPU with tiny models.
+"""GRPO measured: beside TRL's GRPOTrainer, how it learns, and what kill -9 does to it. All on CPU
+with tiny models.
 
 python benchmarks/grpo.py trl [--pairs 3] [--steps 6]       seconds a step, ours and TRL's in turn
-python benchmarks/grpo.py learn [--seeds 3] [--steps 100]   solve rate from about 20% upwards, and with a coin as reward
-python benchmarks/grpo.py kills [--kills 24]                runs killed in every phase, against one that never was
+python benchmarks/grpo.py learn [--seeds 3] [--steps 100]   solve rate from about 20% upwards, and
+with a coin as reward
+python benchmarks/grpo.py kills [--kills 24]                runs killed in every phase, against one
+that never was
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def flags(folder: Path, *more) -> list:
     return ["--model", folder / "m", "--data", folder / "p.jsonl", *COMMON, *more]
 
 
-# -------------------------------------------------------------------------------------------------------------- TRL
+# ---------------------------------------------------------------------------------------------- TRL
 TRL = """
 import sys, json, time, torch, datasets, trl
 torch.set_num_threads(1)
@@ -75,7 +78,8 @@ print("RESULT", json.dumps({"step_s": clock.times, "length": [e["completions/mea
 
 
 def talker(model_dir: Path, mean: int) -> None:
-    """Teach the model to write digits and to end at each with probability 1 / mean: completions of very different
+    """Teach the model to write digits and to end at each with probability 1 / mean: completions of
+    very different
     lengths, as those of a model that thinks. (A random model hardly ever ends.)"""
     from arithmetic import logprobs_of
     from safetensors.torch import save_file
@@ -103,8 +107,10 @@ def talker(model_dir: Path, mean: int) -> None:
 
 
 def trl(args, folder: Path) -> None:
-    """The same model, problems, group, lengths, reward, KL term, one update a step, one thread, in alternating pairs. Both
-    clocks cover a whole step: sampling, grading, reference, update. The first step of each run is left out."""
+    """The same model, problems, group, lengths, reward, KL term, one update a step, one thread, in
+    alternating pairs. Both
+    clocks cover a whole step: sampling, grading, reference, update. The first step of each run is
+    left out."""
     talker(make_model(folder / "m"), args.mean)
     write_problems(folder / "p.jsonl")
     ratios = []
@@ -178,9 +184,10 @@ def trl(args, folder: Path) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ learning
+# ----------------------------------------------------------------------------------------- learning
 def learn(args, folder: Path) -> None:
-    """One-digit sums up to 3 + 3; the solve rate is counted from the saved texts, not from the reward."""
+    """One-digit sums up to 3 + 3; the solve rate is counted from the saved texts, not from the
+    reward."""
     problems = write_problems(folder / "p.jsonl", n=4)
     gold = {p["id"]: p["answer"] for p in map(json.loads, problems.read_text().splitlines())}
     with Nursery(folder) as nursery:
@@ -245,9 +252,10 @@ def learn(args, folder: Path) -> None:
                 )
 
 
-# --------------------------------------------------------------------------------------------------------------- kills
+# -------------------------------------------------------------------------------------------- kills
 def kills(args, folder: Path) -> None:
-    """Runs of 6 steps, each killed again and again at random moments of sampling, grading, update and save."""
+    """Runs of 6 steps, each killed again and again at random moments of sampling, grading, update
+    and save."""
     from test_grpo import trace
 
     make_model(folder / "m")

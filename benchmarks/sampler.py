@@ -1,14 +1,22 @@
-"""The sampler beside transformers' `generate`: tokens/s on the same random weights, prompts and limits, in one run.
+"""The sampler beside transformers' `generate`: tokens/s on the same random weights, prompts and
+limits, in one run.
 
-    python benchmarks/sampler.py                            # 5M and 50M parameters on one CPU thread
+    python benchmarks/sampler.py                            # 5M and 50M parameters on one CPU
+    thread
     python benchmarks/sampler.py --sizes 0.5b --prompts 4 --new 32 --pairs 3
-    python benchmarks/sampler.py --sizes 7b --device cuda   # decode speed beside the roofline; no pairs
+    python benchmarks/sampler.py --sizes 7b --device cuda   # decode speed beside the roofline; no
+    pairs
 
-Two loads, 8 samples a prompt. even: prompts of one length, completions all run to the limit: engine against engine.
-ragged: prompts of 16 to 200 tokens, and a share of the vocabulary stops, so that lengths are geometric with a quarter of
-the limit as their mean, cut at the limit (about the spread of GRPO's rollouts). `generate` gets its batches of 64 rows,
-left-padded, with SDPA; the sampler 64 slots. Both draw at temperature 1; ours returns log-probabilities too.
-One thread, and seconds are the process's CPU seconds: the wall time of an idle machine, even on a busy one. Runs
+Two loads, 8 samples a prompt. even: prompts of one length, completions all run to the limit: engine
+against engine.
+ragged: prompts of 16 to 200 tokens, and a share of the vocabulary stops, so that lengths are
+geometric with a quarter of
+the limit as their mean, cut at the limit (about the spread of GRPO's rollouts). `generate` gets its
+batches of 64 rows,
+left-padded, with SDPA; the sampler 64 slots. Both draw at temperature 1; ours returns
+log-probabilities too.
+One thread, and seconds are the process's CPU seconds: the wall time of an idle machine, even on a
+busy one. Runs
 alternate, and the ratio is that of each pair. Prints a table and one JSON line.
 """
 
@@ -139,7 +147,8 @@ def compare(size: str, load: str, count: int, new: int, pairs: int) -> dict:
 
 
 def roofline(size: str, rows: int, context: int) -> float:
-    """Tokens/s of decode on one H200 (4.3 TB/s, 790 TFLOP/s bf16) if every byte and FLOP went at full speed."""
+    """Tokens/s of decode on one H200 (4.3 TB/s, 790 TFLOP/s bf16) if every byte and FLOP went at
+    full speed."""
     hidden, intermediate, layers, heads, kv_heads, vocab = SIZES[size]
     dim = hidden // heads
     weights = (

@@ -3,21 +3,30 @@
     python benchmarks/scaling.py --out docs/scaling.svg      # about 8 minutes
     python benchmarks/scaling.py --dry                       # seconds: does the script itself run?
 
-The miniature's language model (hidden 128, 4 layers, vocabulary 320) with random weights. Five curves, each beside what
+The miniature's language model (hidden 128, 4 layers, vocabulary 320) with random weights. Five
+curves, each beside what
 it must be at least:
-    length   training step (train_sft.py's: forward, backward, clip, AdamW) on a constant number of tokens, packed from
-             documents of one length. Causal attention is quadratic in a document: time a token = a + b · length
-    samples  sampler at fixed slots, 8 samples a prompt: constant time a token, but for filling and draining the slots
+    length   training step (train_sft.py's: forward, backward, clip, AdamW) on a constant number of
+    tokens, packed from
+             documents of one length. Causal attention is quadratic in a document: time a token = a
+             + b · length
+    samples  sampler at fixed slots, 8 samples a prompt: constant time a token, but for filling and
+    draining the slots
     slots    the same work with other numbers of slots: time a decode step = a + b · live rows
     limit    the same completions under other max_new_tokens, none of which they reach: constant
-    host     packing an epoch and collating its batches, without a model: constant time a document, but for a logarithm
-Lines are fitted by least squares of relative residuals; `worst` is the largest of these. `exponent`: slope of log time
+    host     packing an epoch and collating its batches, without a model: constant time a document,
+    but for a logarithm
+Lines are fitted by least squares of relative residuals; `worst` is the largest of these.
+`exponent`: slope of log time
 against log size over the larger half of the sizes; total cost of what is constant a unit has 1.
-The sampler's time is split: prefill, forward (decode without choosing), choosing (head, random numbers, log-probability,
+The sampler's time is split: prefill, forward (decode without choosing), choosing (head, random
+numbers, log-probability,
 stopping), host (all else: admission, KV copies, collecting, Python), the last a sample.
 
-Seconds are CPU seconds of the process, which other programs disturb less; wall seconds are given too. Medians of
-repeats, whose order of sizes turns round every time. Prints tables and, as the last line, one JSON object.
+Seconds are CPU seconds of the process, which other programs disturb less; wall seconds are given
+too. Medians of
+repeats, whose order of sizes turns round every time. Prints tables and, as the last line, one JSON
+object.
 """
 
 from __future__ import annotations
@@ -79,9 +88,10 @@ GROUP, LIMIT, STOPS, VOCAB = (
 )  # completions: geometric, 10 of 320 tokens stop, cut at the miniature's 88
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 def in_turns(sizes: list[int], repeats: int, run: Callable[[int], dict]) -> list[dict]:
-    """Medians of run(size)'s figures, a row a size; up and down the sizes in turn, after one round that does not count."""
+    """Medians of run(size)'s figures, a row a size; up and down the sizes in turn, after one round
+    that does not count."""
     found = {size: [] for size in sizes}
     for r in range(-1, repeats):
         for size in sizes if r % 2 else reversed(sizes):
@@ -121,9 +131,10 @@ def exponent(size: list[float], seconds: list[float]) -> float:
     return float(np.polyfit(np.log(size[half:]), np.log(seconds[half:]), 1)[0])
 
 
-# --------------------------------------------------------------------------------------------------------- the curves
+# --------------------------------------------------------------------------------------- the curves
 def random_model(layers: int, world: World | None = None) -> Model:
-    """The miniature's decoder with random weights; sharded, as the trainer has it, when a world is given."""
+    """The miniature's decoder with random weights; sharded, as the trainer has it, when a world is
+    given."""
     config = ModelConfig.from_dict(
         dict(
             model_type="qwen2",
@@ -242,7 +253,8 @@ def by_limit(s: SimpleNamespace, split: Split) -> list[dict]:
 
 
 def on_host(s: SimpleNamespace) -> list[dict]:
-    """Packing and collating, a row a number of documents; lengths log-normal, about 120 tokens, packs of 4,096."""
+    """Packing and collating, a row a number of documents; lengths log-normal, about 120 tokens,
+    packs of 4,096."""
 
     def run(documents: int) -> dict:
         rng = np.random.default_rng(0)
@@ -261,7 +273,7 @@ def on_host(s: SimpleNamespace) -> list[dict]:
     return in_turns(s.documents, s.repeats, run)
 
 
-# ---------------------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 def table(title: str, rows: list[dict], columns: dict[str, str]) -> None:
     """Markdown: columns maps a row's key to its heading."""
     print(f"\n{title}\n\n| " + " | ".join(columns.values()) + " |\n" + "|---" * len(columns) + "|")

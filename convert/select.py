@@ -1,7 +1,8 @@
 """A part of a converted file, chosen by length and by difficulty.
 
     python -m convert select data/openthoughts.jsonl --out data/part.jsonl --chars 4000,11000
-    python -m convert select data/orz57k.jsonl --out data/part.jsonl --samples OUT --solved 0.25,0.75
+    python -m convert select data/orz57k.jsonl --out data/part.jsonl --samples OUT --solved
+    0.25,0.75
 
 --chars: characters of all texts of a row (about three to a token in mathematics). --samples: the
 --out of an eval.py of this file with several samples a problem; kept are problems of which a share

@@ -42,7 +42,8 @@ class FusedBlock:
 
 
 def join(parts: list[nn.Linear], name: str) -> torch.Tensor | None:
-    """These layers' weights (or biases) one below the other; each layer keeps a view of its rows."""
+    """These layers' weights (or biases) one below the other; each layer keeps a view of its
+    rows."""
     tensors = [getattr(p, name) for p in parts]
     if tensors[0] is None:
         return None

@@ -242,7 +242,8 @@ def plan_grpo(
     """Bytes on one rank in both halves of a GRPO step: "sampling peak", "training peak", "peak".
 
     Training is `plan_step`, with the reference model's shards and its gathered root if there is
-    one (with LoRA it is the model itself, adapters off). Sampling holds every weight once, in the compute dtype: on a GPU the sampler's copy, into
+    one (with LoRA it is the model itself, adapters off). Sampling holds every weight once, in the
+    compute dtype: on a GPU the sampler's copy, into
     which one unit after the other is gathered, the largest being the root with its shards cast. It
     also holds the KV cache (kv_gb in GB, or slots × max_len tokens), three rows of fp32 logits a
     slot, no gradients, and no Adam moments when these are offloaded. Without keep_sampler there is

@@ -25,7 +25,8 @@ def world():
 
 @pytest.fixture(scope="session")
 def tiny_vl(tmp_path_factory):
-    """A model directory with random weights written by transformers: Qwen2.5-VL, untied, nested config."""
+    """A model directory with random weights written by transformers: Qwen2.5-VL, untied, nested
+    config."""
     from tiny_model import make_tiny_vl
 
     return make_tiny_vl(tmp_path_factory.mktemp("tiny_vl"))

@@ -1,4 +1,5 @@
-"""The benchmarks' own arithmetic, and that the script runs: a wrong fit would hide the growth that it is to find."""
+"""The benchmarks' own arithmetic, and that the script runs: a wrong fit would hide the growth that
+it is to find."""
 
 import importlib.util
 import json
@@ -19,7 +20,8 @@ def scaling():
 
 
 def test_a_quadratic_cost_is_told_from_a_linear_one(scaling):
-    """Growth must show: as an exponent near 2, and as a residual that a straight line cannot take away."""
+    """Growth must show: as an exponent near 2, and as a residual that a straight line cannot take
+    away."""
     x = np.array([256, 512, 1024, 2048, 4096, 8192])
     straight = scaling.line(x, 80 + 0.05 * x)
     assert (
@@ -33,7 +35,8 @@ def test_a_quadratic_cost_is_told_from_a_linear_one(scaling):
 
 
 def test_scaling_runs_and_accounts_for_the_samplers_time(scaling, tmp_path):
-    """A curve without rows, or a part that is timed under a name that the sampler no longer calls, would go unseen."""
+    """A curve without rows, or a part that is timed under a name that the sampler no longer calls,
+    would go unseen."""
     done = subprocess.run(
         [sys.executable, "benchmarks/scaling.py", "--dry", "--out", tmp_path / "s.svg"],
         cwd=ROOT,

@@ -96,7 +96,8 @@ def test_a_decode_step_waits_for_nothing():
 
 
 def test_kernels_of_a_whole_decode_step():
-    """The 7B at 256 sequences, what is compiled counted as one: 1,000 as the trainer's blocks do it.
+    """The 7B at 256 sequences, what is compiled counted as one: 1,000 as the trainer's blocks do
+    it.
     Nothing in it may wait."""
     seen = seen_in("decode_step")
     assert seen["fused"]["waits"] == 0

@@ -181,7 +181,8 @@ def pairs(text: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("pred, gold", pairs(EQUAL))
 def test_equal_notations_score(pred, gold):
-    """False negatives: an answer that only another notation separates from the gold would be punished."""
+    """False negatives: an answer that only another notation separates from the gold would be
+    punished."""
     assert full_equal(pred, gold)
 
 
@@ -193,7 +194,8 @@ def test_known_misses_are_false_negatives(pred, gold):
 
 @pytest.mark.parametrize("pred, gold", pairs(UNEQUAL))
 def test_near_misses_do_not_score(pred, gold):
-    """False positives, most of them real ones of public graders: rounding, dropped subscripts, hedges,
+    """False positives, most of them real ones of public graders: rounding, dropped subscripts,
+    hedges,
     mixed-number misreadings.
     """
     assert not full_equal(pred, gold)
@@ -226,7 +228,8 @@ def test_near_misses_do_not_score(pred, gold):
     ],
 )
 def test_what_is_no_answer_is_refused_without_algebra(pred):
-    """A hostile text that reaches sympy costs a worker; one that reaches TeX or Python would cost more."""
+    """A hostile text that reaches sympy costs a worker; one that reaches TeX or Python would cost
+    more."""
     assert quick_equal(pred, "42") is False and quick_equal(pred, pred.strip() and "1") is False
 
 
@@ -303,7 +306,8 @@ EXPRESSIONS = st.recursive(
 @settings(max_examples=40, deadline=None)
 @given(EXPRESSIONS, EXPRESSIONS)
 def test_equality_is_symmetric_and_blind_to_spacing(a, b):
-    """Between scalars the order must not matter; \\left\\right, \\dfrac and blanks are no mathematics."""
+    """Between scalars the order must not matter; \\left\\right, \\dfrac and blanks are no
+    mathematics."""
     assert full_equal(a, b) == full_equal(b, a)
     respelled = (
         a.replace(r"\left", "")
@@ -317,7 +321,8 @@ def test_equality_is_symmetric_and_blind_to_spacing(a, b):
 
 
 def evaluate(text: str) -> float:
-    """Independent value of the generated expressions at x = 1.7, y = -0.6, n = 2.3, by Python's own arithmetic."""
+    """Independent value of the generated expressions at x = 1.7, y = -0.6, n = 2.3, by Python's own
+    arithmetic."""
     import math
 
     names = dict(x=1.7, y=-0.6, n=2.3, pi=math.pi, sin=math.sin, sqrt=math.sqrt)
@@ -340,7 +345,8 @@ def evaluate(text: str) -> float:
 @settings(max_examples=40, deadline=None)
 @given(EXPRESSIONS, EXPRESSIONS)
 def test_expressions_are_equal_only_if_their_values_are(a, b):
-    """Independent check of the algebra against Python's arithmetic at a point that equality.py doesn't use."""
+    """Independent check of the algebra against Python's arithmetic at a point that equality.py
+    doesn't use."""
     if full_equal(a, b):
         assert abs(evaluate(a) - evaluate(b)) < 1e-9
 
@@ -360,7 +366,8 @@ def gold_answers() -> dict[str, list[str]]:
 
 @needs_real
 def test_real_golds_equal_themselves_and_shuffled_only_true_equals():
-    """1,967 + 500 + 1,319 real golds. Shuffled, what is called equal must be equal for math-verify too."""
+    """1,967 + 500 + 1,319 real golds. Shuffled, what is called equal must be equal for math-verify
+    too."""
     from math_verify import parse, verify
 
     golds = gold_answers()
@@ -381,7 +388,8 @@ def test_real_golds_equal_themselves_and_shuffled_only_true_equals():
 
 @needs_real
 def test_labelled_pairs_keep_their_agreement():
-    """The 101 boxed pairs of public graders' test suites: two hedges with a wrong approximation are refused on
+    """The 101 boxed pairs of public graders' test suites: two hedges with a wrong approximation are
+    refused on
     purpose.
     """
     rows = [json.loads(line) for line in (REAL / "rewards_dev.jsonl").open()]
@@ -399,7 +407,8 @@ def test_normalise_is_idempotent():
 
 
 def test_pairs_in_the_forms_that_models_write():
-    """tests/data/answers.jsonl: units, degrees, currency, lists, intervals; half right, half wrong."""
+    """tests/data/answers.jsonl: units, degrees, currency, lists, intervals; half right, half
+    wrong."""
     file = Path(__file__).parent / "data" / "answers.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 313 and sum(r["right"] for r in rows) == 159

@@ -1,4 +1,5 @@
-"""eval.py: from files to figures, with a tiny random model, and with outputs written by hand where scores matter."""
+"""eval.py: from files to figures, with a tiny random model, and with outputs written by hand where
+scores matter."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def write(file: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
-    """Text, one image, two images, a page that is all image, math and open questions; two tasks, one health slice."""
+    """Text, one image, two images, a page that is all image, math and open questions; two tasks,
+    one health slice."""
     folder = tmp_path_factory.mktemp("data")
     for i, size in enumerate([(56, 56), (84, 56), (60, 120)]):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(
@@ -137,7 +139,7 @@ def files(out: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted(out.iterdir()) if f.name not in names}
 
 
-# ------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 @pytest.fixture(scope="module")
 def five(model_dir, problems, tmp_path_factory, world):
     """Five samples a problem, by one process."""
@@ -154,7 +156,8 @@ def _evaluate_as_rank(world, model_dir, problems, out):
 
 
 def test_two_ranks_and_a_resumed_crash_give_the_same_files(model_dir, problems, five, tmp_path):
-    """Prevents results that depend on the number of ranks, a resume that repeats or loses samples, one that trips over
+    """Prevents results that depend on the number of ranks, a resume that repeats or loses samples,
+    one that trips over
     a torn line, and seeds that change with what is left to do."""
     out = tmp_path / "out"
     out.mkdir()
@@ -174,7 +177,8 @@ def test_two_ranks_and_a_resumed_crash_give_the_same_files(model_dir, problems, 
 
 
 def test_every_sample_is_whole_on_disk(five, problems, model_dir):
-    """Prevents a log that cannot be read again: tokens that are not the text's, a missing prompt, seed or finish."""
+    """Prevents a log that cannot be read again: tokens that are not the text's, a missing prompt,
+    seed or finish."""
     tokenizer, rows = data.load_tokenizer(model_dir), stored(five)
     assert len(rows) == 30
     for row in rows.values():
@@ -249,8 +253,10 @@ def test_a_changed_model_or_file_refuses_to_mix(five, model_dir, problems, tmp_p
 def test_budget_curve_equals_runs_with_these_budgets(
     model_dir, problems, tmp_path, inline, monkeypatch
 ):
-    """Prevents a curve that is not what forced exit at that budget gives: wrong cut, wrong positions after images, a
-    missing exit text, an answer of another length. Greedy, so that each point can be held to a run of its own."""
+    """Prevents a curve that is not what forced exit at that budget gives: wrong cut, wrong
+    positions after images, a
+    missing exit text, an answer of another length. Greedy, so that each point can be held to a run
+    of its own."""
     out = tmp_path / "curve"
     result = ev.evaluate(config(model_dir, problems, out, budgets="5,12"))
     for budget in (5, 12):
@@ -279,7 +285,8 @@ def test_budget_curve_equals_runs_with_these_budgets(
 
 
 def test_exit_positions():
-    """Prevents a cut inside the model's own `</think>`, a second exit after it, and cuts beyond what was sampled. Held
+    """Prevents a cut inside the model's own `</think>`, a second exit after it, and cuts beyond
+    what was sampled. Held
     to the sampler's rule on pieces that share characters with the close."""
     pieces = ["a", "</", "think", ">", "/think>", "<"]
     table = close_table(pieces, "</think>")
@@ -344,7 +351,7 @@ def test_limit_takes_the_same_problems_of_each_task(model_dir, tmp_path, problem
     assert [p["id"] for p in left] == [p["id"] for p in fewer[1:]] and told["dropped"] == 1
 
 
-# --------------------------------------------------------------------------------------- scores of written outputs
+# ------------------------------------------------------------------------ scores of written outputs
 def make_run(
     out: Path, outputs: dict[str, list[tuple[str, str]]], problems: list[dict], **settings
 ) -> Path:
@@ -399,7 +406,8 @@ def rescore(out: Path, file: Path, **changes) -> dict:
 
 
 def test_figures_of_one_sample(tmp_path, inline, world):
-    """Prevents wrong shares: cut text that counts, forced exits on the wrong side, lenient below strict, macro for
+    """Prevents wrong shares: cut text that counts, forced exits on the wrong side, lenient below
+    strict, macro for
     micro, a slice that is left out."""
     problems = [choice(i, subset="x" if i < 6 else "y", meta={"health": i < 2}) for i in range(8)]
     file = write(tmp_path / "p.jsonl", problems)
@@ -443,7 +451,8 @@ def test_figures_of_one_sample(tmp_path, inline, world):
 
 
 def test_votes_and_passes_of_five_samples(tmp_path, inline, world):
-    """Prevents votes on raw text, votes of samples without an answer, pass@k as any of the first k, and k repeats that
+    """Prevents votes on raw text, votes of samples without an answer, pass@k as any of the first k,
+    and k repeats that
     count as k questions."""
     problems = [
         {"id": f"m/{i}", "task": "sums", "kind": "math", "question": f"{i}?", "answer": "1/2"}
@@ -485,7 +494,8 @@ def test_votes_and_passes_of_five_samples(tmp_path, inline, world):
 
 
 def test_compare_and_drop(tmp_path, inline, world, capsys):
-    """Prevents the difference of two intervals in place of the paired one, comparison across other rules, golds or
+    """Prevents the difference of two intervals in place of the paired one, comparison across other
+    rules, golds or
     questions, and a list of ids that is not applied."""
     rng = np.random.default_rng(0)
     problems = [choice(i, meta={"cluster": str(i // 2)}) for i in range(40)]
@@ -538,7 +548,8 @@ def test_compare_and_drop(tmp_path, inline, world, capsys):
 
 
 def test_rescore_takes_mended_golds_and_refuses_other_settings(tmp_path, inline, world):
-    """Prevents a mended gold from needing new samples, and flags that a rescore would silently ignore."""
+    """Prevents a mended gold from needing new samples, and flags that a rescore would silently
+    ignore."""
     problems = [choice(0), choice(1)]
     file = write(tmp_path / "p.jsonl", problems)
     odd = (
@@ -576,7 +587,7 @@ def test_looping():
     assert not metrics.is_looping(list(range(100)) + list(range(40)))
 
 
-# ------------------------------------------------------------------------------------------------- user's mistakes
+# ---------------------------------------------------------------------------------- user's mistakes
 MISTAKES = [
     ([choice(0, images=["none.png"])], {}, r"p.jsonl:1: images: .*none.png"),
     (
@@ -621,7 +632,8 @@ def test_mistakes_are_named_before_the_model_is_loaded(
 def test_a_refused_start_does_not_hold_the_directory(
     model_dir, tmp_path, problems, world, inline, monkeypatch
 ):
-    """Prevents a mended command from being refused because the mistaken one wrote its settings down."""
+    """Prevents a mended command from being refused because the mistaken one wrote its settings
+    down."""
     with pytest.raises(ValueError, match="must also hold"):
         ev.evaluate(config(model_dir, problems, tmp_path / "out", think_budget=39))
     monkeypatch.setattr(
@@ -762,7 +774,8 @@ def test_accuracy_by_task_has_an_interval(world):
 
 
 def test_torchrun_lets_every_flag_through():
-    """Prevents flags that torchrun takes for its own: on Python 3.11 it refuses --n as an abbreviation of several."""
+    """Prevents flags that torchrun takes for its own: on Python 3.11 it refuses --n as an
+    abbreviation of several."""
     from torch.distributed.run import parse_args
 
     flags = ["--samples", *(f"--{f.name}" for f in dataclasses.fields(ev.Config) if f.name != "n")]
@@ -797,7 +810,8 @@ def test_command_line(tmp_path, world):
 
 @needs_real
 def test_real_images_and_questions(model_dir, tmp_path, world, inline):
-    """Prevents a path that works on noise only: real files of several sizes and modes, five images in one question, a
+    """Prevents a path that works on noise only: real files of several sizes and modes, five images
+    in one question, a
     page that holds the question itself, forced exit."""
     rows = []
     lines = (REAL / "images_mmmu_pro" / "questions.jsonl").read_text().splitlines()

@@ -1,8 +1,11 @@
 """What counts as the answer of an output: a table written for the purpose, held to 100%.
 
-On the same outputs the choice of parser alone moves a benchmark by more points than a method does, so the rule is
-pinned row by row: every form that the paper's prompts bring forth, and the ways in which published parsers fail (guessing,
-nearest option, first letter of the prose, article "A", pronoun "I", letters that the item does not have, answers in the
+On the same outputs the choice of parser alone moves a benchmark by more points than a method does,
+so the rule is
+pinned row by row: every form that the paper's prompts bring forth, and the ways in which published
+parsers fail (guessing,
+nearest option, first letter of the prose, article "A", pronoun "I", letters that the item does not
+have, answers in the
 thought, cut answers). "@" stands for a closed thought; expected None: no answer, never a guess.
 """
 
@@ -172,7 +175,8 @@ CHOICE = [
     (tag("I and II"), NUMERALS, "A"),
     (tag("B: II"), NUMERALS, "B"),
     (tag("C: II"), NUMERALS, None),
-    # options whose texts are letters: the letter goes first; texts that two options share name neither
+    # options whose texts are letters: the letter goes first; texts that two options share name
+    # neither
     (tag("A"), SHUFFLED, "A"),
     (tag("A: D"), SHUFFLED, "A"),
     (tag("D"), SHUFFLED, "D"),
@@ -316,7 +320,8 @@ CHOICE = [
     (r"@\boxed{E}", SIGNS, None),
 ]
 
-# Unambiguous, and refused today: an option's whole text that is a letter beyond the item's own, a colon with nothing.
+# Unambiguous, and refused today: an option's whole text that is a letter beyond the item's own, a
+# colon with nothing.
 # an option that is a capital beyond the item's letters, and a letter with its colon alone
 CHOICE += [
     (tag("I"), ["I", "II", "III", "IV"], "A"),
@@ -388,7 +393,8 @@ MATH = [
     (r"@\boxed{}", "42", False),
 ]
 
-# (output, kind, options, lenient answer): what the lenient score, shown beside the strict one, takes
+# (output, kind, options, lenient answer): what the lenient score, shown beside the strict one,
+# takes
 LENIENT = [
     ("@Answer: B", "choice", SIGNS, "B"),
     ("@The answer is (B).", "choice", SIGNS, "B"),
@@ -411,7 +417,8 @@ LENIENT = [
 
 @pytest.mark.parametrize("output, options, letter", RIGHT + CHOICE)
 def test_choice(output, options, letter):
-    """Prevents a parser that guesses, that takes the first letter that it meets, or that misses a form which was asked
+    """Prevents a parser that guesses, that takes the first letter that it meets, or that misses a
+    form which was asked
     for: each of these moves a benchmark by points."""
     found = extract_answer(think(output), "choice", options)
     assert (found.text if found else None) == letter
@@ -419,14 +426,16 @@ def test_choice(output, options, letter):
 
 @pytest.mark.parametrize("output, gold, right", MATH)
 def test_math(output, gold, right):
-    """Prevents the last number of cut or hedging prose from counting, and equal numbers in other dress from failing."""
+    """Prevents the last number of cut or hedging prose from counting, and equal numbers in other
+    dress from failing."""
     problem = {"id": "m", "task": "t", "kind": "math", "question": "?", "answer": gold}
     assert reward(problem, think(output)).score == right
 
 
 @pytest.mark.parametrize("output, kind, options, answer", LENIENT)
 def test_lenient(output, kind, options, answer):
-    """Prevents a lenient score that is blind to what a strict one refuses for its form alone, or that finds an answer
+    """Prevents a lenient score that is blind to what a strict one refuses for its form alone, or
+    that finds an answer
     where there is none; and strict scores that let these through."""
     found = extract_answer(think(output), kind, options, lenient=True)
     assert (found.text if found else None) == answer

@@ -1,4 +1,5 @@
-"""grading/workers.py: a hang, a crash or a dead parent costs one answer, never the run, and leaves no process behind."""
+"""grading/workers.py: a hang, a crash or a dead parent costs one answer, never the run, and leaves
+no process behind."""
 
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ def test_many_items_come_back_to_their_own_future(functions):
     ],
 )
 def test_whatever_the_function_does_the_next_item_is_served(functions, what, status):
-    """A stuck or dead worker that isn't replaced stops the run (the failure of every thread- or pool-based grader)."""
+    """A stuck or dead worker that isn't replaced stops the run (the failure of every thread- or
+    pool-based grader)."""
     with WorkerPool("bad_functions:act", workers=1, deadline=1.0, memory_gb=2) as pool:
         bad, good = pool.submit(what), pool.submit("fine")
         assert bad.result(60).status == status and bad.result().why
@@ -119,7 +121,8 @@ def test_whatever_the_function_does_the_next_item_is_served(functions, what, sta
 
 
 def test_prints_and_reads_do_not_disturb_the_protocol(functions):
-    """A print in a user's reward must not be read as the reply; reading stdin must not eat the next item."""
+    """A print in a user's reward must not be read as the reply; reading stdin must not eat the next
+    item."""
     with WorkerPool("bad_functions:act", workers=1) as pool:
         assert [pool.submit(w).result().value for w in ("print", "stdin", "fine")] == [
             "print",
@@ -129,7 +132,8 @@ def test_prints_and_reads_do_not_disturb_the_protocol(functions):
 
 
 def test_a_worker_imports_no_torch(functions):
-    """Workers that import torch (or the caller's __main__) take seconds to start and gigabytes to hold."""
+    """Workers that import torch (or the caller's __main__) take seconds to start and gigabytes to
+    hold."""
     with WorkerPool("bad_functions:act", workers=1) as pool:
         assert pool.submit("torch").result().value is False
     code = "import sys, rewards; sys.exit('torch' in sys.modules)"
@@ -144,7 +148,8 @@ def test_the_deadline_runs_from_the_taking_not_from_the_queueing(functions):
 
 
 def test_more_than_a_thousand_open_files(functions):
-    """select() fails on descriptors above 1,023: the pool hung in a process with many open files."""
+    """select() fails on descriptors above 1,023: the pool hung in a process with many open
+    files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 3000:
         pytest.skip(f"the limit of open files is {hard}")
@@ -185,7 +190,8 @@ def test_the_item_after_a_kill_goes_to_a_warm_spare(functions):
 
 
 def test_a_child_in_a_session_of_its_own_is_killed_too(functions):
-    """killpg doesn't reach it: a reward that starts a server would leave one behind at each kill."""
+    """killpg doesn't reach it: a reward that starts a server would leave one behind at each
+    kill."""
     with WorkerPool("bad_functions:act", workers=1, deadline=1) as pool:
         pids = [pool.submit(what).result(60).value for what in ("session", "child")]
         assert all(map(running, pids)) and pool.submit("spin").result(60).status == "timeout"
@@ -204,7 +210,8 @@ def test_a_function_that_can_not_be_loaded_is_named_at_once(functions):
 
 
 def test_closing_ends_workers_children_and_waiting_items(functions):
-    """Leftover processes hold memory and cores of the next run; a Future that never ends holds this one."""
+    """Leftover processes hold memory and cores of the next run; a Future that never ends holds this
+    one."""
     pool = WorkerPool("bad_functions:act", workers=2, deadline=100)
     child = pool.submit("child").result().value
     stuck = [pool.submit("spin"), pool.submit("spin"), pool.submit("never reached")]
@@ -265,7 +272,8 @@ def test_a_forked_child_is_told_to_make_its_own(functions):
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_worker_outlives_a_killed_parent(functions, end):
-    """kill -9 of a rank runs no handler: workers stuck in an item must still die (Ctrl-C and SIGTERM alike)."""
+    """kill -9 of a rank runs no handler: workers stuck in an item must still die (Ctrl-C and
+    SIGTERM alike)."""
     script = textwrap.dedent("""
         import sys, time
         from grading.workers import WorkerPool

@@ -1,4 +1,5 @@
-"""train_grpo.py as a whole: one gradient however the work is split, exactly on-policy, equal to TRL, learns, survives."""
+"""train_grpo.py as a whole: one gradient however the work is split, exactly on-policy, equal to
+TRL, learns, survives."""
 
 import dataclasses
 import json
@@ -27,7 +28,8 @@ def config(**more):
 
 
 def made_up(seed=0, group=4, prompts=4):
-    """Prompts and samples of random tokens, some truncated, some with forced tokens, one empty of sampled ones."""
+    """Prompts and samples of random tokens, some truncated, some with forced tokens, one empty of
+    sampled ones."""
     g = np.random.default_rng(seed)
     prompt_list = [
         SimpleNamespace(tokens=g.integers(0, 290, n).tolist(), pixel_values=None, grid_thw=None)
@@ -83,7 +85,7 @@ def model(model_dir, world):
     return build_model(model_dir, world)
 
 
-# ---------------------------------------------------------------------------------------------------- one gradient
+# ------------------------------------------------------------------------------------- one gradient
 OBJECTIVE = dict(
     kl_coef=0.1,
     entropy_coef=0.01,
@@ -140,7 +142,8 @@ def gradients_on_ranks(world, model_dir, out, *budgets):
 
 
 def gradient_by_hand(model, aggregation="token_mean"):
-    """The same update written as plainly as possible: sample by sample, one document each, every term spelled out."""
+    """The same update written as plainly as possible: sample by sample, one document each, every
+    term spelled out."""
     prompts, samples = made_up()
     c = config(**OBJECTIVE)
     set_advantages(samples, c)
@@ -177,8 +180,10 @@ def distance(a, b):
     "size, budgets", [(1, [10**6, 70, 1]), (2, [10**6, 70, 1]), (4, [10**6, 70])]
 )
 def test_one_gradient_for_any_ranks_and_micro_batches(tmp_path, place, model_dir, size, budgets):
-    """A mean of per-micro-batch or per-rank means, a truncated or forced token in the denominator, a document that sees
-    its neighbour in the pack: each makes the step depend on how it was split. Budget 1: packs as long as the longest
+    """A mean of per-micro-batch or per-rank means, a truncated or forced token in the denominator,
+    a document that sees
+    its neighbour in the pack: each makes the step depend on how it was split. Budget 1: packs as
+    long as the longest
     sample; 10**6: one pack, so that other ranks run an empty one."""
     from test_model import load
 
@@ -222,7 +227,8 @@ def test_nothing_to_train_on_is_no_update(model, world):
 
 
 def test_an_update_reads_nothing_back_between_micro_batches(world, monkeypatch):
-    """On a GPU a value read waits for all kernels in the queue, and the next forward starts late."""
+    """On a GPU a value read waits for all kernels in the queue, and the next forward starts
+    late."""
     events, names = [], ("item", "tolist", "cpu", "numpy")
     weight = torch.zeros((), requires_grad=True)
 
@@ -376,13 +382,14 @@ def test_settings_that_contradict_each_other_are_refused(flags, named):
         config(**flags)
 
 
-# -------------------------------------------------------------------------------------------------------------- TRL
+# ---------------------------------------------------------------------------------------------- TRL
 @pytest.mark.parametrize(
     "loss_type, aggregation",
     [("dapo", "token_mean"), ("grpo", "seq_mean_token_mean"), ("dr_grpo", "constant")],
 )
 def test_advantages_and_loss_equal_trls(tmp_path, trl_trainer, loss_type, aggregation):
-    """The same rollouts through TRL's GRPOTrainer: its advantages and its loss, off-policy (so that clips act) and with
+    """The same rollouts through TRL's GRPOTrainer: its advantages and its loss, off-policy (so that
+    clips act) and with
     a KL term."""
     trainer, ours = trl_trainer
     trainer.loss_type = loss_type
@@ -449,7 +456,8 @@ def test_advantages_and_loss_equal_trls(tmp_path, trl_trainer, loss_type, aggreg
 
 @pytest.fixture(scope="module")
 def trl_trainer(tmp_path_factory, world):
-    """A GRPOTrainer with the rollouts that it sampled itself, and our model with the same weights."""
+    """A GRPOTrainer with the rollouts that it sampled itself, and our model with the same
+    weights."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -490,7 +498,7 @@ def trl_trainer(tmp_path_factory, world):
     return trainer, build_model(model_dir, world)
 
 
-# ------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A nursery, and a model that is right on a quarter of the one-digit sums up to 3 + 3."""
@@ -552,7 +560,8 @@ def trace(out):
 
 
 def test_killed_at_random_moments_it_ends_bit_equal(place):
-    """Steps done twice, a torn checkpoint, other rollouts after a restart, a lost or doubled evaluation."""
+    """Steps done twice, a torn checkpoint, other rollouts after a restart, a lost or doubled
+    evaluation."""
     flags = [
         *place.common,
         "--reward",
@@ -579,7 +588,8 @@ def test_killed_at_random_moments_it_ends_bit_equal(place):
         for phase, skip in zip(PHASES, (1, 4, 2, 1))
     ]
     code, said = place.nursery.run([*flags, "--out", killed])
-    # where the last kill came too late, that start has ended the run, and this one finds it complete
+    # where the last kill came too late, that start has ended the run, and this one finds it
+    # complete
     assert code == 0 and sum(kills) >= 3 and ("resuming from" in said or not kills[-1])
     assert trace(killed) == trace(place.folder / "straight")
     assert [r["step"] for r in rows(killed, "eval.jsonl")] == [0, 2, 4, 5]
@@ -707,7 +717,8 @@ def test_numbers_out_of_range_are_refused_at_once(flag, value, capsys):
 
 
 def test_two_ranks_sample_and_learn_as_one(place):
-    """Seeds by rank would give every rank the same samples, or others at another world size; also the first step is
+    """Seeds by rank would give every rank the same samples, or others at another world size; also
+    the first step is
     on-policy: ratio 1, nothing clipped, trainer and sampler agree."""
     one, two = place.folder / "one", place.folder / "two"
     flags = [*place.common, "--lr", 1e-3, "--steps", 2, "--temperature", 0.7]
@@ -765,7 +776,8 @@ LEARNING = [
 
 
 def test_it_learns_from_rewards_and_from_nothing_else(place):
-    """The sum of all parts: a sign error, a shifted target or a wrong advantage shows as a curve that does not climb. With
+    """The sum of all parts: a sign error, a shifted target or a wrong advantage shows as a curve
+    that does not climb. With
     rewards that a coin decides, the same run must not climb."""
     learned, coin = place.folder / "learned", place.folder / "coin"
     assert place.nursery.run([*place.common, *LEARNING, "--steps", 30, "--out", learned])[0] == 0
@@ -791,7 +803,8 @@ def test_it_learns_from_rewards_and_from_nothing_else(place):
 
 
 def test_problems_with_images_train_the_language_model_alone(place, tmp_path):
-    """A frozen tower that gets weight decay, positions that forget the image, a sampled image placeholder (sampling at
+    """A frozen tower that gets weight decay, positions that forget the image, a sampled image
+    placeholder (sampling at
     temperature 3 would meet one): on-policy and unmoved is what this run must be."""
     from PIL import Image
     from tiny import make_tiny_tokenizer
@@ -881,7 +894,7 @@ def test_problems_with_images_train_the_language_model_alone(place, tmp_path):
     assert not sampled & {300, 301, 302, 303, *range(307, 320)} and len(sampled) > 150
 
 
-# ------------------------------------------------------------------------------ which problems a step samples
+# -------------------------------------------------------------------- which problems a step samples
 def test_an_epoch_has_every_problem_once_in_an_order_of_its_own():
     problems = [{"id": str(i)} for i in range(10)]
     epochs = [
@@ -941,7 +954,7 @@ def test_keep_and_drop_sample_one_batch(kind, trained):
     assert (len(samples), sum(s.trained for s in samples), cursor) == (8, trained, 4)
 
 
-# ------------------------------------------------------------------------------------------ the packed stream
+# -------------------------------------------------------------------------------- the packed stream
 def of_tokens(problem, tokens, **more):
     logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
     return Sample(str(problem), 0, tokens, "stop", "", problem=problem, logprobs=logprobs, **more)

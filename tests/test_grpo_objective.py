@@ -1,5 +1,6 @@
 """The objective of train_grpo.py against golden values that were computed with other trainers' own
-functions (verl, TRL) and by hand, in fp64. Fixture: 6 samples of lengths 3 2 4 1 4 2 in two groups."""
+functions (verl, TRL) and by hand, in fp64. Fixture: 6 samples of lengths 3 2 4 1 4 2 in two
+groups."""
 
 from types import SimpleNamespace
 
@@ -127,7 +128,8 @@ def test_kl_values(kind, expected):
 
 
 def test_kl_gradients_are_the_ones_documented():
-    """Exact expectation over a 3-class softmax: k1 → 0, k2 → ∇KL(policy‖ref), k3 → ∇KL(ref‖policy)."""
+    """Exact expectation over a 3-class softmax: k1 → 0, k2 → ∇KL(policy‖ref), k3 →
+    ∇KL(ref‖policy)."""
     z = torch.tensor([0.3, -0.5, 0.9], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([0.1, 0.2, -0.4], dtype=torch.float64).log_softmax(0)
 
@@ -165,7 +167,8 @@ def test_soft_overlong_penalty():
 
 
 def test_the_normaliser_is_global():
-    """Losses [1,1,1,1] and [3] in two micro-batches: 1.4 over all tokens; a mean of means gives 2."""
+    """Losses [1,1,1,1] and [3] in two micro-batches: 1.4 over all tokens; a mean of means gives
+    2."""
     parts = []
     for value, n in ((1.0, 4), (3.0, 1)):
         zeros = torch.zeros(n, dtype=torch.float64)
@@ -198,7 +201,8 @@ def test_gspo_gradient_is_that_of_the_sample_ratio():
 
 
 def test_ratio_one_still_has_the_policy_gradient():
-    """On-policy the loss is -mean(A), about 0 when advantages cancel; its gradient is A·∇logprob."""
+    """On-policy the loss is -mean(A), about 0 when advantages cancel; its gradient is
+    A·∇logprob."""
     new = NEW.clone().requires_grad_()
     value, metrics = loss(new, batch(old=None, sampler=SAMPLER), clip_high=0.2)
     value.backward()

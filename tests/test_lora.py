@@ -208,7 +208,7 @@ def test_an_export_is_the_adapted_model_and_the_rest_of_it_byte_equal(tmp_path, 
     assert all(after[k].dtype == torch.bfloat16 for k in after)
 
 
-# ------------------------------------------------------------------------------------------ the scripts
+# -------------------------------------------------------------------------------------- the scripts
 def run(script: str, *flags) -> str:
     """A trainer in a process of its own; its output."""
     command = [sys.executable, ROOT / script, *map(str, flags), "--device", "cpu"]
@@ -276,7 +276,8 @@ def test_the_written_adapter_is_the_final_model_in_peft(sft):
 
 
 def test_grpo_samples_from_the_adapted_model_and_its_reference_is_the_base(tmp_path):
-    """Stale or unmerged adapters would show in the log-probabilities; an adapted reference in KL 0."""
+    """Stale or unmerged adapters would show in the log-probabilities; an adapted reference in KL
+    0."""
     make_model(tmp_path / "model")
     write_problems(tmp_path / "rl.jsonl", n=3)
     reward = tmp_path / "odd.py"  # a random model gets no sum right: reward what varies

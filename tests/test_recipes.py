@@ -575,7 +575,8 @@ def test_schema_letters_cover_the_made_up_options():
 
 
 def test_the_tiny_qwen3_vl_is_one_for_transformers_too(tmp_path):
-    """Keys, sizes or settings of another architecture: the smoke run of a Qwen3-VL would show nothing."""
+    """Keys, sizes or settings of another architecture: the smoke run of a Qwen3-VL would show
+    nothing."""
     smoke_data.write_qwen3_vl(tmp_path / "base")
     config = reference(tmp_path / "base").config
     assert config.model_type == "qwen3_vl" and config.text_config.head_dim == 48

@@ -61,7 +61,8 @@ CHOICE = {
     ],
 )
 def test_only_the_final_answer_counts(completion, score, status):
-    """Thoughts, earlier boxes, hedges, shotguns and unclosed boxes must earn nothing; the final answer must earn 1."""
+    """Thoughts, earlier boxes, hedges, shotguns and unclosed boxes must earn nothing; the final
+    answer must earn 1."""
     graded = reward(MATH, completion)
     assert (graded.score, graded.status) == (score, status)
 
@@ -119,7 +120,8 @@ def test_choice_is_one_strict_rule(content, letter):
 
 
 def test_choice_texts_must_be_unique_and_letters_come_first():
-    """Options ["D", "C", "B", "A"]: "A" is the first option, not the fourth; a text that two options share
+    """Options ["D", "C", "B", "A"]: "A" is the first option, not the fourth; a text that two
+    options share
     names neither.
     """
     assert choice_letter("A", ["D", "C", "B", "A"]) == "A"
@@ -150,7 +152,8 @@ def test_choice_texts_must_be_unique_and_letters_come_first():
     ],
 )
 def test_stated_letter(text, letter):
-    """The rule for prompts that ask for a last line "Answer: X": articles, hedges and negations are no statements."""
+    """The rule for prompts that ask for a last line "Answer: X": articles, hedges and negations are
+    no statements."""
     assert stated_letter(text, OPTIONS) == letter
     assert extract_answer(text, "choice", OPTIONS) is None or choice_letter(
         text, OPTIONS
@@ -178,7 +181,8 @@ def test_stated_letter(text, letter):
     ],
 )
 def test_last_boxed(text, content):
-    """Brace matching: nested braces, escaped braces, nested boxes, lists of boxes, and boxes that are never closed."""
+    """Brace matching: nested braces, escaped braces, nested boxes, lists of boxes, and boxes that
+    are never closed."""
     assert last_boxed(text) == content
 
 
@@ -216,7 +220,8 @@ def test_precision_and_unit_come_from_meta():
 
 
 def test_open_answers_are_exact_up_to_case_and_punctuation():
-    """Open answers: normalised exact match or the same number, with several golds allowed; no nearest match."""
+    """Open answers: normalised exact match or the same number, with several golds allowed; no
+    nearest match."""
     problem = {"kind": "open", "answer": ["Type-II error", "a type II error"]}
     assert reward(problem, "<answer>type II  error.</answer>").score == 1.0
     assert reward(problem, "<answer>type I error</answer>").score == 0.0
@@ -269,7 +274,8 @@ def test_a_formula_copied_from_the_question_never_pays(question, gold, copied, r
 
 
 def test_all_options_in_one_box_are_no_letter():
-    """The gold (A) stands in "(A) 1 (B) 2 (C) 3": whoever lists all options would always be right."""
+    """The gold (A) stands in "(A) 1 (B) 2 (C) 3": whoever lists all options would always be
+    right."""
     for gold in ("(A)", "A", r"\text{(A)}"):
         problem = {"kind": "math", "question": "", "answer": gold}
         assert reward(problem, r"\boxed{(A) 1 (B) 2 (C) 3}").score == 0.0
@@ -385,7 +391,8 @@ def test_where_a_reward_is_looked_for_is_said(tmp_path, monkeypatch):
 
 
 def test_rules_of_a_user(tmp_path, monkeypatch):
-    """--reward module:function: exceptions, NaN and None are counted, never fatal, and cost one answer each."""
+    """--reward module:function: exceptions, NaN and None are counted, never fatal, and cost one
+    answer each."""
     (tmp_path / "mine.py").write_text(
         "import time\ndef score(problem, completion, finish_reason):\n"
         "    if completion == 'raise': 1 / 0\n    if completion == 'hang': time.sleep(99)\n"
@@ -421,7 +428,8 @@ HANGING = (  # guards refuse the first two; the others take minutes of algebra
 
 
 def test_hanging_answers_cost_themselves_only():
-    """Innocent answers among hanging ones must keep their score, from several threads, in any order."""
+    """Innocent answers among hanging ones must keep their score, from several threads, in any
+    order."""
     innocent = [
         (r"\frac{x+1}{2}", "0.5x+0.5", 1.0),
         (r"2\sqrt3", r"\sqrt{12}", 1.0),
@@ -445,7 +453,8 @@ def test_hanging_answers_cost_themselves_only():
 
 
 def test_reward_and_is_equal_work_off_the_main_thread():
-    """math-verify alone raises there, and the usual `except: return 0` turns every answer into a wrong one."""
+    """math-verify alone raises there, and the usual `except: return 0` turns every answer into a
+    wrong one."""
     out = []
     thread = threading.Thread(
         target=lambda: out.extend(
@@ -477,7 +486,8 @@ def test_labelled_rows_keep_their_agreement():
 
 @needs_real
 def test_mmmu_pro_outputs_agree_with_the_official_letters():
-    """250 real GPT-4o outputs: the "Answer: X" rule differs from the official parser in two ("A. (D)", and no
+    """250 real GPT-4o outputs: the "Answer: X" rule differs from the official parser in two ("A.
+    (D)", and no
     letter at all).
     """
     rows = [json.loads(line) for line in (REAL / "mmmu/gpt4o_standard10_cot_250.jsonl").open()]

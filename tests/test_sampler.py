@@ -1,4 +1,5 @@
-"""The sampler against transformers' generate, the model's own full forward, and itself in other batches and orders."""
+"""The sampler against transformers' generate, the model's own full forward, and itself in other
+batches and orders."""
 
 import copy
 import dataclasses
@@ -127,7 +128,8 @@ def teacher_forced(model, prompt, rollout, temperature=1.0):
 
 
 def assert_same(a, b, tolerance=3e-6):
-    """Same samples: tokens, masks, reasons equal; log-probabilities up to the rounding of other matrix shapes."""
+    """Same samples: tokens, masks, reasons equal; log-probabilities up to the rounding of other
+    matrix shapes."""
     assert len(a) == len(b)
     for x, y in zip(a, b):
         assert (x.tokens, x.finish_reason, x.mask.tolist()) == (
@@ -138,10 +140,11 @@ def assert_same(a, b, tolerance=3e-6):
         assert np.abs(x.logprobs - y.logprobs).max() <= tolerance
 
 
-# ------------------------------------------------------------------------------------------------- parity (1, 2, 3)
+# --------------------------------------------------------------------------------- parity (1, 2, 3)
 @pytest.mark.parametrize("kind", ["vl", "vl_tied", "qwen2"])
 def test_greedy_text_equals_transformers_generate(tmp_path, kind):
-    """Ragged prompts, fewer slots than prompts: a wrong cache position, mask or fused weight shows in the tokens."""
+    """Ragged prompts, fewer slots than prompts: a wrong cache position, mask or fused weight shows
+    in the tokens."""
     path = (
         make_tiny_qwen2(tmp_path)
         if kind == "qwen2"
@@ -159,7 +162,8 @@ def test_greedy_text_equals_transformers_generate(tmp_path, kind):
 
 
 def test_greedy_images_equal_transformers_generate(tiny_vl, seeing):
-    """One image, two images, text and images in one batch: a lost M-RoPE offset shows after the first token, images
+    """One image, two images, text and images in one batch: a lost M-RoPE offset shows after the
+    first token, images
     given to the wrong prompt at once."""
     prompts = [
         image_prompt((4, 6)),
@@ -192,7 +196,8 @@ def test_second_call_with_other_images_keeps_nothing_of_the_first(seeing):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 def test_logprobs_equal_the_trainers(model, temperature):
-    """Before temperature, over another vocabulary, or of a neighbouring token: a policy gradient would be wrong."""
+    """Before temperature, over another vocabulary, or of a neighbouring token: a policy gradient
+    would be wrong."""
     prompts = [text_prompt(n) for n in (3, 30)]
     params = SamplingParams(n=5, temperature=temperature, max_new_tokens=40, stop_ids=range(20))
     for r in Sampler(model, max_len=80, slots=4).generate(prompts, params):
@@ -206,7 +211,8 @@ def test_logprobs_equal_the_trainers(model, temperature):
 
 
 def test_bf16_weights_and_cache(model):
-    """bf16: the cache, logits and log-probabilities stay close to fp32's, and log-probabilities are fp32."""
+    """bf16: the cache, logits and log-probabilities stay close to fp32's, and log-probabilities are
+    fp32."""
     prompts = [text_prompt(n) for n in (3, 30)]
     s = Sampler(copy.deepcopy(model).bfloat16(), max_len=80, slots=4)
     rollouts = s.generate(prompts, SamplingParams(max_new_tokens=20))
@@ -215,7 +221,7 @@ def test_bf16_weights_and_cache(model):
         assert np.abs(r.logprobs - teacher_forced(model, p, r)).mean() < 0.05
 
 
-# ------------------------------------------------------------------------------ one sample, however it is batched (4–7)
+# ---------------------------------------------------------- one sample, however it is batched (4–7)
 MANY = [text_prompt(n, seed=1) for n in (3, 41, 8, 25, 1, 12, 33, 19)]
 PARAMS = SamplingParams(n=8, max_new_tokens=30, stop_ids=range(12), seed=3)
 
@@ -238,7 +244,8 @@ def together(model):
     ids=str,
 )
 def test_samples_do_not_depend_on_slots_refills_or_syncs(model, together, settings):
-    """64 samples at once, one by one, through 5 refilled slots, with K = 1, 8, 16: the same samples."""
+    """64 samples at once, one by one, through 5 refilled slots, with K = 1, 8, 16: the same
+    samples."""
     assert_same(Sampler(model, max_len=80, **settings).generate(MANY, PARAMS), together)
 
 
@@ -255,7 +262,8 @@ def test_a_sample_alone_is_the_sample_in_a_batch(model, together):
 
 
 def test_padded_batches_are_bitwise_equal(model):
-    """With 16 rows at least, a row's matrix products do not depend on its neighbours: exact replay in another batch."""
+    """With 16 rows at least, a row's matrix products do not depend on its neighbours: exact replay
+    in another batch."""
     prompts = [text_prompt(20, seed=s) for s in range(6)]
     params = SamplingParams(n=2, max_new_tokens=25)
     a = Sampler(model, max_len=64, slots=12, min_rows=16).generate(prompts, params)
@@ -334,7 +342,7 @@ def test_freed_slots_leave_no_trace(model, together, slots, every):
         assert_same(s.generate(MANY, PARAMS), together)
 
 
-# --------------------------------------------------------------------------------------------------- edges (10)
+# --------------------------------------------------------------------------------------- edges (10)
 def test_edges(model):
     s = Sampler(model, max_len=64, slots=3)
     assert s.generate([], PARAMS) == []
@@ -383,7 +391,8 @@ def test_user_errors_come_before_any_work(model):
 
 
 def test_slots_come_from_the_memory_budget(model):
-    """kv_gb that holds 10 slots gives 10; one that holds none, or fewer than asked for, says how many would fit."""
+    """kv_gb that holds 10 slots gives 10; one that holds none, or fewer than asked for, says how
+    many would fit."""
     per_slot = 2 * TEXT["num_hidden_layers"] * 2 * 16 * 4 * 64 / 1e9
     s = Sampler(model, max_len=64, kv_gb=10.5 * per_slot)
     s.generate([text_prompt(3)], SamplingParams(max_new_tokens=2))
@@ -438,7 +447,7 @@ def test_rollouts_are_handed_out_while_others_still_run(model):
     assert sum(n > 0 for n in live) > 50
 
 
-# ---------------------------------------------------------------------------------------------- forced exit (11)
+# --------------------------------------------------------------------------------- forced exit (11)
 CLOSE = {10: "</", 11: "think", 12: ">", 13: ">\n", 14: "<", 15: "a</", 16: "</think>", 17: ""}
 PIECES = [CLOSE.get(i, "x") for i in range(VOCAB)]
 EXIT = ForcedExit(0, [10, 11, 13], close_table(PIECES, "</think>"))
@@ -449,7 +458,8 @@ def forced(budget, answer=None):
 
 
 def test_close_table_follows_the_text():
-    """Against the plain search in the text, for random token sequences that are rich in pieces of the close."""
+    """Against the plain search in the text, for random token sequences that are rich in pieces of
+    the close."""
     table = EXIT.close_table
     rng = np.random.default_rng(0)
     for _ in range(300):
@@ -467,7 +477,8 @@ def test_close_table_follows_the_text():
 
 
 def run_script(script, budget):
-    """Feed `script` as the sampled tokens through force_exit → (tokens, indices of inserted ones)."""
+    """Feed `script` as the sampled tokens through force_exit → (tokens, indices of inserted
+    ones)."""
     exit = dataclasses.replace(EXIT, budget=budget, tokens=torch.tensor(EXIT.tokens))
     s = Slots(torch.zeros(9, 1, dtype=torch.long))
     s.exit_at.fill_(-1)
@@ -508,7 +519,8 @@ def test_forced_exit_waits_for_a_natural_close(script, budget, places):
 
 @pytest.mark.parametrize("budget, answer", [(0, None), (1, 4), (6, 6)])
 def test_forced_exit_in_a_run(model, budget, answer):
-    """Forced tokens stand where they must with mask 0 and the model's own log-probability, the answer has its budget,
+    """Forced tokens stand where they must with mask 0 and the model's own log-probability, the
+    answer has its budget,
     and forcing works through refills, whatever the batch."""
     stop = [*range(20, 26), 13]  # 13 is a token of the exit too: only a sampled one stops
     params = SamplingParams(
@@ -595,7 +607,8 @@ def test_both_ends_stop_and_no_image_token_can_be_sampled():
 
 
 def test_think_exit_from_a_tokenizer(tmp_path):
-    """From a real byte-level tokenizer: the exit's ids spell the text, and its own encoding of a close is found."""
+    """From a real byte-level tokenizer: the exit's ids spell the text, and its own encoding of a
+    close is found."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_tokenizer(tmp_path))
@@ -612,7 +625,7 @@ def test_think_exit_from_a_tokenizer(tmp_path):
         assert (state == 8) == closes, text
 
 
-# -------------------------------------------------------------------------------------------------- sampling (12, 13)
+# -------------------------------------------------------------------------------- sampling (12, 13)
 def test_uniform_is_splitmix64():
     """The published first outputs of splitmix64 for seed 0, and never 0 or 1."""
     outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
@@ -639,7 +652,8 @@ def test_sampled_frequencies_follow_the_softmax():
 
 
 def test_first_tokens_of_a_group_follow_the_model(model):
-    """A first token shared by the whole group (sampled once at prefill) is a known bug of others."""
+    """A first token shared by the whole group (sampled once at prefill) is a known bug of
+    others."""
     prompt, n = text_prompt(6), 3000
     params = SamplingParams(n=n, max_new_tokens=1, temperature=0.5)
     rollouts = Sampler(model, max_len=16, slots=64).generate([prompt], params)
@@ -699,7 +713,7 @@ def test_temperature_to_zero_is_greedy(model):
     assert_same(top1, greedy)  # log-probabilities are those of the whole distribution
 
 
-# --------------------------------------------------------------------------------------------------- weights (15)
+# ------------------------------------------------------------------------------------- weights (15)
 def test_new_weights_are_used_at_once(tiny_vl):
     """Any tensor kept from before the update would show against a fresh sampler."""
     model = load(tiny_vl)
@@ -724,7 +738,7 @@ def test_new_weights_are_used_at_once(tiny_vl):
     assert_same(s.generate([text_prompt(9)], params), before, 0)
 
 
-# ------------------------------------------------------------------------ the fused copy of the weights
+# -------------------------------------------------------------------- the fused copy of the weights
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "tied"])
 def test_a_fused_copy_samples_what_the_model_does(tiny_vl, tmp_path, kind):
     """Biases on q, k, v; norms on heads; a tied head; images through the copied tower."""
@@ -771,7 +785,7 @@ def test_what_is_compiled_on_a_gpu_equals_eager():
         assert ours.shape == expected.shape and (ours - expected).abs().max() <= 1e-4
 
 
-# ---------------------------------------------------------------------------------------------- decode attention
+# --------------------------------------------------------------------------------- decode attention
 def test_decode_attention_equals_packed_attention():
     """Rows of very different lengths, grouped heads, rubbish beyond each row's end."""
     g = torch.Generator().manual_seed(0)
@@ -792,7 +806,8 @@ def test_decode_attention_equals_packed_attention():
 
 
 def test_every_batch_has_a_bucket():
-    """A batch larger than its graph would drop samples, a graph larger than the slots would write beyond them."""
+    """A batch larger than its graph would drop samples, a graph larger than the slots would write
+    beyond them."""
     for most in (1, 7, 64, 100, 256, 300):
         for rows in range(1, most + 1):
             assert rows <= bucket_of(rows, most) <= most

@@ -1,4 +1,5 @@
-"""The statistics of an evaluation against scipy, brute force, and values that statsmodels 0.14 gave."""
+"""The statistics of an evaluation against scipy, brute force, and values that statsmodels 0.14
+gave."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def test_docstring_examples_are_true():
 
 @pytest.mark.parametrize("n,k", [(1, 1), (5, 1), (5, 3), (5, 5), (8, 4)])
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n, k):
-    """Prevents 'any of the first k' and the bootstrap with replacement (0.656 for 1 right of 8 at k = 8; truth 1)."""
+    """Prevents 'any of the first k' and the bootstrap with replacement (0.656 for 1 right of 8 at k
+    = 8; truth 1)."""
     for c in range(n + 1):
         right = [i < c for i in range(n)]
         subsets = list(itertools.combinations(right, k))
@@ -31,7 +33,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n, k):
 
 
 def test_majority_is_plurality_with_fair_ties_and_no_vote_for_the_unparsed():
-    """Prevents: needing more than half; a tie going to the first sample; unparsed outputs winning the vote."""
+    """Prevents: needing more than half; a tie going to the first sample; unparsed outputs winning
+    the vote."""
     assert stats.majority(["A", "B", "A", "C", "D"], [1, 0, 1, 0, 0]) == 1  # two of five suffice
     for order in itertools.permutations([("A", 1), ("A", 1), ("B", 0), ("B", 0), ("C", 0)]):
         labels, scores = zip(*order)
@@ -55,7 +58,8 @@ def eval_number(text: str) -> float:
 
 
 def test_clustered_error_equals_statsmodels_and_the_pairwise_formula():
-    """Prevents errors that ignore that questions on one image fail together (or that use another correction)."""
+    """Prevents errors that ignore that questions on one image fail together (or that use another
+    correction)."""
     se, count = stats.clustered_se(VALUES, CLUSTERS)
     assert (se, count) == (
         pytest.approx(0.08912187348419769, rel=1e-12),
@@ -74,7 +78,8 @@ def test_clustered_error_equals_statsmodels_and_the_pairwise_formula():
 
 
 def test_clustering_is_what_makes_the_interval_cover():
-    """Prevents an interval that covers the truth far less often than it says, on questions that share an image."""
+    """Prevents an interval that covers the truth far less often than it says, on questions that
+    share an image."""
     rng = np.random.default_rng(0)
     hits = {"clustered": 0, "naive": 0}
     for _ in range(300):
@@ -98,7 +103,8 @@ def test_wilson_equals_scipy(right, n):
 
 
 def test_interval_picks_wilson_for_small_sets_and_t_for_large_ones():
-    """Prevents a normal interval for MMMU-Health (150), and Wilson where scores are averages over many questions."""
+    """Prevents a normal interval for MMMU-Health (150), and Wilson where scores are averages over
+    many questions."""
     small = np.array([1.0] * 83 + [0.0] * 67)
     known = scipy.stats.binomtest(83, 150).proportion_ci(0.95, method="wilson")
     e = stats.interval(small)
@@ -126,7 +132,8 @@ def test_interval_picks_wilson_for_small_sets_and_t_for_large_ones():
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_t_distribution_equals_scipy():
-    """Prevents wrong p values from the quadrature, at one degree of freedom as at twelve thousand, and far out."""
+    """Prevents wrong p values from the quadrature, at one degree of freedom as at twelve thousand,
+    and far out."""
     for df in (1, 2, 3, 10, 149, 1000, 12031):
         for t in (0.0, 0.1, 1.0, 1.96, 3.0, 6.0, 12.0):
             assert stats.t_tail(t, df) == pytest.approx(scipy.stats.t.sf(t, df), rel=1e-8)
@@ -157,14 +164,16 @@ def test_paired_difference_equals_scipys_paired_t_test():
 
 @pytest.mark.parametrize("b,c", [(0, 0), (1, 0), (10, 3), (3, 10), (7, 7), (25, 15), (1500, 1400)])
 def test_mcnemar_equals_scipys_binomial_test(b, c):
-    """Prevents a one-sided or chi-square p passed off as exact, and underflow to 0 beyond a thousand pairs."""
+    """Prevents a one-sided or chi-square p passed off as exact, and underflow to 0 beyond a
+    thousand pairs."""
     exact = stats.mcnemar(b, c)
     n = b + c
     assert exact == pytest.approx(scipy.stats.binomtest(b, n).pvalue if n else 1.0, rel=1e-9)
 
 
 def test_minimum_detectable_effect_has_the_power_that_it_names():
-    """Prevents a bound that no experiment of this size would meet: simulated power at the bound is 80%."""
+    """Prevents a bound that no experiment of this size would meet: simulated power at the bound is
+    80%."""
     assert stats.mde(1.0) == pytest.approx(scipy.stats.norm.ppf(0.975) + scipy.stats.norm.ppf(0.8))
     rng = np.random.default_rng(3)
     n = 400

@@ -171,7 +171,8 @@ def test_a_mistyped_directory_is_not_looked_for_in_the_hub(world, name):
 
 
 def test_a_run_or_a_checkpoint_for_a_model_is_told_where_the_model_is(world, tmp_path):
-    """--model OUT said `model_type None`, --model OUT/checkpoints/step_N `config.json: not found`."""
+    """--model OUT said `model_type None`, --model OUT/checkpoints/step_N `config.json: not
+    found`."""
     (tmp_path / "final").mkdir()
     for file in ("config.json", "final/config.json"):
         (tmp_path / file).write_text("{}")

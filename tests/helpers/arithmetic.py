@@ -1,4 +1,5 @@
-"""A task that a tiny model gets within a minute: one-digit sums, answered as <answer>12</answer>, and a model that has
+"""A task that a tiny model gets within a minute: one-digit sums, answered as <answer>12</answer>,
+and a model that has
 seen them just long enough to be right now and then."""
 
 import json
@@ -9,7 +10,8 @@ import torch
 from tiny import make_tiny_tokenizer
 from tiny_model import make_tiny_qwen2
 
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"  # short: five tokens a prompt
+# short: five tokens a prompt
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
 
 
 def write_problems(file: Path, answer=lambda a, b: a + b, n: int = 10) -> Path:
@@ -47,9 +49,12 @@ def warm_up(
     lr: float = 3e-3,
     at_most: int = 300,
 ) -> float:
-    """Supervised steps on demonstrations of which a share `right` is right and the others give any answer, until the
-    probability of the right completion, averaged over the problems, is `until`: the solve rate that sampling will find.
-    So the model knows the form, leans to the right answer and tries others too. Weights are written back; returns the
+    """Supervised steps on demonstrations of which a share `right` is right and the others give any
+    answer, until the
+    probability of the right completion, averaged over the problems, is `until`: the solve rate that
+    sampling will find.
+    So the model knows the form, leans to the right answer and tries others too. Weights are written
+    back; returns the
     rate."""
     from safetensors.torch import save_file
 
@@ -88,7 +93,8 @@ def warm_up(
 
 
 def logprobs_of(model, prompts, completions):
-    """Log-probability of every token of the packed stream (0 in prompts), how many count, and whose they are."""
+    """Log-probability of every token of the packed stream (0 in prompts), how many count, and whose
+    they are."""
     tokens = torch.tensor([t for a, b in zip(prompts, completions) for t in a + b])
     targets = torch.tensor(
         [t for a, b in zip(prompts, completions) for t in [-100] * (len(a) - 1) + b + [-100]]

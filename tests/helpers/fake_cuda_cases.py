@@ -236,7 +236,8 @@ def offload() -> dict:
 
 
 def grpo() -> dict:
-    """A GRPO update with a reference model on rank 0 of 8: two micro-batches of four samples each."""
+    """A GRPO update with a reference model on rank 0 of 8: two micro-batches of four samples
+    each."""
     import numpy as np
     from torch._subclasses.fake_tensor import FakeTensor
 

@@ -1,5 +1,7 @@
-"""Whole runs of train_grpo.py at the price of a fork: a process that has imported everything starts each run as its
-child. A run can be killed with SIGKILL, at a moment of a chosen phase (start, sample, grade, update, save)."""
+"""Whole runs of train_grpo.py at the price of a fork: a process that has imported everything starts
+each run as its
+child. A run can be killed with SIGKILL, at a moment of a chosen phase (start, sample, grade,
+update, save)."""
 
 import importlib
 import json
@@ -44,7 +46,8 @@ class Nursery:
         return json.loads(self.process.stdout.readline())
 
     def start(self, argv: list[str], ranks: int = 1, call: str = "") -> tuple[list[int], Path]:
-        """Begin a run; returns the ranks' process ids and the folder that holds what they print, and their phases.
+        """Begin a run; returns the ranks' process ids and the folder that holds what they print,
+        and their phases.
         call: "module:function" to run instead, as function(world, *argv)."""
         self.count += 1
         log = self.folder / f"log_{self.count}"
@@ -80,7 +83,8 @@ class Nursery:
         return max(codes, key=abs), (log / "0").read_text()
 
     def kill_in(self, argv: list[str], phase: str, delay: float, skip: int, ranks: int = 1) -> bool:
-        """Start a run and kill all its ranks `delay` seconds after it enters `phase` for the (skip + 1)th time; False when
+        """Start a run and kill all its ranks `delay` seconds after it enters `phase` for the (skip
+        + 1)th time; False when
         it ended before that."""
         pids, log = self.start(argv, ranks)
         marks = log / "0.phases"
@@ -163,7 +167,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     import transformers.models.auto.tokenization_auto  # noqa: F401
-    from transformers import AutoTokenizer, HfArgumentParser  # noqa: F401  (both are imported when first asked for)
+
+    # both are imported when first asked for
+    from transformers import AutoTokenizer, HfArgumentParser  # noqa: F401
 
     import train_grpo
 

@@ -32,7 +32,8 @@ def _enter(rank: int, function, size: int, port: int, args: tuple) -> None:
 
 
 def run_ranks(size: int, function, *args) -> None:
-    """function(world, *args) on `size` ranks; an exception in any of them fails the test. The function must be at a
+    """function(world, *args) on `size` ranks; an exception in any of them fails the test. The
+    function must be at a
     module's top level; results go through files."""
     mp.start_processes(
         _enter, args=(function, size, _free_port(), args), nprocs=size, start_method="spawn"

@@ -1,4 +1,5 @@
-"""Reward functions for tests: `--reward strange_rewards:NAME`. The first needs no algebra, so that its worker starts
+"""Reward functions for tests: `--reward strange_rewards:NAME`. The first needs no algebra, so that
+its worker starts
 fast; the others do what users' functions do."""
 
 import random
