@@ -6,6 +6,7 @@ them.
     H200
     python benchmarks/gpu.py --size 7b --only check decode  # some sections, so that each call fits
     in a few minutes
+    python benchmarks/gpu.py --size 7b --into out/gpu       # in pieces: run again, it goes on
     python benchmarks/gpu.py --dry                          # tiny sizes on CPU: does the script
     itself run?
     python benchmarks/gpu.py --size 7b --only sft --profile sft.txt      # the kernels that take the
@@ -284,7 +285,22 @@ def check(b: Bench) -> None:
         note="bf16: ≤ 1e-2",
     )
     b.row("check", "sampler - trainer log-probability, max", gap.max().item(), "")
+    check_copy(small, reference, prompts, rollouts)
     check_decode(b)
+
+
+def check_copy(b: Bench, reference: Model, prompts: list, expected: list) -> None:
+    """The way of training: sharded fp32 weights → the sampler's copy, unit by unit → graphs."""
+    model = plain_model(b, torch.float32).requires_grad_(True)
+    for p, r in zip(model.parameters(), reference.parameters()):
+        p.data.copy_(r)
+    shard(model, b.world, compute_dtype=b.dtype)
+    sampler = Sampler(model, max_len=128, slots=4)
+    for _ in range(2):  # the second time into the same copy, under the recorded graphs
+        with sampler.weights():
+            made = sampler.generate(prompts, SamplingParams(n=3, max_new_tokens=32, seed=1))
+    same = sum(x.tokens == y.tokens for x, y in zip(made, expected)) / len(made)
+    b.row("check", "samples of a sharded model like a whole one's", same, "", note="1")
 
 
 def check_decode(b: Bench) -> None:
@@ -509,7 +525,9 @@ def grpo(b: Bench) -> None:
         train_grpo.set_advantages(samples, config)
         b.synchronize()
         parts["sample"] = time.perf_counter() - begin
-        train_grpo.train_on(model, None, optimizer, samples, prompts, 1e-6, config, b.world)
+        # a large step: weights left over from the step before would show in the difference
+        of = train_grpo.train_on(model, None, optimizer, samples, prompts, 1e-4, config, b.world)[0]
+        parts["differences"] = parts.get("differences", []) + [of["sampling/logp_difference_mean"]]
         parts["tokens"] = sum(len(s.tokens) for s in samples)
 
     with profiler(b, "grpo"):
@@ -521,6 +539,9 @@ def grpo(b: Bench) -> None:
         "tok/s",
         note=f"sampling {parts['sample']:.1f} of {seconds:.1f} s, peak {b.memory():.1f} GiB",
     )
+    for i, difference in enumerate(parts["differences"], 1):
+        name = f"sampler - trainer log-probability, step {i}, mean"
+        b.row("grpo", name, difference, "", note="bf16: ≤ 1e-2 at every step")
     b.free()
 
 
@@ -609,6 +630,18 @@ class profiler:
                 )
 
 
+def markdown(rows: list[dict]) -> list[str]:
+    lines = ["| section | what | value | limit | share | |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        if "value" not in r:
+            lines.append(f"| {r['section']} | error | | | | {r['note']} |")
+            continue
+        limit, share = (f"{r['limit']:,.4g}", f"{r['share']:.0%}") if r["limit"] else ("", "")
+        what = f"{r['section']} | {r['name']} | {r['value']:,.4g} {r['unit']}"
+        lines.append(f"| {what} | {limit} | {share} | {r['note']} |")
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -638,6 +671,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dry", action="store_true", help="tiny sizes on CPU, to see that the script runs"
     )
+    parser.add_argument(
+        "--into",
+        type=Path,
+        help="keep each section's rows in this folder; the same command goes on where it was cut "
+        "off, and writes rows.md there, a table for BENCHMARKS.md",
+    )
     args = parser.parse_args(argv)
     if not args.dry and not torch.cuda.is_available():
         raise SystemExit(
@@ -647,8 +686,16 @@ def main(argv: list[str] | None = None) -> None:
     failed = 0
     try:
         for name in args.only:
+            kept = args.into and args.into / f"{name}.json"
+            if kept and kept.is_file():
+                b.rows += json.loads(kept.read_text())
+                continue
             try:
+                start = len(b.rows)
                 SECTIONS[name](b)
+                if kept:
+                    args.into.mkdir(parents=True, exist_ok=True)
+                    kept.write_text(json.dumps(b.rows[start:]))
             except (
                 Exception
             ) as e:  # one section's failure is a row, not the end of a lent machine's time
@@ -664,6 +711,10 @@ def main(argv: list[str] | None = None) -> None:
         attention=attention.backend(b.world.device, b.dtype),
     )
     print(json.dumps({"dry": args.dry, "failed_sections": failed, "rows": b.rows, "header": info}))
+    if args.into:
+        command = " ".join(["python benchmarks/gpu.py", *(sys.argv[1:] if argv is None else argv)])
+        lines = [f"{b.name}, `{command}`, {time.strftime('%Y-%m-%d')}:", "", *markdown(b.rows)]
+        (args.into / "rows.md").write_text("\n".join(lines) + "\n")
     raise SystemExit(1 if failed else 0)
 
 
