@@ -559,6 +559,7 @@ def train(c: Config) -> int:
         return run.finished()
     model_dir = resolve_model_dir(c.model, world)
     tokenizer = load_tokenizer(model_dir)
+    grader = make_grader(c, tokenizer)  # first: a --reward that can't be loaded shows in a second
     problems, held_out, longest, images = load_data(c, model_dir, tokenizer, run)
     max_len, seen = longest + c.max_new_tokens, images is not None
     model, reference, optimizer = build(c, run, model_dir, tokenizer, seen, max_len, world)
@@ -567,7 +568,7 @@ def train(c: Config) -> int:
     sampler = Sampler(model, max_len=max_len, slots=c.slots, kv_gb=c.kv_gb)
     params = sampling_params(c, tokenizer, model.config.vocab_size)
     at, hashes = begin(c, run, model_dir, model, optimizer, total, world)
-    stop, grader, loader = StopRequest(), make_grader(c, tokenizer), ImageLoader(images)
+    stop, loader = StopRequest(), ImageLoader(images)
     moments = optim.Offload(optimizer, c.offload_optimizer)
     seconds = Counter()  # of the current step, by what they went into
     quiet_garbage_collection()

@@ -382,6 +382,19 @@ def test_settings_that_contradict_each_other_are_refused(flags, named):
         config(**flags)
 
 
+def test_a_reward_that_cannot_be_loaded_shows_before_the_model_is_built(
+    tmp_path, world, monkeypatch
+):
+    """It showed after minutes of loading a 7B."""
+    for name in ("load_data", "build"):
+        monkeypatch.setattr(train_grpo, name, lambda *a: pytest.fail("too late"))
+    monkeypatch.setattr(train_grpo, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(train_grpo, "opens_thought", lambda tokenizer: False)
+    with pytest.raises(ValueError, match="there is no file .*none.py"):
+        c = Config(model=str(tmp_path), data=[], out=str(tmp_path / "o"), reward="none.py:f")
+        train_grpo.train(c)
+
+
 # ---------------------------------------------------------------------------------------------- TRL
 @pytest.mark.parametrize(
     "loss_type, aggregation",
