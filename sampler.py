@@ -73,6 +73,11 @@ class SamplingParams:
             # an exit can be delayed while the model is closing, a token a character at most
             waits, answer = len(exit.close_table) - 1, exit.answer_budget or 1
             most = self.max_new_tokens - len(exit.tokens) - waits - answer
+            if most < 0:
+                raise ValueError(
+                    f"max_new_tokens {self.max_new_tokens}: too few for a forced exit, which takes "
+                    f"{self.max_new_tokens - most} with {answer} of the answer"
+                )
             if not 0 <= exit.budget <= most:
                 raise ValueError(
                     f"think_budget {exit.budget}: at most {most}, as max_new_tokens "

@@ -606,6 +606,11 @@ MISTAKES = [
         {"think_budget": 39},
         "think_budget 39: .*max_new_tokens 40 must also hold .*--think_budget 0",
     ),
+    (
+        [choice(0)],
+        {"think_budget": 3800, "max_new_tokens": 6},
+        "^max_new_tokens 6: too few for a forced exit, which takes .*; --think_budget 0 turns",
+    ),
     ([choice(0)], {"samples": 3}, "3 at --temperature 0: 3 equal ones"),
     ([choice(0)], {"budgets": "1k"}, "--budgets 1k: must be numbers"),
     ([choice(0)], {"prompt_style": "nice"}, "prompt style 'nice': choose kind, train"),
