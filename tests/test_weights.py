@@ -170,6 +170,14 @@ def test_a_mistyped_directory_is_not_looked_for_in_the_hub(world, name):
         resolve_model_dir(name, world)
 
 
+def test_a_mistyped_directory_beside_others_is_not_looked_for_either(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy").mkdir()
+    with pytest.raises(ValueError, match="--model toy/asset: no such directory .a hub id"):
+        resolve_model_dir("toy/asset", world)
+
+
 def test_a_run_or_a_checkpoint_for_a_model_is_told_where_the_model_is(world, tmp_path):
     """--model OUT said `model_type None`, --model OUT/checkpoints/step_N `config.json: not
     found`."""
