@@ -13,13 +13,14 @@ CONVERT = "convert it: `python -m convert chat {path} --out NEW.jsonl`"
 
 
 def refuse_other_file(path: Path, head: bytes) -> None:
-    """Raise ValueError when a file with these first bytes is no jsonl."""
+    """Raise ValueError when a file that begins with `head`, some KB, is no jsonl."""
     for magics, what in (
         ([b"PAR1"], f"parquet; {CONVERT}"),
         ([b"["], f"one JSON list, not one object on each line; {CONVERT}"),
         ([b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd"], "compressed; unpack it first"),
         ([b"\xff\xfe", b"\xfe\xff"], "UTF-16 text; save it as UTF-8"),
         ([b"{\n", b"{\r\n"], "an object over several lines; write each object on one line"),
+        ([head] * (b"\0" in head), "binary, not jsonl"),
         ([b""] * (path.suffix.lower() == ".csv"), f"csv, not jsonl; {CONVERT}"),
     ):
         if head.startswith(tuple(magics)):

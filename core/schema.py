@@ -72,7 +72,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | Fault]]:
     if not path.is_file():
         raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     with open(path, "rb") as file:
-        refuse_other_file(path, file.peek(4)[:4])
+        refuse_other_file(path, file.peek())
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

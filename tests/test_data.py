@@ -983,6 +983,7 @@ def test_a_file_in_another_format_is_named_once_with_the_command(row, name, load
     "content, why",
     [
         (b"PAR1\0\0", "parquet; convert it"),
+        (b"\x93NUMPY\x01\0\n" * 6000, "binary, not jsonl"),
         (json.dumps([SHAREGPT]).encode(), "one JSON list"),
         (b"\x1f\x8b\x08", "compressed"),
         ("{}".encode("utf-16"), "UTF-16"),
