@@ -56,6 +56,11 @@ class LoRA:
                 raise ValueError(
                     f"--lora_rank {config.lora_rank}: {config.adapter} has rank {rank}"
                 )
+            if config.lora_alpha not in (32, alpha):
+                raise ValueError(
+                    f"--lora_alpha {config.lora_alpha:g}: {config.adapter} has alpha {alpha:g}, "
+                    "which counts; leave one of them out"
+                )
         if rank and config.train_vision:
             raise ValueError(
                 "--train_vision: LoRA trains the language model; leave one of them out"
@@ -101,6 +106,10 @@ def add_lora(model: nn.Module, lora: LoRA) -> None:
         for name, layer in block.named_modules():
             if name.split(".")[-1] not in TARGETS[lora.targets]:
                 continue
+            if lora.rank > (most := min(layer.weight.shape)):
+                raise ValueError(
+                    f"--lora_rank {lora.rank}: above {most}, the smaller dimension of {name}"
+                )
             layer.__class__ = LoRALinear
             layer.scaling, layer.adapter_on = lora.alpha / lora.rank, True
             options = dict(dtype=torch.float32, device=layer.weight.device)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +140,24 @@ def test_targets(tmp_path, targets, layers):
     model = loaded(make_tiny_vl(tmp_path), targets=targets)
     assert len(list(lora_layers(model))) == 3 * layers
     assert not any(isinstance(m, LoRALinear) for m in [model.lm_head])
+
+
+def test_a_rank_above_a_layers_dimensions_is_refused(tmp_path):
+    """k_proj of the tiny model is 32 → 16; the adapters were larger than the model."""
+    make_tiny_vl(tmp_path)
+    with pytest.raises(ValueError, match="--lora_rank 1000: above .*, the smaller dimension of"):
+        loaded(tmp_path, rank=1000)
+
+
+def test_an_alpha_beside_an_adapter_of_another_is_refused(tmp_path):
+    """It was ignored without a word."""
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    flags = dict(lora_rank=0, lora_targets="all-linear", adapter=str(tmp_path), seed=0)
+    flags |= dict(train_vision=False)
+    assert LoRA.from_flags(SimpleNamespace(lora_alpha=32.0, **flags)).alpha == 8
+    with pytest.raises(ValueError, match="--lora_alpha 64: .* has alpha 8, which counts"):
+        LoRA.from_flags(SimpleNamespace(lora_alpha=64.0, **flags))
 
 
 def test_a_foreign_adapter_is_refused(pair, tmp_path):
