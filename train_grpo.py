@@ -46,6 +46,7 @@ from core.run import (
     quiet_garbage_collection,
     run_and_exit,
     script,
+    trained_on,
 )
 from core.samples import Sample, problem_seed, rollout_metrics, sample_on_ranks
 from core.slots import ForcedExit
@@ -450,6 +451,21 @@ def greedy_score(e: Interval) -> dict:
 
 
 # --------------------------------------------------------------------------------------- the run
+def warnings(c: Config, problems: int, images: bool, any_images: bool) -> list[str]:
+    """Settings that will not do what they seem to. images: in the problems; any_images: there or
+    in those for evaluation."""
+    said = trained_on(c.data, c.eval_data, "eval_data")
+    if c.train_vision and not images:
+        said.append("--train_vision: no problem of --data has an image")
+    if c.max_pixels and not any_images:
+        said.append("--max_pixels: no problem has an image")
+    if c.prompts > problems:
+        said.append(f"--prompts {c.prompts}: more than the {problems} problems; some come twice")
+    if c.loss == "gspo" and (c.clip_low, c.clip_high) == (0.2, 0.2):
+        said.append("--loss gspo: its ratios are of whole sequences; clips of 0.2 never act")
+    return said
+
+
 def load_data(c: Config, model_dir: Path, tokenizer, run: Run) -> tuple[list, list, int, Any]:
     """Problems whose prompts fit, problems for evaluation, longest prompt, image settings."""
     problems, faults = load_problems(c.data, skip_bad_rows=c.skip_bad_rows)
@@ -476,6 +492,8 @@ def load_data(c: Config, model_dir: Path, tokenizer, run: Run) -> tuple[list, li
         raise ValueError(
             f"{what} more than {c.max_prompt_tokens} tokens; raise --max_prompt_tokens"
         )
+    for warning in warnings(c, len(fitting), any(p.get("images") for p in problems), with_images):
+        run.say(f"warning: {warning}")
     longest = max(n for n in lengths + eval_lengths if n <= c.max_prompt_tokens)
     return fitting, held_out, longest, images
 

@@ -37,7 +37,15 @@ from core.options import option, parse_config
 from core.packing import attention_cost, balance, pack_plan, repack
 from core.parallel import World, all_sum, init, rank0_first
 from core.plan import Setting, choose_setting, compute_dtype
-from core.run import Run, StopRequest, header, quiet_garbage_collection, run_and_exit, script
+from core.run import (
+    Run,
+    StopRequest,
+    header,
+    quiet_garbage_collection,
+    run_and_exit,
+    script,
+    trained_on,
+)
 from core.throughput import describe_step, prefetch, speed
 from core.token_cache import TokenizedDataset
 from core.trackers import KINDS, check_installed
@@ -254,6 +262,10 @@ def make_plan(config: Config, world: World) -> Plan:
             f"\nwarning: --batch_tokens {config.batch_tokens} is more than the data's {tokens} "
             "tokens, so that an epoch is one step; lower --batch_tokens"
         )
+    more = trained_on(config.data, config.val_data, "val_data")
+    if config.train_vision and not data.has_images:
+        more.append("--train_vision: no row of --data has an image")
+    text = "\n".join([text, *(f"warning: {w}" for w in more)])
     return Plan(model_dir, data, val, images, steps, steps_per_epoch, setting, text)
 
 

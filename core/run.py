@@ -341,6 +341,13 @@ def hash_files(paths: list[str | Path]) -> dict[str, str]:
     return out
 
 
+def trained_on(data: list[str], held_out: list[str], flag: str) -> list[str]:
+    """A warning for each file of --FLAG that is a --data file too, however it is spelt."""
+    files = {Path(f).resolve() for f in data}
+    same = [f for f in held_out if Path(f).resolve() in files]
+    return [f"--{flag} {f}: is trained on too; its figures say little" for f in same]
+
+
 # --------------------------------------------------------------------------- signals, timing
 class StopRequest:
     """Set by SIGTERM, SIGUSR1 or SIGINT: finish the step, save, exit with EXIT_PREEMPTED. A second

@@ -382,6 +382,18 @@ def test_settings_that_contradict_each_other_are_refused(flags, named):
         config(**flags)
 
 
+def test_settings_without_effect_are_warned_of():
+    one = Config(model="", data=["d/a.jsonl"], out="", eval_data=["./d/a.jsonl"], prompts=4)
+    assert [w.split(":")[0] for w in train_grpo.warnings(one, 4, False, False)] == [
+        "--eval_data ./d/a.jsonl"
+    ]
+    wrong = config(train_vision=True, max_pixels=9, prompts=4, loss="gspo")
+    said = train_grpo.warnings(wrong, 3, False, False)
+    flags = ["--train_vision", "--max_pixels", "--prompts 4", "--loss gspo"]
+    assert [w.split(":")[0] for w in said] == flags
+    assert train_grpo.warnings(config(train_vision=True, max_pixels=9), 4, True, True) == []
+
+
 def test_a_reward_that_cannot_be_loaded_shows_before_the_model_is_built(
     tmp_path, world, monkeypatch
 ):

@@ -533,6 +533,17 @@ def test_a_step_larger_than_the_data_is_warned_of(sft, tmp_path):
     assert code == 0 and "warning: --batch_tokens 524288 is more than the data's" in said
 
 
+def test_settings_without_effect_are_warned_of(sft, inputs, tmp_path):
+    same, model = inputs / "train.jsonl", tmp_path / "model"
+    shutil.copytree(inputs / "model", model)
+    shutil.copy(ROOT / "toy/assets/preprocessor_config.json", model)
+    flags = ["--out", tmp_path / "o", "--plan", "--train_vision", "--val_data", same]
+    _, said, error = sft(*flags, model=model)
+    assert not error
+    assert "warning: --train_vision: no row of --data has an image" in said
+    assert f"warning: --val_data {same}: is trained on too" in said
+
+
 def test_data_that_changed_under_the_same_name_is_refused(sft, inputs, tmp_path):
     """Prevents: the run goes on in another plan of packs, silently. The reason is in the
     message."""
