@@ -59,18 +59,21 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
     decoder = model.model
-    return {
-        "block": count(decoder.layers[0]),
-        "blocks": count(decoder.layers),
+    layers, first = len(decoder.layers), decoder.layers[0]  # all are alike
+    counts = {
+        "block": count(first),
+        "blocks": layers * count(first),
         "embedding": count(decoder.embed_tokens),
         "head": count(model.lm_head),
         "norm": count(decoder.norm),
         "vision": count(model.visual),
-        "ranks": sum(
-            len(p) for n, p in decoder.layers[0].named_parameters() if n.endswith(".lora_A")
-        ),
-        "adapters": sum(p.numel() for n, p in model.named_parameters() if is_adapter(n)),
-        "total": count(model),
+    }
+    adapters = {n: p for n, p in first.named_parameters() if is_adapter(n)}
+    return {
+        **counts,
+        "ranks": sum(len(p) for n, p in adapters.items() if n.endswith(".lora_A")),
+        "adapters": layers * sum(p.numel() for p in adapters.values()),
+        "total": sum(counts.values()) - counts["block"],
     }
 
 
@@ -243,11 +246,11 @@ def plan_grpo(
 
     Training is `plan_step`, with the reference model's shards and its gathered root if there is
     one (with LoRA it is the model itself, adapters off). Sampling holds every weight once, in the
-    compute dtype: on a GPU the sampler's copy, into
-    which one unit after the other is gathered, the largest being the root with its shards cast. It
-    also holds the KV cache (kv_gb in GB, or slots × max_len tokens), three rows of fp32 logits a
-    slot, no gradients, and no Adam moments when these are offloaded. Without keep_sampler there is
-    no cache yet while the copy is made; with it, cache and copy stay while training.
+    compute dtype: on a GPU the sampler's copy, into which one unit after the other is gathered, the
+    largest being the root with its shards cast. It also holds the KV cache (kv_gb in GB, or slots ×
+    max_len tokens), three rows of fp32 logits a slot, no gradients, and no Adam moments when these
+    are offloaded. Without keep_sampler there is no cache yet while the copy is made; with it, cache
+    and copy stay while training.
     """
     step, counts = plan_step(model, s), count_parameters(model)
     root = (counts["total"] - counts["blocks"]) * s.compute_bytes

@@ -10,7 +10,7 @@
 #   4 x 80 GB    NPROC=4
 #   2 x 80 GB    NPROC=2 SFT="--adam_dtype bf16" RL="--adam_dtype bf16 --offload_optimizer --micro_tokens 8192"
 #   1 x 80 GB    NPROC=1 LORA=32: adapters instead of all weights (1 x 48 GB: RL="--kv_gb 6 --micro_tokens 8192" too);
-#                all weights of the 3B: NPROC=1 MODEL=Qwen/Qwen2.5-VL-3B-Instruct RL="--offload_optimizer"
+#                all weights of the 3B: NPROC=1 MODEL=Qwen/Qwen2.5-VL-3B-Instruct
 #                within a weekend: recipes/weekend.sh; what fits where: docs/memory.md
 #   2 nodes      NNODES=2 NODE_RANK=0|1 MASTER=first-host:29500, the same command on both, on a shared file system
 # Today's models, 2B, 4B, 8B or 32B, the same way: MODEL=Qwen/Qwen3-VL-4B-Instruct (its KV cache takes 2.6 times the memory).

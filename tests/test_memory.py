@@ -281,6 +281,16 @@ def wide_model(factory):
     return path
 
 
+def test_the_cheapest_way_to_fit_is_named():
+    """The 7B in docs/memory.md: cells as they are, with flags, and struck out."""
+    lora = meta_model(published_config("7B"), lora_rank=32)
+    assert memory.cheapest(SEVEN, 8, 79, grpo=False) == "28"
+    assert memory.cheapest(SEVEN, 1, 139, grpo=True) == "115 m"
+    assert memory.cheapest(SEVEN, 1, 79, grpo=False) == "~~97~~"
+    assert memory.cheapest(lora, 1, 44, grpo=True) == "35 c"
+    assert memory.cheapest(lora, 1, 79, grpo=True) == "48"
+
+
 # ------------------------------------------------------------------------------------- command line
 def test_command_line(capsys, tiny_vl):
     memory.main(["--model", "7B", "--ranks", "8"])
@@ -291,6 +301,8 @@ def test_command_line(capsys, tiny_vl):
     )
     memory.main(["--model", "7B", "--ranks", "8", "--grpo"])
     assert "KV cache" in capsys.readouterr().out
+    memory.main(["--model", "7B", "--ranks", "1", "--lora_rank", "32"])
+    assert "7,696,356,864 parameters" in (said := capsys.readouterr().out) and "48 GB" in said
     memory.main(["--model", str(tiny_vl)])
     assert len(capsys.readouterr().out.splitlines()) == 2 + 6 * len(memory.MACHINES)
     with pytest.raises(SystemExit):

@@ -1,5 +1,6 @@
 """How much memory a run takes on each GPU, before a machine is asked for.
 
+    python -m tools.memory                                       what fits where: docs/memory.md
     python -m tools.memory --model 7B                            a table of machines and modes
     python -m tools.memory --model DIR --ranks 8 --tokens 8192   one setting in detail (or 7B)
     python train_sft.py … --plan                                 a run's own settings and batches
@@ -9,12 +10,13 @@ What is counted, and how: core/plan.py.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from core.lora import LoRA, add_lora
 from core.options import exit_on_value_error, option, parse_config
 from core.plan import (
     FASTEST_FIRST,
@@ -47,6 +49,17 @@ MACHINES = {  # GPUs, usable GiB of each
     "1 × H200": (1, 139),
     "8 × H200": (8, 139),
 }
+COMPARED = ("3B", "7B", "Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen3-VL-8B", "32B", "72B")
+SIZES = {  # of GPUs: 24 and 48 GB as they are with ECC on, so L4 and L40S; the last is two nodes
+    "1 × 24 GB": (1, 22),
+    "1 × 48 GB": (1, 44),
+    "1 × 80 GB": (1, 79),
+    "1 × 141 GB": (1, 139),
+    "2 × 80 GB": (2, 79),
+    "4 × 80 GB": (4, 79),
+    "8 × 80 GB": (8, 79),
+    "16 × 80 GB": (16, 79),
+}
 
 
 def published_config(name: str) -> ModelConfig:
@@ -62,16 +75,19 @@ def published_config(name: str) -> ModelConfig:
     return ModelConfig.from_dict({**known, **dict(zip(keys, PUBLISHED[name]))})
 
 
-def meta_model(config: ModelConfig, with_vision: bool = False) -> Model:
-    """The model without memory, for its numbers."""
+def meta_model(config: ModelConfig, with_vision: bool = False, lora_rank: int = 0) -> Model:
+    """The model without memory, for its numbers; with adapters on all linear layers."""
     with torch.device("meta"):
-        return Model(config, with_vision)
+        model = Model(config, with_vision)
+    if lora_rank:
+        add_lora(model, LoRA(lora_rank, 32.0))
+    return model
 
 
 def machines(plan: dict[str, int]) -> str:
     """The GPUs that a plan fits on, as a line."""
-    fitting = [f"{gb} GB" for gb in (24, 40, 80, 141) if fits(plan, gb * 10**9)]
-    said = ", ".join(fitting) or "none of 24, 40, 80, 141 GB"
+    fitting = [f"{gb} GB" for gb in (24, 40, 48, 80, 141) if fits(plan, gb * 10**9)]
+    said = ", ".join(fitting) or "none of 24, 40, 48, 80, 141 GB"
     return f"  fits GPUs of: {said} (with 8 % and 1.5 GiB to spare)"
 
 
@@ -95,15 +111,56 @@ def hardware_table(model: Model) -> str:
     return "\n".join(out)
 
 
+def cheapest(model: Model, ranks: int, usable: int, grpo: bool) -> str:
+    """A cell of `fitting_table`: GiB of the first setting that fits, and its letters; else of the
+    last one, struck out. Letters: o, --offload_optimizer; m, --adam_dtype bf16;
+    c, --micro_tokens 8192 and (GRPO) --kv_gb 6."""
+    lora = count_parameters(model)["adapters"] > 0
+    ways = ["", "c"] if lora else ["", "o", "m", "mo", "mc", "moc"] if grpo else ["", "m", "mc"]
+    for way in ways:
+        setting = Setting(ranks, tokens=8192 if "c" in way else 16384)
+        setting = replace(setting, adam_bytes=2 if "m" in way else 4)
+        kv_gb = 6.0 if "c" in way else 20.0
+        plan = plan_step(model, setting)
+        if grpo:
+            offload = "o" in way
+            plan = plan_grpo(model, setting, reference=True, kv_gb=kv_gb, offload_optimizer=offload)
+        if fits(plan, usable * GIB):
+            return f"{plan['peak'] / GIB:.0f} {way}".strip()
+    return f"~~{plan['peak'] / GIB:.0f}~~"
+
+
+def fitting_table(grpo: bool, lora_rank: int) -> str:
+    """Markdown: models of COMPARED over machines of SIZES."""
+    out = [f"| model | {' | '.join(SIZES)} |", "|---" * (len(SIZES) + 1) + "|"]
+    for name in COMPARED:
+        model = meta_model(published_config(name), lora_rank=lora_rank)
+        cells = [cheapest(model, *size, grpo) for size in SIZES.values()]
+        name = name if name.startswith("Qwen") else f"Qwen2.5-VL-{name}"
+        out.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def all_tables(lora_rank: int) -> str:
+    """SFT and GRPO, all weights and LoRA."""
+    parts = []
+    for rank in (0, lora_rank):
+        for grpo in (False, True):
+            how = f"--lora_rank {rank}" if rank else "all weights"
+            parts.append(f"{'GRPO' if grpo else 'SFT'}, {how}:\n\n{fitting_table(grpo, rank)}")
+    return "\n\n".join(parts)
+
+
 @dataclass
 class Config:
-    model: str = option(MISSING, f"{', '.join(PUBLISHED)}, or a model directory")
+    model: str = option("", f"{', '.join(PUBLISHED)}, or a model directory; default: what fits")
     ranks: int = option(0, "GPUs; 0: print the table of machines", ge=0)
     replicas: int = option(1, "HSDP groups", ge=1)
     tokens: int = option(16384, "tokens of a micro-batch (--pack_len, --micro_tokens)", ge=1)
     checkpointing: Literal["none", "matmul", "full"] = option("full", "as in train_sft.py")
     adam_dtype: Literal["fp32", "bf16"] = option("fp32", "as in train_sft.py")
     reshard: bool = option(True, "as in train_sft.py")
+    lora_rank: int = option(0, "as in train_sft.py; without --model: 32", ge=0)
     grpo: bool = option(
         False, "plan train_grpo.py: reference model, weights and KV cache to sample"
     )
@@ -114,7 +171,7 @@ class Config:
             raise ValueError(f"--replicas {self.replicas} does not divide --ranks {self.ranks}")
         if self.kv_gb != 20 and not self.grpo:
             raise ValueError("--kv_gb: only with --grpo, which samples")
-        if self.model not in PUBLISHED and not Path(self.model).exists():
+        if self.model not in ("", *PUBLISHED) and not Path(self.model).exists():
             names = ", ".join(PUBLISHED)
             raise ValueError(f"--model {self.model}: no such directory, and none of {names}")
 
@@ -122,7 +179,9 @@ class Config:
 def main(argv: list[str] | None = None) -> None:
     with exit_on_value_error():
         config = parse_config(Config, __doc__, argv)
-        model = meta_model(published_config(config.model))
+        if not config.model:
+            return print(all_tables(config.lora_rank or 32))
+        model = meta_model(published_config(config.model), lora_rank=config.lora_rank)
         if config.ranks == 0:
             return print(hardware_table(model))
         setting = Setting(
