@@ -26,6 +26,7 @@ import re
 import threading
 from collections import Counter
 from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple
 
 from grading import equality, extraction, workers
@@ -111,16 +112,31 @@ def _from_algebra(outcome: Outcome, text: str) -> Reward:
     return _verdict(bool(outcome.value), text)
 
 
-def _from_user(outcome: Outcome) -> Reward:
+def part_weights(flags: list[str], reward: str) -> dict[str, float]:
+    """["format=0.5"] → {"format": 0.5}: the weights of named parts (--reward_weights)."""
+    try:
+        weights = {name: float(weight) for name, weight in (f.split("=") for f in flags)}
+    except ValueError:
+        raise ValueError(f"--reward_weights {' '.join(flags)}: write PART=WEIGHT …") from None
+    if weights and not reward:
+        raise ValueError("--reward_weights: the built-in reward has no parts; it needs --reward")
+    return weights
+
+
+def _from_user(outcome: Outcome, weights: dict[str, float]) -> Reward:
     """A number, or {"score": number, "parts"?: {name: number}, "answer"?: text, "why"?: text}.
 
-    Without a score it is the sum of the parts. Anything else, or NaN, is an error.
+    With weights, or without a score, it is the weighted sum of the parts (1 where no weight is
+    given). Anything else, NaN, or a weight of a part that isn't there is an error.
     """
     if outcome.status != "ok":
         return _failed(outcome.why, outcome.status)
     value = outcome.value if isinstance(outcome.value, dict) else {"score": outcome.value}
     parts = value.get("parts") or {}
-    score = value.get("score", sum(parts.values()) if parts else None)
+    if missing := sorted(weights.keys() - parts.keys()):
+        return _failed(f"the reward has no part {missing[0]!r}, which --reward_weights names")
+    total = sum(weights.get(name, 1.0) * part for name, part in parts.items()) if parts else None
+    score = total if weights else value.get("score", total)
     for number in (score, *parts.values()):
         if not isinstance(number, int | float) or not math.isfinite(number):
             return _failed(f"the reward function returned {number!r}, not a finite number")
@@ -181,7 +197,7 @@ class Grader:
 
     reward: your own "module:name" or "path/file.py:name", called in the workers as
     function(problem, completion, finish_reason); an exception, a hang, NaN or None is a Reward
-    with status error or timeout. how: see `reward`.
+    with status error or timeout. weights: of its named parts. how: see `reward`.
     """
 
     def __init__(
@@ -190,11 +206,13 @@ class Grader:
         deadline: float = 5.0,
         memory_gb: float = 4.0,
         reward: str = "",
+        weights: dict[str, float] | None = None,
         **how,
     ):
         if how.get("rule", "answer") not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {how['rule']!r}")
         self.user, self.how = bool(reward), how
+        self.from_user = partial(_from_user, weights=weights or {})
         self._lock, self._counts = threading.Lock(), Counter()
         self.pool = WorkerPool(
             reward or "grading.equality:equal_to_any", workers, deadline, memory_gb
@@ -204,7 +222,7 @@ class Grader:
         """A Future of a Reward, done at once if no worker is needed; cancelled only by `close`."""
         future: Future = Future()
         if self.user:
-            inner, convert = self.pool.submit(problem, completion, finish_reason), _from_user
+            inner, convert = self.pool.submit(problem, completion, finish_reason), self.from_user
         else:
             settled = _settle(problem, completion, finish_reason, self.how)
             if isinstance(settled, Reward):

@@ -65,7 +65,7 @@ from data import (
     rollout_batches,
 )
 from model import Model, ModelConfig, build_model, resolve_model_dir
-from rewards import RULES, Grader
+from rewards import RULES, Grader, part_weights
 from sampler import Sampler, SamplingParams
 from scoring.metrics import accuracy, accuracy_by
 from scoring.stats import Interval
@@ -97,6 +97,7 @@ class Config:
     max_pixels: int = DATA(0, "scale images down to this area; 0: the model's own limit", ge=0)
     rule: Literal[RULES] = DATA("answer", "where the built-in reward looks for the answer")
     reward: str = DATA("", "module:name or file.py:name of your own function, see rewards.py")
+    reward_weights: list[str] = DATA([], "PART=WEIGHT of its named parts; 1 for the others")
 
     advantage: Literal["grpo", "mean_only", "rloo"] = GOAL(
         "grpo", "grpo: (r - mean) / std (paper); mean_only: Dr. GRPO; rloo: leave-one-out mean"
@@ -174,6 +175,7 @@ class Config:
         check_installed(self.report_to)
         self.lora = LoRA.from_flags(self)
         self.lr = self.lr or (3e-5 if self.lora else 3e-6)
+        self.part_weights = part_weights(self.reward_weights, self.reward)
         if self.prompts % self.updates:
             raise ValueError(f"--prompts {self.prompts}: no multiple of --updates {self.updates}")
         if self.tis_cap and self.old_logprobs == "sampler":
@@ -652,7 +654,8 @@ def train(c: Config) -> int:
 
 
 def make_grader(c: Config, tokenizer) -> Grader:
-    how = dict(reward=c.reward, rule=c.rule, open_thought=opens_thought(tokenizer))
+    how = dict(rule=c.rule, open_thought=opens_thought(tokenizer))
+    how |= dict(reward=c.reward, weights=c.part_weights)
     return Grader(c.graders, c.reward_deadline, **how)
 
 

@@ -18,7 +18,7 @@ from real_data import REAL, needs_real
 
 import rewards
 from grading.extraction import choice_letter, extract_answer, last_boxed, stated_letter
-from rewards import Grader, reward
+from rewards import Grader, part_weights, reward
 
 ROOT = Path(rewards.__file__).parent
 OPTIONS = ["fever", "cough", "headache", "rash"]
@@ -315,6 +315,23 @@ def test_named_parts_and_a_class_from_a_file(tmp_path):
         first, second = (grader.submit(MATH, text).result() for text in ("", "sum"))
     assert first.score == 3 and first.parts == {"correct": 1, "format": 0.5}
     assert second.score == 2 and second.parts == {"correct": 1, "format": 1.0}
+
+
+def test_weights_of_named_parts(tmp_path):
+    """With weights the score is their sum, whatever the function says; a misspelt part is an error."""
+    (tmp_path / "mine.py").write_text(
+        "def score(problem, completion, finish_reason):\n"
+        "    return {'score': 9, 'parts': {'correct': 1, 'format': 1}}\n"
+    )
+    function = f"{tmp_path / 'mine.py'}:score"
+    for flags, expected in ((["format=0.5"], 1.5), (["format=0", "correct=2"], 2), ([], 9)):
+        with Grader(workers=1, reward=function, weights=part_weights(flags, function)) as grader:
+            assert grader.submit(MATH, "").result().score == expected
+    with Grader(workers=1, reward=function, weights={"formt": 1.0}) as grader:
+        assert "no part 'formt'" in grader.submit(MATH, "").result().why
+    for flags, reward_function in ((["format"], "x"), (["a=b"], "x"), (["a=1"], "")):
+        with pytest.raises(ValueError, match="--reward_weights"):
+            part_weights(flags, reward_function)
 
 
 def test_the_table_at_the_head_of_rewards():
