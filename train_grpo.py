@@ -33,6 +33,7 @@ from core.chat import banned_token_ids, opens_thought, stop_token_ids
 from core.checkpoint import require_space, resume, save_state
 from core.images import ImageLoader
 from core.lora import LoRA, add_lora, lora_disabled, save_adapter
+from core.options import option, parse_config
 from core.packing import next_problems
 from core.parallel import World, all_any, all_gather_objects, all_max, all_sum, init
 from core.plan import choose_setting, compute_dtype, plan_grpo
@@ -41,8 +42,6 @@ from core.run import (
     StopRequest,
     hash_files,
     header,
-    option,
-    parse_config,
     quiet_garbage_collection,
     run_and_exit,
     script,

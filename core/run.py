@@ -29,9 +29,7 @@ from typing import Any, Callable, Iterator
 
 import torch
 
-from core.options import exit_on_value_error as exit_on_value_error
-from core.options import option as option
-from core.options import parse_config as parse_config
+from core.options import exit_on_value_error
 from core.out_dir import assert_shared, claim, free_bytes, gb, write_json
 from core.parallel import World, from_rank0, shutdown
 from core.samples import Sample, write_samples

@@ -188,7 +188,7 @@ def test_equal_notations_score(pred, gold):
 
 @pytest.mark.parametrize("pred, gold", pairs(KNOWN_MISSES))
 def test_known_misses_are_false_negatives(pred, gold):
-    """Whoever mends one moves its row; the labelled file's misses must stand here."""
+    """Whoever fixes one moves its row; the labelled file's misses must stand here."""
     assert not full_equal(pred, gold)
 
 

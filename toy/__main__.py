@@ -7,7 +7,7 @@ python -m toy table --out runs/demo-0 runs/demo-1  accuracies with intervals, se
 
 import sys
 
-from core.run import exit_on_value_error, parse_config
+from core.options import exit_on_value_error, parse_config
 from toy import base, table, world
 
 COMMANDS = {

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import data
-from core.run import option
+from core.options import option
 from core.vision import ImageConfig
 from model import Model, ModelConfig
 from toy import world

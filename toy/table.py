@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from core.run import option
+from core.options import option
 from scoring.stats import wilson
 from toy.world import TASKS
 

@@ -35,7 +35,7 @@ from typing import Collection, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from core.run import option
+from core.options import option
 from core.schema import LETTERS
 from data import prompt_text
 
