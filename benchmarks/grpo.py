@@ -138,7 +138,7 @@ def trl(args, folder: Path) -> None:
             if not lines:
                 raise SystemExit(theirs.stderr[-2000:])
             theirs = json.loads(lines[0][7:])
-            env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+            env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"}
             subprocess.run(
                 [
                     sys.executable,
