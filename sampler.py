@@ -316,7 +316,7 @@ class Sampler:
                 if self.decoder is None:
                     self._make_copy(self.model.model.embed_tokens.weight.dtype)
                 copies = dict(self.decoder.named_parameters())
-                for name, p in merged_parameters(unit, whole_only=True):
+                for name, p in merged_parameters(unit):
                     copies[name_of_unit + name].copy_(p)
 
     def _make_copy(self, dtype: torch.dtype) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -47,25 +46,21 @@ class LoRA:
         """From the flags that both trainers share; None: every weight is trained. Rank and alpha of
         an adapter to start from are its own."""
         rank, alpha = config.lora_rank, config.lora_alpha
-        if not (rank or config.adapter) and (alpha != 32 or config.lora_targets != "all-linear"):
-            raise ValueError("--lora_alpha, --lora_targets: without --lora_rank all weights train")
         if config.adapter:
             saved = read_adapter_config(config.adapter)
             rank, alpha = saved["r"], saved["r"] * adapter_scale(saved)
-            if config.lora_rank not in (0, rank):
+            if config.lora_rank not in (0, rank) or config.lora_alpha not in (32, alpha):
                 raise ValueError(
-                    f"--lora_rank {config.lora_rank}: {config.adapter} has rank {rank}"
+                    f"--adapter {config.adapter}: has rank {rank} and alpha {alpha:g}, which "
+                    "count; leave --lora_rank and --lora_alpha out"
                 )
-            if config.lora_alpha not in (32, alpha):
-                raise ValueError(
-                    f"--lora_alpha {config.lora_alpha:g}: {config.adapter} has alpha {alpha:g}, "
-                    "which counts; leave one of them out"
-                )
-        if rank and config.train_vision:
-            raise ValueError(
-                "--train_vision: LoRA trains the language model; leave one of them out"
-            )
-        return LoRA(rank, alpha, config.lora_targets, config.seed, config.adapter) if rank else None
+        elif not rank:
+            if alpha != 32 or config.lora_targets != "all-linear":
+                raise ValueError("--lora_alpha, --lora_targets: no effect without --lora_rank")
+            return None
+        if config.train_vision:
+            raise ValueError("--train_vision: LoRA trains the language model; leave one out")
+        return LoRA(rank, alpha, config.lora_targets, config.seed, config.adapter)
 
 
 class LoRALinear(nn.Linear):
@@ -102,32 +97,27 @@ def add_lora(model: nn.Module, lora: LoRA) -> None:
     """Freeze the model and give the language model's layers adapters, in fp32 and without values
     (`init_lora`). Call on the meta device, before sharding."""
     model.requires_grad_(False)
-    for block in model.model.layers:
-        for name, layer in block.named_modules():
-            if name.split(".")[-1] not in TARGETS[lora.targets]:
-                continue
-            if lora.rank > (most := min(layer.weight.shape)):
-                raise ValueError(
-                    f"--lora_rank {lora.rank}: above {most}, the smaller dimension of {name}"
-                )
-            layer.__class__ = LoRALinear
-            layer.scaling, layer.adapter_on = lora.alpha / lora.rank, True
-            options = dict(dtype=torch.float32, device=layer.weight.device)
-            layer.lora_A = nn.Parameter(torch.empty(lora.rank, layer.in_features, **options))
-            layer.lora_B = nn.Parameter(torch.empty(layer.out_features, lora.rank, **options))
+    for name, layer in model.model.layers.named_modules():
+        if name.split(".")[-1] not in TARGETS[lora.targets]:
+            continue
+        if lora.rank > (most := min(layer.weight.shape)):
+            raise ValueError(
+                f"--lora_rank {lora.rank}: above {most}, the smaller dimension of {name}"
+            )
+        layer.__class__ = LoRALinear
+        layer.scaling, layer.adapter_on = lora.alpha / lora.rank, True
+        options = dict(dtype=torch.float32, device=layer.weight.device)
+        layer.lora_A = nn.Parameter(torch.empty(lora.rank, layer.in_features, **options))
+        layer.lora_B = nn.Parameter(torch.empty(layer.out_features, lora.rank, **options))
 
 
+@torch.no_grad()
 def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a whole tensor, the same on every rank, into a parameter that may be sharded."""
-    with torch.no_grad():
-        if isinstance(parameter, DTensor):
-            value = DTensor.from_local(
-                value.to(parameter.device),
-                parameter.device_mesh,
-                [Replicate()] * parameter.device_mesh.ndim,
-                run_check=False,
-            ).redistribute(placements=parameter.placements)
-        parameter.copy_(value)
+    if isinstance(parameter, DTensor):  # no rank is the source: each cuts its own part
+        mesh, value = parameter.device_mesh, value.to(parameter.device)
+        value = distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
 
 
 def init_lora(model: nn.Module, lora: LoRA) -> None:
@@ -139,7 +129,7 @@ def init_lora(model: nn.Module, lora: LoRA) -> None:
     for name, layer in lora_layers(model):
         digest = hashlib.sha256(f"{lora.seed}|{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        bound = 1 / math.sqrt(layer.in_features)
+        bound = layer.in_features**-0.5
         a = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
         fill(layer.lora_A, a)
         fill(layer.lora_B, torch.zeros(layer.lora_B.shape))
@@ -148,30 +138,24 @@ def init_lora(model: nn.Module, lora: LoRA) -> None:
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Compute without adapters: the model that training started from."""
-    layers = [layer for _, layer in lora_layers(model)]
-    for layer in layers:
+    for _, layer in lora_layers(model):
         layer.adapter_on = False
     try:
         yield
     finally:
-        for layer in layers:
+        for _, layer in lora_layers(model):
             layer.adapter_on = True
 
 
-def merged_parameters(
-    model: nn.Module, *, whole_only: bool = False
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(published name, tensor) of every parameter of the base model, adapters merged; whole_only:
-    of those that are not sharded at the moment."""
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(published name, tensor) of every parameter of the base model that is not sharded at the
+    moment, adapters merged."""
     layers = dict(lora_layers(model))
     for name, p in model.named_parameters():
-        if whole_only and isinstance(p, DTensor):
+        if isinstance(p, DTensor) or is_adapter(name):
             continue
-        layer, _, leaf = name.rpartition(".")
-        if leaf == "weight" and layer in layers:
-            yield name, layers[layer].merged_weight()
-        elif not is_adapter(name):
-            yield name, p.detach()
+        layer = layers.get(name.removesuffix(".weight"))
+        yield name, p.detach() if layer is None else layer.merged_weight()
 
 
 # ---------------------------------------------------------------- PEFT's format
@@ -180,17 +164,17 @@ def save_adapter(
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors as PEFT does, under the module names
     of transformers. Nothing without adapters. Collective; rank 0 writes."""
-    module_prefix = "model.language_model." if model.config.vision else "model."
-    tensors, layer = {}, None
-    for name, layer in lora_layers(model):
-        key = f"base_model.model.{module_prefix}{name.removeprefix('model.')}"
+    prefix = "model.language_model." if model.config.vision else "model."
+    layers, tensors = dict(lora_layers(model)), {}
+    for name, layer in layers.items():
         for leaf in ("lora_A", "lora_B"):
             p = getattr(layer, leaf).detach()
             whole = p.full_tensor() if isinstance(p, DTensor) else p
-            tensors[f"{key}.{leaf}.weight"] = whole.cpu().contiguous()
-    if not is_main or layer is None:
+            key = f"base_model.model.{prefix}{name.removeprefix('model.')}.{leaf}.weight"
+            tensors[key] = whole.cpu().contiguous()
+    if not is_main or not layers:
         return
-    names = sorted({name.split(".")[-1] for name, _ in lora_layers(model)})
+    leaves = sorted({name.split(".")[-1] for name in layers})
     rank = layer.lora_A.shape[0]
     config = {
         "peft_type": "LORA",
@@ -201,7 +185,7 @@ def save_adapter(
         "lora_dropout": 0.0,
         "bias": "none",
         # a pattern, since the vision tower has layers of the same names
-        "target_modules": rf"{module_prefix.replace('.', '[.]')}layers[.].*[.]({'|'.join(names)})",
+        "target_modules": rf"{prefix.replace('.', '[.]')}layers[.].*[.]({'|'.join(leaves)})",
     }
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -215,14 +199,10 @@ def read_adapter_config(adapter_dir: str | Path) -> dict:
     if not file.is_file():
         raise ValueError(f"{adapter_dir}: not a PEFT adapter (adapter_config.json is missing)")
     config = json.loads(file.read_text())
-    unsupported = {
-        "peft_type": config.get("peft_type") != "LORA",
-        "bias": config.get("bias", "none") != "none",
-        "modules_to_save": bool(config.get("modules_to_save")),
-        **{k: bool(config.get(k)) for k in ("use_dora", "rank_pattern", "alpha_pattern")},
-    }
-    if wrong := [k for k, bad in unsupported.items() if bad]:
-        raise ValueError(f"{file}: {wrong[0]} = {config.get(wrong[0])!r} is not supported")
+    plain = dict(peft_type="LORA", bias="none", modules_to_save=[], use_dora=False)
+    for key, value in (plain | dict(rank_pattern={}, alpha_pattern={})).items():
+        if (config.get(key) or value) != value:
+            raise ValueError(f"{file}: {key} = {config[key]!r} is not supported")
     return config
 
 
@@ -234,27 +214,23 @@ def adapter_scale(config: dict) -> float:
 def load_adapter(model: nn.Module, adapter_dir: str | Path) -> None:
     """Fill a model's adapters from a PEFT adapter of the same rank and targets; its alpha counts.
     Raises ValueError when rank, targets or the adapter's kind differ."""
-    file = Path(adapter_dir) / "adapter_model.safetensors"
-    config = read_adapter_config(adapter_dir)
-    scale = adapter_scale(config)
+    file, scale = Path(adapter_dir), adapter_scale(read_adapter_config(adapter_dir))
+    stored = load_file(file / "adapter_model.safetensors")
     stored = {
-        key.removeprefix("base_model.model.")
-        .replace("model.language_model.", "model.")
-        .removesuffix(".weight"): tensor
-        for key, tensor in load_file(file).items()
+        k.removeprefix("base_model.model.").replace("model.language_model.", "model."): tensor
+        for k, tensor in stored.items()
     }
-    wanted = {
-        f"{n}.{leaf}": (m, leaf) for n, m in lora_layers(model) for leaf in ("lora_A", "lora_B")
-    }
+    wanted = {f"{n}.weight": p for n, p in model.named_parameters() if is_adapter(n)}
     if differ := sorted(stored.keys() ^ wanted.keys()):
         raise ValueError(
             f"{file}: {len(differ)} tensors do not match --lora_targets, the first is {differ[0]}"
         )
-    for name, (layer, leaf) in wanted.items():
-        if stored[name].shape != getattr(layer, leaf).shape:
+    for name, p in wanted.items():
+        if stored[name].shape != p.shape:
             raise ValueError(
                 f"{file}: {name} has shape {tuple(stored[name].shape)}, --lora_rank gives "
-                f"{tuple(getattr(layer, leaf).shape)}"
+                f"{tuple(p.shape)}"
             )
+        fill(p, stored[name].float())
+    for _, layer in lora_layers(model):
         layer.scaling = scale
-        fill(getattr(layer, leaf), stored[name].float())
