@@ -8,15 +8,15 @@ python eval.py --data … --out OUT --rescore       grade the stored samples aga
 python eval.py --data … --out OUT --rescore --compare OTHER [--drop BLIND/solved.txt]
 
 OUT/samples.jsonl    one line a sample: prompt, text, answer, gold, reward, tokens (core/samples.py)
-OUT/result.json      all metrics; the last line on stdout is its summary
+OUT/result.json      all metrics
 OUT/config.json      the settings that the samples depend on
 OUT/header.json      command, versions, commit, the whole prompt of each kind of problem
 OUT/solved.txt       ids of the problems whose samples are all right
 OUT/budget_N.jsonl   the samples that a forced exit after N tokens would have changed
 
 Each rank samples its share and appends each sample as it ends, so that a stopped evaluation
-resumes; then everything is graded. A sample depends on (seed, problem, sample index) and not on
-ranks or batches, up to the rounding of matrix products of another size.
+resumes; then rank 0 grades all. A sample depends on (seed, problem, sample index) and not on ranks
+or batches, up to the rounding of matrix products of another size.
 
 From the paper (arXiv 2505.03981, section 3 and appendix C): prompts, greedy and 5 samples at 0.3,
 forced exit, removal of text-solvable questions; from its model card: 262,144 pixels per image.
@@ -29,11 +29,12 @@ import json
 import re
 import sys
 import time
-from collections import Counter
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, replace
+from functools import partial
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -45,58 +46,56 @@ import rewards
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
 from core.options import option, parse_config
 from core.out_dir import assert_shared, claim, lock, write_json
-from core.parallel import World, all_any, all_gather_objects, barrier, from_rank0, init
+from core.parallel import World, all_any, all_gather_objects, all_max, from_rank0, init
 from core.run import hash_files, header, run_and_exit, script
 from core.samples import Sample, make_sample, problem_seed, read_samples, set_grade, write_samples
 from core.slots import ForcedExit, exit_positions
 from core.vision import ImageConfig
 from sampler import Completion, Sampler, SamplingParams
-from scoring.metrics import all_metrics, cluster, compare, is_looping
+from scoring.metrics import all_metrics, cluster, compare, positions
 from scoring.tables import read_result, report
 
-PIXEL_BYTES = 4e9  # host memory for the preprocessed images of one call of the sampler
+PIXEL_BYTES = 4e9  # preprocessed images of one call of the sampler, in host memory: 4 patches a
+# token, 1176 fp32 values a patch
 STYLES = ("kind", *data.INSTRUCTIONS)
+DATA, GOAL, SAMPLE, MEMORY = (
+    partial(option, group=g) for g in ("data", "objective", "sampling", "memory and speed")
+)
 Rows = dict[tuple[str, int], Sample]  # (problem id, sample index) → sample
 
 
 @dataclass
 class Config:
-    data: list[str] = option(MISSING, "jsonl file(s) of problems", group="data")
+    data: list[str] = DATA(MISSING, "jsonl file(s) of problems")
     out: str = option(MISSING, "directory of this evaluation; rerun to resume")
-    model: str = option("", "model directory or hub id; --rescore needs none", group="data")
-    limit: int = option(0, "problems per task, always the same; 0: all", group="data", ge=0)
-    drop: str = option("", "file of problem ids to leave out, one per line", group="data")
-    skip_bad_rows: bool = option(False, "leave out rows that fail the check", group="data")
-    blind: bool = option(False, "remove all images (paper: table 6)", group="data")
-    prompt_style: Literal[STYLES] = option("kind", "kind: by kind of problem", group="data")
-    min_pixels: int = option(262_144, "scale images up to this; 0: model's", group="data", ge=0)
-    max_pixels: int = option(262_144, "scale images down to this; 0: model's", group="data", ge=0)
-    rule: Literal[rewards.RULES] = option(
-        "answer", "where the answer stands: answer (<answer>, else \\boxed), boxed, or line "
-        "('Answer: X')", group="objective",
-    )  # fmt: skip
-    rescore: bool = option(False, "grade stored samples, sample nothing", group="objective")
-    budgets: str = option("", "thinking budgets, as in 512,1024,2048", group="objective")
-    compare: str = option("", "another --out: this minus the other", group="objective")
-    samples: int = option(1, "per problem (paper: 1, and 5)", group="sampling", ge=1, le=1024)
-    temperature: float = option(0.0, "paper: 0, and 0.3 for 5", group="sampling", ge=0, le=10)
-    top_p: float = option(1.0, "nucleus sampling", group="sampling", gt=0, le=1)
-    max_new_tokens: int = option(4096, "answer included (paper: 4096)", group="sampling", ge=1)
-    think_budget: int = option(
-        3800, "force </think> after this many tokens (paper: at 4096, room for the answer not "
-        "stated); 0: never", group="sampling", ge=0,
-    )  # fmt: skip
-    answer_budget: int = option(256, "tokens after a forced exit", group="sampling", ge=1)
-    seed: int = option(0, "decides every sampled token", group="sampling", ge=0)
-    dtype: Literal["auto", "bf16", "fp32"] = option(
-        "auto", "auto: bf16 on CUDA, fp32 on CPU", group="memory and speed"
+    model: str = DATA("", "model directory or hub id; --rescore needs none")
+    limit: int = DATA(0, "problems per task, always the same; 0: all", ge=0)
+    drop: str = DATA("", "file of problem ids to leave out, one per line")
+    skip_bad_rows: bool = DATA(False, "leave out rows that fail the check")
+    blind: bool = DATA(False, "remove all images (paper: table 6)")
+    prompt_style: Literal[STYLES] = DATA("kind", "kind: by kind of problem")
+    min_pixels: int = DATA(262_144, "scale images up to this; 0: model's", ge=0)
+    max_pixels: int = DATA(262_144, "scale images down to this; 0: model's", ge=0)
+    rule: Literal[rewards.RULES] = GOAL(
+        "answer", "where it stands: answer (<answer>, else \\boxed), boxed, line ('Answer: X')"
     )
-    slots: int = option(
-        0, "samples at once; 0: by --kv_gb", group="memory and speed", ge=0, le=4096
+    rescore: bool = GOAL(False, "grade stored samples, sample nothing")
+    budgets: str = GOAL("", "thinking budgets, as in 512,1024,2048")
+    compare: str = GOAL("", "another --out: this minus the other")
+    samples: int = SAMPLE(1, "per problem (paper: 1, and 5)", ge=1, le=1024)
+    temperature: float = SAMPLE(0.0, "paper: 0, and 0.3 for 5", ge=0, le=10)
+    top_p: float = SAMPLE(1.0, "nucleus sampling", gt=0, le=1)
+    max_new_tokens: int = SAMPLE(4096, "answer included (paper: 4096)", ge=1)
+    think_budget: int = SAMPLE(
+        3800, "force </think> after this many tokens (paper: at 4096); 0: never", ge=0
     )
-    kv_gb: float = option(0.0, "KV cache in GB; 0: by free memory", group="memory and speed", ge=0)
-    graders: int = option(2, "grading processes per rank", group="memory and speed", ge=1, le=256)
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run", group="run")
+    answer_budget: int = SAMPLE(256, "tokens after a forced exit", ge=1)
+    seed: int = SAMPLE(0, "decides every sampled token", ge=0)
+    dtype: Literal["auto", "bf16", "fp32"] = MEMORY("auto", "auto: bf16 on CUDA, fp32 on CPU")
+    slots: int = MEMORY(0, "samples at once; 0: by --kv_gb", ge=0, le=4096)
+    kv_gb: float = MEMORY(0.0, "KV cache in GB; 0: by free memory", ge=0)
+    graders: int = MEMORY(2, "grading processes", ge=1, le=256)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
 
     def __post_init__(self):
         n, low, high = self.samples, self.min_pixels, self.max_pixels
@@ -115,6 +114,9 @@ class Config:
         if not re.fullmatch(r"([1-9]\d{0,8}(,[1-9]\d{0,8})*)?", self.budgets):
             raise ValueError(f"--budgets {self.budgets}: must be numbers, as in 512,1024,2048")
         self.budget_list = sorted({int(b) for b in self.budgets.split(",") if b})
+        longest = self.think_budget or self.max_new_tokens
+        if not self.rescore and max(self.budget_list, default=0) > longest:
+            raise ValueError(f"--budgets {self.budgets}: the thoughts end at {longest} tokens")
 
 
 SAMPLES_DEPEND_ON = (
@@ -124,30 +126,30 @@ SAMPLES_DEPEND_ON = (
 
 
 # ---------------------------------------------------------------------------------------- problems
-def choose_problems(config: Config) -> tuple[list[dict], dict]:
+def choose_problems(c: Config) -> tuple[list[dict], dict]:
     """The problems to evaluate, in the order of the files, and how many rows were left out. Raises
     ValueError for bad rows, a --drop file without effect, and --blind without an image."""
-    problems, faults = data.load_problems(config.data, skip_bad_rows=config.skip_bad_rows)
+    problems, faults = data.load_problems(c.data, skip_bad_rows=c.skip_bad_rows)
     left_out = {"bad_rows": len({(f.file, f.line) for f in faults}), "dropped": 0}
-    if config.limit:  # before --drop, so that runs with and without it choose the same problems
+    if c.limit:  # before --drop, so that runs with and without it choose the same problems
         chosen = set()
-        for task in dict.fromkeys(p["task"] for p in problems):
-            ids = (p["id"] for p in problems if p["task"] == task)
-            chosen.update(sorted(ids, key=lambda i: sha256(i.encode()).digest())[: config.limit])
-        problems = [p for p in problems if p["id"] in chosen]
-    if config.drop:
-        if not Path(config.drop).is_file():
-            raise ValueError(f"--drop {config.drop}: no such file")
-        ids = set(Path(config.drop).read_text(encoding="utf-8", errors="replace").splitlines())
+        for at in positions(problems, "task").values():
+            by_hash = sorted(at, key=lambda i: sha256(problems[i]["id"].encode()).digest())
+            chosen.update(by_hash[: c.limit])
+        problems = [p for i, p in enumerate(problems) if i in chosen]
+    if c.drop:
+        if not Path(c.drop).is_file():
+            raise ValueError(f"--drop {c.drop}: no such file")
+        ids = set(Path(c.drop).read_text(encoding="utf-8", errors="replace").splitlines())
         kept = [p for p in problems if p["id"] not in ids]
         left_out["dropped"] = len(problems) - len(kept)
         if not kept or (ids - {""} and len(kept) == len(problems)):
             raise ValueError(
-                f"--drop {config.drop}: its {len(ids)} ids leave {len(kept)} of {len(problems)} "
+                f"--drop {c.drop}: its {len(ids)} ids leave {len(kept)} of {len(problems)} "
                 f"problems; wrong file?"
             )
         problems = kept
-    if config.blind and not any(p.get("images") for p in problems):
+    if c.blind and not any(p.get("images") for p in problems):
         raise ValueError("--blind: no problem of --data has an image to remove")
     return problems, left_out
 
@@ -166,58 +168,56 @@ def without_images(problem: dict) -> dict:
 
 # --------------------------------------------------------------------------------------------- OUT
 def model_fingerprint(model_dir: Path) -> str:
-    """sha256 of the small files, and of the size and 64 blocks of 64 KiB of each weight file: other
-    weights differ everywhere, and 15 GB take a second."""
+    """sha256 of the size and 64 blocks of 64 KiB of each file: other weights differ everywhere, and
+    15 GB take a second."""
     digest, block = sha256(), 1 << 16
     suffixes = (".json", ".jinja", ".txt", ".safetensors")
     for file in sorted(f for f in model_dir.iterdir() if f.suffix in suffixes):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as f:
-            for start in sorted({int(x) for x in np.linspace(0, max(0, size - block), 64)}):
+            for start in sorted({*np.linspace(0, max(0, size - block), 64, dtype=int).tolist()}):
                 f.seek(start)
                 digest.update(f.read(block))
     return digest.hexdigest()
-
-
-def take_out(config: Config, model_dir: Path | None, world: World) -> tuple[dict, str]:
-    """The settings of this evaluation (with --rescore, those in OUT), and the lock on OUT. Raises
-    ValueError, with nothing changed, where OUT holds anything else or is in use. For rank 0."""
-    out, file = Path(config.out), Path(config.out) / "config.json"
-    if not config.rescore:
-        bf16 = config.dtype == "bf16" or (config.dtype == "auto" and world.device.type == "cuda")
-        settings = {k: getattr(config, k) for k in SAMPLES_DEPEND_ON} | {
-            "dtype": "bf16" if bf16 else "fp32",
-            "open_thought": opens_thought(data.load_tokenizer(model_dir)),
-            "model": config.model,
-            "limit": config.limit,
-            "model_sha256": model_fingerprint(model_dir),
-            "data_sha256": data_hashes(config.data),
-        }
-        free = ("model", "limit")  # a model may move; its hash may not change
-        held = lambda out: any(out.glob("samples*.jsonl"))  # noqa: E731
-        return settings, claim(out, "eval", settings, changeable=free, held=held)[1]
-    try:
-        old = json.loads(file.read_text(encoding="utf-8"))
-        ours = old["script"] == "eval"
-    except (OSError, ValueError, TypeError, KeyError):
-        ours = False
-    if not ours:
-        raise ValueError(f"--rescore: {out} holds no samples; run it with --model first")
-    for k in SAMPLES_DEPEND_ON:
-        if (now := getattr(config, k)) not in (getattr(Config, k), old[k]):
-            raise ValueError(
-                f"--rescore grades what {out} holds: its {k} is {old[k]!r}, not {now!r}"
-            )
-    return {k: v for k, v in old.items() if k != "script"}, lock(out)
 
 
 def data_hashes(files: list[str]) -> list[list[str]]:
     return [[Path(file).name, digest] for file, digest in hash_files(files).items()]
 
 
+def take_out(c: Config, model_dir: Path | None, world: World) -> tuple[dict, str]:
+    """The settings of this evaluation (with --rescore, those in OUT), and the lock on OUT. Raises
+    ValueError, with nothing changed, where OUT holds anything else or is in use. For rank 0."""
+    out, settings = Path(c.out), {k: getattr(c, k) for k in SAMPLES_DEPEND_ON}
+    if not c.rescore:
+        by_device = "bf16" if world.device.type == "cuda" else "fp32"
+        settings |= {
+            "dtype": by_device if c.dtype == "auto" else c.dtype,
+            "open_thought": opens_thought(data.load_tokenizer(model_dir)),
+            "model": c.model,
+            "limit": c.limit,
+            "model_sha256": model_fingerprint(model_dir),
+            "data_sha256": data_hashes(c.data),
+        }
+        free = ("model", "limit")  # a model may move; its hash may not change
+        held = lambda out: any(out.glob("samples*.jsonl"))  # noqa: E731
+        return settings, claim(out, "eval", settings, changeable=free, held=held)[1]
+    try:
+        old = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        ours = old.pop("script") == "eval"
+    except (OSError, ValueError, TypeError, KeyError):
+        ours = False
+    if not ours:
+        raise ValueError(f"--rescore: {out} holds no samples; run it with --model first")
+    for k, now in settings.items():
+        if now not in (getattr(Config, k), old[k]):
+            raise ValueError(f"--rescore: the {k} of {out} is {old[k]!r}, not {now!r}")
+    return old, lock(out)
+
+
 def load_rows(out: Path, stage: str) -> Rows:
-    """Samples by (problem, sample index): of OUT/STAGE.jsonl and of the parts that ranks wrote."""
+    """The samples of OUT/STAGE.jsonl and of the parts that ranks wrote."""
     rows: Rows = {}
     for file in [*out.glob(f"{stage}.jsonl"), *sorted(out.glob(f"{stage}.part*.jsonl"))]:
         for s in read_samples(file, truncated_end=".part" in file.name):
@@ -226,75 +226,68 @@ def load_rows(out: Path, stage: str) -> Rows:
     return rows
 
 
-def check_stored(config: Config, settings: dict, problems: list[dict], rows: Rows) -> None:
-    """Raise ValueError unless --rescore finds all samples, of the questions as they are now."""
-    keys = [(p["id"], i) for p in problems for i in range(settings["samples"])]
-    if missing := list(dict.fromkeys(i for i, n in keys if (i, n) not in rows)):
-        limit = settings["limit"]
-        hint = f"it was made with --limit {limit}: pass that, or sample the rest with --model"
-        raise ValueError(
-            f"--rescore: {len(missing)} of {len(problems)} problems have no stored samples, the "
-            f"first is {missing[0]}; {hint if limit != config.limit else 'sample with --model'}"
-        )
+def stored_stages(c: Config, settings: dict, problems: list[dict]) -> dict[str, Rows]:
+    """What --rescore grades: all stages in OUT, or those of --budgets. Raises ValueError unless it
+    holds every sample, of the questions as they are now."""
+    out, rows = Path(c.out), load_rows(Path(c.out), "samples")
     for p in problems:
-        if rows[p["id"], 0].prompt != data.prompt_text(p, settings["prompt_style"]):
+        prompt = data.prompt_text(p, settings["prompt_style"])
+        stored = [rows.get((p["id"], i)) for i in range(settings["samples"])]
+        if not all(s and s.prompt == prompt for s in stored):
             raise ValueError(
-                f"--rescore: the question or the options of {p['id']} have changed since it was "
-                f"sampled; sample them into another --out"
+                f"--rescore: {out} has not all samples of {p['id']}, or with another question or "
+                f"options. It was made with --limit {settings['limit']}; sample the rest with "
+                "--model, changed problems into another --out"
             )
+    names = [f.stem.removeprefix("budget_") for f in out.glob("budget_*.jsonl")]
+    known = sorted(int(name) for name in names if name.isdigit())
+    if unknown := [b for b in c.budget_list if b not in known]:
+        raise ValueError(f"--rescore --budgets {unknown[0]}: not sampled; run it with --model")
+    stages = (f"budget_{b}" for b in c.budget_list or known)
+    return {"samples": rows} | {stage: load_rows(out, stage) for stage in stages}
 
 
 # ---------------------------------------------------------------------------------------- sampling
-@dataclass
-class Job:
+class Job(NamedTuple):
     """A prompt to continue, or a prompt and a thought that is ended by force."""
 
     problem: dict
     tokens: list[int]  # prompt and head
     seed: int
     sample: int = 0
-    head: list[int] = field(default_factory=list)  # the thought so far and the exit tokens
+    head: Sequence[int] = ()  # the thought so far and the exit tokens
 
 
 class Engine:
     """What samples: tokenizer and limits at once, weights when the first sample is due."""
 
-    def __init__(self, config: Config, settings: dict, model_dir: Path, world: World, images: bool):
-        """images: whether any problem has one."""
-        self.config, self.settings, self.dir, self.world = config, settings, model_dir, world
-        self.out, self.model, self.images = Path(config.out), None, None
-        self.tokens, self.seconds = 0, 0.0  # sampled so far
+    def __init__(self, c: Config, settings: dict, model_dir: Path, world: World, with_images: bool):
+        """with_images: whether any problem has one."""
+        self.c, self.settings, self.dir, self.world = c, settings, model_dir, world
+        self.out, self.model, self.images = Path(c.out), None, None
         self.tokenizer = data.load_tokenizer(model_dir)
         model.check_model_dir(model_dir)
-        self.model_config = c = model.ModelConfig.from_dir(model_dir)
-        if images and c.vision is None:
+        self.config = config = model.ModelConfig.from_dir(model_dir)
+        if with_images and config.vision is None:
             raise ValueError(
                 f"{model_dir}: has no vision tower, but problems have images; --blind?"
             )
-        if images:
-            limits = {k: settings[k] for k in ("min_pixels", "max_pixels") if settings[k]}
+        if with_images:
+            limits = {"min_pixels": c.min_pixels, "max_pixels": c.max_pixels}
+            limits = {k: v for k, v in limits.items() if v}
             self.images = replace(ImageConfig.from_dir(model_dir), **limits)
-        budget, answer, most = (
-            settings[k] for k in ("think_budget", "answer_budget", "max_new_tokens")
+        self.exit = ForcedExit.from_tokenizer(
+            self.tokenizer, config.vocab_size, c.think_budget, c.answer_budget
         )
-        self.exit = ForcedExit.from_tokenizer(self.tokenizer, c.vocab_size, budget, answer)
-        try:
-            self.params = SamplingParams(
-                n=settings["samples"], max_new_tokens=most, seed=settings["seed"],
-                temperature=settings["temperature"], top_p=settings["top_p"],
-                stop_ids=stop_token_ids(self.tokenizer), forced_exit=self.exit if budget else None,
-            )  # fmt: skip
-        except ValueError as e:
-            raise ValueError(f"{e}; --think_budget 0 turns forced exit off") from e
-        longest = budget or most
-        if config.budget_list and config.budget_list[-1] > longest:
-            raise ValueError(
-                f"--budgets {config.budget_list[-1]}: the stored thoughts end at {longest} tokens"
-            )
+        self.params = SamplingParams(
+            n=c.samples, temperature=c.temperature, top_p=c.top_p, seed=c.seed,
+            max_new_tokens=c.max_new_tokens, stop_ids=stop_token_ids(self.tokenizer),
+            forced_exit=self.exit if c.think_budget else None,
+        )  # fmt: skip
 
     def prompt(self, problem: dict) -> list[int]:
         counts = [data.image_token_count(f, self.images) for f in problem.get("images") or []]
-        return data.prompt_tokens(problem, self.tokenizer, counts, self.settings["prompt_style"])
+        return data.prompt_tokens(problem, self.tokenizer, counts, self.c.prompt_style)
 
     def write_header(self, problems: list[dict]) -> None:
         """Print and store what is needed to repeat the samples, with a prompt of each kind."""
@@ -305,85 +298,92 @@ class Engine:
                 prompts[p["kind"]] = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>…", text)
         more = {"model": str(self.dir), "settings": self.settings, "prompts": prompts}
         write_json(self.out / "header.json", header(world_size=self.world.size, **more))
-        settings = ", ".join(f"{k} {self.settings[k]}" for k in (*SAMPLES_DEPEND_ON, "dtype"))
-        print(f"model {self.dir}; {len(problems)} problems; {settings}")
-        for kind, text in prompts.items():
-            print(f"--- prompt of the first {kind} problem\n{text}\n---", flush=True)
+        print(f"{len(problems)} problems; {self.settings}; prompts: {self.out / 'header.json'}")
 
-    def run(self, stage: str, jobs: list[Job], params: SamplingParams) -> None:
-        """Sample this rank's jobs into a new part of OUT/STAGE, line by line. Collective."""
-        if not all_any(bool(jobs)):
-            return
-        begin, config, c = time.perf_counter(), self.config, self.model_config
-        prompt = max(all_gather_objects(max((len(j.tokens) for j in jobs), default=0)))
-        longest = prompt + params.max_new_tokens
-        context = (c.raw.get("text_config") or c.raw).get("max_position_embeddings", 1 << 17)
-        if longest > context:
+    def sampler(self, jobs: list[Job], new_tokens: int) -> Sampler:
+        """A sampler with room for these jobs on any rank; loads the weights. Collective."""
+        config, c = self.config, self.c
+        prompt = int(all_max(max((len(j.tokens) for j in jobs), default=0))[0])
+        context = (config.raw.get("text_config") or config.raw).get("max_position_embeddings", 1e9)
+        if prompt + new_tokens > context:
             raise ValueError(
-                f"--max_new_tokens {params.max_new_tokens}: with the longest prompt ({prompt} "
-                f"tokens) more than the model's context of {context} tokens"
+                f"--max_new_tokens {new_tokens}: with the longest prompt ({prompt} tokens) more "
+                f"than the model's context of {context} tokens"
             )
         if self.model is None:
             dtype = torch.bfloat16 if self.settings["dtype"] == "bf16" else torch.float32
             dtypes, vision = dict(compute_dtype=dtype, master_dtype=dtype), self.images is not None
             self.model = model.build_model(self.dir, self.world, with_vision=vision, **dtypes)
-            self.model.set_banned_ids(banned_token_ids(self.tokenizer, c.vocab_size))
+            self.model.set_banned_ids(banned_token_ids(self.tokenizer, config.vocab_size))
         rows = 16 if self.world.device.type == "cpu" else 1  # results don't depend on the batch
-        memory = dict(slots=config.slots or None, kv_gb=config.kv_gb or None, min_rows=rows)
-        decoder = Sampler(self.model, max_len=longest, **memory)
+        memory = dict(slots=c.slots or None, kv_gb=c.kv_gb or None, min_rows=rows)
+        return Sampler(self.model, max_len=prompt + new_tokens, **memory)
+
+    def run(self, stage: str, jobs: list[Job], params: SamplingParams) -> Rows:
+        """Sample this rank's jobs into a new part of OUT/STAGE, line by line; returns the samples
+        that all ranks have now. Collective."""
+        if not all_any(bool(jobs)):
+            return load_rows(self.out, stage)
+        begin, tokens = time.perf_counter(), 0
+        sampler = self.sampler(jobs, params.max_new_tokens)
         part = self.out / f"{stage}.part{self.world.rank}.{time.time_ns()}.jsonl"
-        with decoder.weights(), open(part, "w", encoding="utf-8", newline="\n") as file:
-            for chunk in chunks(jobs, c.image_token_id):
+        pixels = [j.tokens.count(self.config.image_token_id) * 4 * 1176 * 4 for j in jobs]
+        call = np.cumsum(pixels) // PIXEL_BYTES  # of the sampler, for each job
+        with sampler.weights(), open(part, "w", encoding="utf-8", newline="\n") as file:
+            for _, numbers in groupby(range(len(jobs)), key=lambda i: call[i]):
+                some = [jobs[i] for i in numbers]
 
-                def store(completion: Completion, chunk: list[Job] = chunk) -> None:
-                    file.write(self.sample(chunk[completion.prompt_index], completion).to_json())
+                def store(completion: Completion, some: list[Job] = some) -> None:
+                    file.write(self.to_sample(some[completion.prompt_index], completion).to_json())
                     file.flush()
-                    self.tokens += len(completion.tokens) - completion.forced_tokens
 
-                pixels = [
-                    data.load_images(j.problem.get("images") or [], self.images) for j in chunk
+                images = [
+                    data.load_images(j.problem.get("images") or [], self.images) for j in some
                 ]
-                prompts = [data.Prompt(j.tokens, *p) for j, p in zip(chunk, pixels)]
-                ids = [j.seed for j in chunk]
-                show = self.world.is_main
-                decoder.generate(prompts, params, sample_ids=ids, on_finish=store, progress=show)
-            decoder.release()
-        self.seconds += time.perf_counter() - begin
-        barrier()  # every rank has written
+                prompts = [data.Prompt(j.tokens, *image) for j, image in zip(some, images)]
+                how = dict(sample_ids=[j.seed for j in some], progress=self.world.is_main)
+                sampler.generate(prompts, params, on_finish=store, **how)
+                tokens += sampler.stats["decode_tokens"]
+        sampler.release()
+        tokens, seconds = sum(all_gather_objects(tokens)), time.perf_counter() - begin
+        if self.world.is_main:  # and every rank has written
+            print(
+                f"{tokens:.0f} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tok/s", flush=True
+            )
+        return load_rows(self.out, stage)
 
-    def sample(self, job: Job, completion: Completion) -> Sample:
+    def to_sample(self, job: Job, completion: Completion) -> Sample:
         """A completion as it is stored, before it is graded."""
-        prompt = data.prompt_text(job.problem, self.settings["prompt_style"])
+        if job.head:
+            completion.sample_index = job.sample
+            completion.tokens = [*job.head, *completion.tokens]
+            completion.prompt_tokens -= len(job.head)
+            completion.finish_reason = f"forced+{completion.finish_reason}"
+            completion.forced_tokens = len(self.exit.tokens)
+            completion.forced_at = len(job.head) - completion.forced_tokens
+        prompt = data.prompt_text(job.problem, self.c.prompt_style)
         s = make_sample(job.problem, completion, self.tokenizer, prompt=prompt, seed=job.seed)
         s.logprobs = None
-        if job.head:
-            s.forced_tokens = len(self.exit.tokens)
-            s.forced_at, s.sample = len(job.head) - s.forced_tokens, job.sample
-            s.prompt_tokens -= len(job.head)
-            s.tokens = [*job.head, *s.tokens]
-            shown = s.tokens[:-1] if s.finish_reason == "stop" else s.tokens
-            s.text, s.finish_reason = self.tokenizer.decode(shown), f"forced+{s.finish_reason}"
         return s
 
-    def sample_missing(self, problems: list[dict]) -> Rows:
+    def sample(self, problems: list[dict]) -> Rows:
         """All samples of `problems`; each rank samples its share of the missing. Collective."""
-        rows, n, world = load_rows(self.out, "samples"), self.settings["samples"], self.world
+        rows, n, world = load_rows(self.out, "samples"), self.c.samples, self.world
         missing = [p for p in problems if any((p["id"], i) not in rows for i in range(n))]
         mine = missing[world.rank :: world.size]
         jobs = [Job(p, self.prompt(p), problem_seed(p)) for p in mine]
-        self.run("samples", jobs, self.params)
-        return load_rows(self.out, "samples")
+        return self.run("samples", jobs, self.params)
 
     def sample_budget(self, problems: list[dict], rows: Rows, budget: int) -> Rows:
         """The samples that a forced exit at `budget` would have changed. Up to there the tokens are
         those of the stored thought, so only the answers are generated. Collective."""
-        world, stage = self.world, f"budget_{budget}"
-        have, mine = load_rows(self.out, stage), problems[world.rank :: world.size]
-        pairs = [(p, rows[p["id"], i]) for p in mine for i in range(self.settings["samples"])]
+        stage, jobs = f"budget_{budget}", []
+        have, mine = load_rows(self.out, stage), problems[self.world.rank :: self.world.size]
+        pairs = [(p, rows[p["id"], i]) for p in mine for i in range(self.c.samples)]
         pairs = [(p, s) for p, s in pairs if (s.id, s.sample) not in have]
         thoughts = [s.tokens[: s.forced_at] for _, s in pairs]
         unfinished = [s.finish_reason == "length" for _, s in pairs]
-        exit, jobs = replace(self.exit, budget=budget), []
+        exit = replace(self.exit, budget=budget)
         starts = exit_positions(thoughts, unfinished, exit) if pairs else []
         for (p, s), at in zip(pairs, starts):
             if at is not None:
@@ -391,22 +391,7 @@ class Engine:
                 seed = problem_seed(p, salt=budget * 1_000_003 + s.sample + 1)
                 jobs.append(Job(p, [*self.prompt(p), *head], seed, s.sample, head))
         answer = {"n": 1, "max_new_tokens": exit.answer_budget, "forced_exit": None}
-        self.run(stage, jobs, replace(self.params, **answer))
-        return load_rows(self.out, stage)
-
-
-def chunks(jobs: list[Job], image_token_id: int | None) -> list[list[Job]]:
-    """Jobs in order, split where their images would take more than PIXEL_BYTES."""
-    parts, held = [[]], 0
-    for job in jobs:
-        tokens = job.tokens.count(image_token_id) if job.problem.get("images") else 0
-        size = tokens * 4 * 1176 * 4  # 4 patches a token, 1176 fp32 values a patch
-        if size and parts[-1] and held + size > PIXEL_BYTES:
-            parts.append([])
-            held = 0
-        parts[-1].append(job)
-        held += size
-    return parts
+        return self.run(stage, jobs, replace(self.params, **answer))
 
 
 # --------------------------------------------------------------------------------- grades, results
@@ -418,106 +403,74 @@ def grading_rules(rule: str) -> dict:
     return {"rule": rule, "sha256": digest.hexdigest()}
 
 
-def grade(
-    samples: list[Sample], problems: dict[str, dict], grader, how: dict, world: World
-) -> None:
-    """Grade samples in place, each rank its share: reward, answer, status, why, the reward under
-    lenient extraction, whether it loops. Collective."""
-    mine = samples[world.rank :: world.size]
-    futures = [grader.submit(problems[s.id], s.text, s.finish_reason) for s in mine]
-    for s, future in zip(mine, futures):
-        p = problems[s.id]
-        set_grade(s, future.result())
-        s.gold, s.task, s.looping, s.lenient = (
-            p["answer"],
-            p["task"],
-            is_looping(s.tokens),
-            s.reward,
-        )
-        if s.status in ("no_answer", "truncated"):
-            s.lenient = rewards.reward(p, s.text, s.finish_reason, lenient=True, **how).score
-    keys = ("reward", "answer", "status", "why", "gold", "task", "looping", "lenient")
-    for rank, part in enumerate(all_gather_objects([[getattr(s, k) for k in keys] for s in mine])):
-        for s, values in zip(samples[rank :: world.size], part):
-            vars(s).update(zip(keys, values))
+def grade(c: Config, samples: list[Sample], problems: dict[str, dict], open_thought: bool) -> None:
+    """Set reward, answer, status, why, and the reward under lenient extraction of each sample."""
+    how = {"rule": c.rule, "open_thought": open_thought}
+    with rewards.Grader(workers=c.graders, **how) as grader:
+        futures = [grader.submit(problems[s.id], s.text, s.finish_reason) for s in samples]
+        for s, future in zip(samples, futures):
+            p = problems[s.id]
+            set_grade(s, future.result())
+            s.gold, s.task, s.lenient = p["answer"], p["task"], s.reward
+            if s.status in ("no_answer", "truncated"):
+                s.lenient = rewards.reward(p, s.text, s.finish_reason, lenient=True, **how).score
 
 
-def write_result(
-    config: Config, settings: dict, problems: list[dict], left_out: dict, rows: Rows, tails: dict
+def score(
+    c: Config, settings: dict, problems: list[dict], left_out: dict, stages: dict[str, Rows]
 ) -> dict:
-    """Metrics of the graded samples, into OUT and onto stdout. tails: rows of each budget."""
-    out, rules = Path(config.out), grading_rules(config.rule)
+    """Grade all samples; their metrics into OUT and onto stdout. For rank 0."""
+    out, rows, n = Path(c.out), stages["samples"], settings["samples"]
+    by_id, keys = {p["id"]: p for p in problems}, [(p["id"], i) for p in problems for i in range(n)]
+    chosen = [s for stored in stages.values() for s in stored.values() if s.id in by_id]
+    grade(c, chosen, by_id, settings["open_thought"])
 
     def groups(rows: Rows) -> list[list[Sample]]:
-        return [[rows[p["id"], i] for i in range(settings["samples"])] for p in problems]
+        return [[rows[p["id"], i] for i in range(n)] for p in problems]
 
-    samples, result = groups(rows), {"settings": settings, "rules": rules, "limit": config.limit}
-    result |= {**left_out, "data": data_hashes(config.data)}
-    result["statuses"] = Counter(s.status for group in samples for s in group)
-    result |= {**all_metrics(problems, samples, settings), "compare": None}
-    once = {**settings, "samples": 1}  # no votes on the curve
-    result["budgets"] = {
-        str(b): all_metrics(problems, groups(rows | tail), once)["sets"]
-        for b, tail in tails.items()
-    }
-    if config.compare:
-        other = Path(config.compare)
-        theirs = load_rows(other, "samples").values()
-        result["compare"] = compare(problems, samples, other, theirs)
-    for stage, stored in {"samples": rows, **{f"budget_{b}": t for b, t in tails.items()}}.items():
-        write_samples(out / f"{stage}.jsonl", stored.values())
+    samples, once = groups(rows), {**settings, "samples": 1}  # no votes on the curve
+    result = {"settings": settings, "rules": grading_rules(c.rule), "limit": c.limit, **left_out}
+    result |= {"data": data_hashes(c.data), **all_metrics(problems, samples, settings)}
+    result |= {"compare": None, "budgets": {}}
+    for stage in (s for s in stages if s != "samples"):
+        points = all_metrics(problems, groups(rows | stages[stage]), once)
+        result["budgets"][stage.removeprefix("budget_")] = points["sets"]
+    if c.compare:
+        theirs = load_rows(Path(c.compare), "samples").values()
+        result["compare"] = compare(problems, samples, theirs, c.compare)
+    for stage, stored in stages.items():  # in the order of the problems, then what was left out
+        ordered = {k: stored[k] for k in keys if k in stored} | stored
+        write_samples(out / f"{stage}.jsonl", ordered.values())
         for part in out.glob(f"{stage}.part*.jsonl"):
             part.unlink()
     write_json(out / "result.json", result)
     solved = (p["id"] for p, group in zip(problems, samples) if all(s.reward == 1 for s in group))
     (out / "solved.txt").write_text("".join(f"{i}\n" for i in solved), encoding="utf-8")
-    print(report(result))
-    keys = ("n", "accuracy", "low", "high", "unparsed", "truncated", "forced")
-    short = {name: {k: s[k] for k in keys} for name, s in result["sets"].items()}
-    print(
-        json.dumps({"micro": result["micro"], "macro": result["macro"], "sets": short}), flush=True
-    )
+    print(report(result), flush=True)
     return result
 
 
-def evaluate(config: Config) -> dict | None:
-    """Sample what is missing, grade all, write and print the result. Returns it on rank 0."""
-    world, out = init(config.device, timeout_minutes=24 * 60), Path(config.out)
-    problems, left_out = choose_problems(config)
-    model_dir = None if config.rescore else model.resolve_model_dir(config.model, world)
-    settings, token = from_rank0(world, lambda: take_out(config, model_dir, world))
+def evaluate(c: Config) -> dict | None:
+    """Problems → samples → scores: sample what is missing, grade all, write and print the result.
+    Returns it on rank 0."""
+    world, out = init(c.device, timeout_minutes=24 * 60), Path(c.out)
+    problems, left_out = choose_problems(c)
+    model_dir = None if c.rescore else model.resolve_model_dir(c.model, world)
+    settings, token = from_rank0(world, lambda: take_out(c, model_dir, world))
     assert_shared(out, token, world)
     problems = [without_images(p) for p in problems] if settings["blind"] else problems
-    if config.rescore:
-        rows, known = load_rows(out, "samples"), [f.stem[7:] for f in out.glob("budget_*.jsonl")]
-        check_stored(config, settings, problems, rows)
-        if unknown := [b for b in config.budget_list if str(b) not in known]:
-            raise ValueError(f"--rescore --budgets {unknown[0]}: not sampled; run it with --model")
-        budgets = config.budget_list or sorted(int(b) for b in known if b.isdigit())
-        tails = {b: load_rows(out, f"budget_{b}") for b in budgets}
+
+    if c.rescore:
+        stages = stored_stages(c, settings, problems)
     else:
-        engine = Engine(config, settings, model_dir, world, any(p.get("images") for p in problems))
+        engine = Engine(c, settings, model_dir, world, any(p.get("images") for p in problems))
         if world.is_main:
             engine.write_header(problems)
-        rows = engine.sample_missing(problems)
-        tails = {b: engine.sample_budget(problems, rows, b) for b in config.budget_list}
-        counts = all_gather_objects((engine.tokens, engine.seconds))
-        tokens, seconds = sum(t for t, _ in counts), max(s for _, s in counts)
-        if world.is_main and tokens:
-            print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tok/s", flush=True)
-    keys = [(p["id"], i) for p in problems for i in range(settings["samples"])]
-    rows, *ordered = (
-        {k: part[k] for k in keys if k in part} | part for part in (rows, *tails.values())
-    )
-    tails = dict(zip(tails, ordered))
-    by_id = {p["id"]: p for p in problems}
-    how = {"rule": config.rule, "open_thought": settings["open_thought"]}
-    with rewards.Grader(workers=config.graders, **how) as grader:
-        for stored in (rows, *tails.values()):
-            grade([stored[k] for k in keys if k in stored], by_id, grader, how, world)
-    return (
-        write_result(config, settings, problems, left_out, rows, tails) if world.is_main else None
-    )
+        stages = {"samples": engine.sample(problems)}
+        for b in c.budget_list:
+            stages[f"budget_{b}"] = engine.sample_budget(problems, stages["samples"], b)
+
+    return score(c, settings, problems, left_out, stages) if world.is_main else None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -54,7 +54,6 @@ class Sample:
     trained: bool | None = None  # False: left out of the update
     # evaluation
     lenient: float | None = None  # reward under lenient extraction
-    looping: bool | None = None  # does the end repeat itself?
 
     @property
     def truncated(self) -> bool:

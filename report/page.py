@@ -4,7 +4,7 @@
     python -m report base=runs/eval_base SFT=runs/eval_sft runs/sft runs/grpo --out report.html
 
 It reads run directories of train_sft.py, train_grpo.py and eval.py: finished, running or killed.
-The page is one file that opens from disk; nothing is fetched. At most --samples rollouts are taken,
+The page is one file that opens from disk; nothing is fetched. At most --samples samples are taken,
 in whole groups from evenly spaced steps, and long texts lose their middle; the page says so.
 
 What a model wrote stays text: JSON that cannot end its element, shown by textContent only, and the
@@ -21,24 +21,22 @@ import io
 import json
 import math
 import re
-import sys
 import textwrap
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from report.runs import RunDir, collect_samples, find_runs, is_number, legible, load_run
+from core.options import exit_on_value_error
+from report.runs import RunDir, collect_samples, find_runs, load_run
+from scoring.tables import COLUMNS, PAIRED, by_run, by_set, paired, plus_minus
 
 TEMPLATE = Path(__file__).with_name("template.html")
 COLOURS = "#3d85c6 #c2571a #2e8b57 #8e5ea2 #b8860b #c2185b #00838f #8d99a6".split()  # one a run
-LOG = "sampler against trainer, |Δ log-prob|"  # drawn on a log scale
 POINTS = 400  # a longer curve is drawn as means of bins, with their range shaded
 LABELS = json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
-COLUMNS, VOTES, PAIRED = (LABELS[k] for k in ("columns", "votes", "paired"))  # [heading, meaning]
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9}
 STYLE |= {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False}
 matplotlib.rcParams.update(STYLE)  # names may hold dollars
@@ -56,33 +54,36 @@ def thin(points: dict[int, float]) -> list[list[float]]:
     return [*middle, list(map(min, values)), list(map(max, values))]
 
 
-def panel(title: str, metrics: list[str], runs: list[RunDir], x: str = "step") -> dict:
-    """A chart's data. An evaluation's 95% interval becomes a band."""
+def panel(
+    title: str, metrics: list[str], runs: list[dict], x: str = "step", note: str = ""
+) -> dict:
+    """A chart's data; runs: metric → step → value. An evaluation's 95% interval becomes a band."""
     lines = []
     for metric in metrics:
-        for i, run in enumerate(runs):
-            if metric in run.series:
-                points = thin(run.series[metric])
+        for i, series in enumerate(runs):
+            if metric in series:
+                points = thin(series[metric])
                 ends = [metric.removesuffix("greedy") + end for end in ("low", "high")]
-                if metric.startswith("eval/") and all(e in run.series for e in ends):
-                    points[2:] = (thin(run.series[e])[1] for e in ends)
+                if metric.startswith("eval/") and all(e in series for e in ends):
+                    points[2:] = (thin(series[e])[1] for e in ends)
                 lines.append({"run": i, "metric": metric, "points": points})
-    return {"title": title, "metrics": metrics, "x": x, "log": title == LOG, "lines": lines}
+    log = title.startswith("sampler against trainer")
+    return {"title": title, "metrics": metrics, "x": x, "note": note, "log": log, "lines": lines}
 
 
 def chart_group(runs: list[RunDir], title: str, kind: str) -> list[dict]:
     """The charts of all runs of one training script: every metric that any of them logged."""
     runs = [r for r in runs if r.kind == kind]
-    left = dict.fromkeys(k for r in runs for k in r.series if k not in ("epoch", "eval/n"))
-    panels, names = [], [r.name for r in runs]
+    series, names, panels = [r.series for r in runs], [r.name for r in runs], []
+    left = dict.fromkeys(k for s in series for k in s if k != "epoch")
     for heading, (patterns, note) in LABELS["panels"].items():
         tests = [re.escape(p).replace(r"\*", ".+") for p in patterns.split()]
         metrics = [k for t in tests for k in left if re.fullmatch(t, k)]
         left = {k: None for k in left if k not in metrics}
         if metrics:
-            panels.append(panel(heading, metrics, runs) | {"note": note})
+            panels.append(panel(heading, metrics, series, note=note))
     bands = {k for k in left if re.fullmatch(r"eval/(.+/)?(low|high|n)", k)}
-    others = [panel(k, [k], runs) for k in left if k not in bands]
+    others = [panel(k, [k], series) for k in left if k not in bands]
     groups = [{"title": title, "runs": names, "panels": panels}]
     if others:
         groups.append({"title": f"{title}: other metrics", "runs": names, "panels": others})
@@ -91,190 +92,119 @@ def chart_group(runs: list[RunDir], title: str, kind: str) -> list[dict]:
 
 def budget_group(runs: list[RunDir]) -> list[dict]:
     """Accuracy over thinking budgets, a panel a set, with and without the forced exit."""
-    having = [r for r in runs if r.result.get("budgets")]
-    kinds = {"forced exit": "accuracy", "no exit": "accuracy_without_exit"}
-    panels = []
-    for suite in dict.fromkeys(s for r in having for p in r.result["budgets"].values() for s in p):
+    runs = [r for r in runs if r.result.get("budgets")]
+    kinds, panels = {"forced exit": "accuracy", "no exit": "accuracy_without_exit"}, []
+    for name in dict.fromkeys(name for r in runs for name in r.result["sets"]):
         drawn = []
-        for run in having:
-            sets = {int(b): p[suite] for b, p in run.result["budgets"].items() if suite in p}
-            series = {k: {b: s[v] for b, s in sets.items()} for k, v in kinds.items()}
-            drawn.append(RunDir(run.path, run.name, series=series))
-        panels.append(panel(legible(suite), list(kinds), drawn, "thinking budget, tokens"))
+        for r in runs:
+            points = [(int(b), s[name]) for b, s in r.result["budgets"].items() if name in s]
+            drawn.append({k: {b: m[v] for b, m in points} for k, v in kinds.items() if points})
+        panels.append(panel(name, list(kinds), drawn, "thinking budget, tokens"))
     title = "Accuracy by thinking budget"
-    return [{"title": title, "runs": [r.name for r in having], "panels": panels}] * bool(panels)
+    return [{"title": title, "runs": [r.name for r in runs], "panels": panels}] if runs else []
 
 
 # ---- accuracy
-@dataclass
-class Accuracy:
-    """Accuracy of a run on a set under one measure (greedy, avg@5, …) with its 95% interval."""
-
-    run: str
-    suite: str
-    measure: str
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    def cell(self) -> str:
-        return f"{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
-
-def protocol(run: RunDir) -> str:
-    """What sets an evaluation apart besides its metric: a figure compares models, not protocols."""
-    settings = run.result.get("settings") or {}
-    budget, blind = settings.get("think_budget"), settings.get("blind")
-    exit = f", forced exit at {budget} tokens" if budget else ""
-    return exit + ", images removed" * bool(blind)
-
-
-def all_accuracies(runs: list[RunDir]) -> list[Accuracy]:
-    """Of all finished evaluations. Of two runs with one name the first counts; a note says so."""
-    unique: dict[tuple, Accuracy] = {}
+def sets_by_measure(runs: list[RunDir]) -> dict[str, dict[str, dict[str, dict]]]:
+    """measure → run → set → metrics of all finished evaluations: a figure compares models, not
+    protocols. Of two runs with one name the first counts; a note says so."""
+    found: dict[str, dict] = {}
     for run in runs:
-        for suite, s in (run.result.get("sets") or {}).items():
-            if all(is_number(s.get(k)) for k in ("accuracy", "low", "high")):
-                key = (run.name, legible(suite), s.get("metric", "accuracy") + protocol(run))
-                numbers = (s["accuracy"], s["low"], s["high"], int(s.get("n", 0)))
-                row = Accuracy(*key, *numbers)
-                if unique.setdefault(key, row) is not row:
-                    run.notes.append(
-                        f"{key[1]}, {key[2]}: another run named {run.name} is shown; give each its "
-                        "own name with NAME=DIR"
-                    )
-    return list(unique.values())
+        if sets := run.result.get("sets"):
+            settings = run.result["settings"]
+            measure = next(iter(sets.values()))["metric"]  # greedy, avg@5
+            if budget := settings.get("think_budget"):
+                measure += f", forced exit at {budget} tokens"
+            measure += ", images removed" * bool(settings.get("blind"))
+            if found.setdefault(measure, {}).setdefault(run.name, sets) is not sets:
+                said = f"another run named {run.name} is shown; give each its own with NAME=DIR"
+                run.notes.append(f"{measure}: {said}")
+    return found
 
 
 def short(name: str, most: int = 32) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def accuracy_figure(rows: list[Accuracy]) -> Figure:
-    """Bars in groups of sets, a bar a run with its 95% interval, as in the paper's figures."""
-    suites, runs = (list(dict.fromkeys(getattr(r, k) for r in rows)) for k in ("suite", "run"))
+def accuracy_figure(runs: dict[str, dict[str, dict]]) -> Figure:
+    """Bars in groups of sets, a bar a run with its 95% interval, as in the paper's figures. runs:
+    name → set → metrics."""
+    names = list(dict.fromkeys(name for sets in runs.values() for name in sets))
     width, inches = 0.82 / len(runs), max(0.9, 0.3 + 0.36 * len(runs))  # of a bar; of a set
-    figure = Figure(figsize=(max(5.0, 1.4 + len(suites) * inches), 3.4), layout="constrained")
-    axes = figure.subplots()
-    for i, run in enumerate(runs):
-        mine = [r for r in rows if r.run == run]
-        x = [suites.index(r.suite) + (i - (len(runs) - 1) / 2) * width for r in mine]
-        y, colour = [100 * r.mean for r in mine], COLOURS[(i - 1) % len(COLOURS)]
-        axes.bar(x, y, width * 0.94, color=colour, label=short(run))
-        errors = [[100 * (r.mean - r.low) for r in mine], [100 * (r.high - r.mean) for r in mine]]
+    longest = 0.5 + 0.085 * max(len(short(r)) for r in runs)  # inches of a legend's entry
+    wide = max(5.0, 1.4 + len(names) * inches)
+    columns = max(1, min(len(runs), int(wide / longest)))
+    size = (wide, 3.2 + 0.2 * math.ceil(len(runs) / columns))
+    figure = Figure(figsize=size, layout="constrained")
+    axes, top = figure.subplots(), 0.0
+    for i, (run, sets) in enumerate(runs.items()):
+        x = [names.index(name) + (i - (len(runs) - 1) / 2) * width for name in sets]
+        y, low, high = ([100 * m[k] for m in sets.values()] for k in ("accuracy", "low", "high"))
+        axes.bar(x, y, width * 0.94, color=COLOURS[(i - 1) % len(COLOURS)], label=short(run))
+        errors = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
         axes.errorbar(x, y, errors, fmt="none", ecolor="#222", elinewidth=1, capsize=2.5)
-        for at, r in zip(x, mine):
-            above, text = 100 * r.high + 1.2, f"{100 * r.mean:.1f}"
-            axes.text(at, above, text, ha="center", va="bottom", fontsize=8)
-    labels = [textwrap.fill(short(s.replace("_", " ")), int(13 * inches)) for s in suites]
-    axes.set_xticks(range(len(suites)), labels)
+        for at, value, above in zip(x, y, high):
+            axes.text(at, above + 1.2, f"{value:.1f}", ha="center", va="bottom", fontsize=8)
+        top = max(top, *high)
+    labels = [textwrap.fill(short(n.replace("_", " ")), int(13 * inches)) for n in names]
+    axes.set_xticks(range(len(names)), labels)
     axes.set_ylabel("accuracy, %")
-    axes.set_xlim(-0.6, len(suites) - 0.4)
-    axes.set_ylim(0, min(112, max(100 * r.high for r in rows) + 10))
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_ylim(0, min(112, top + 10))
     axes.grid(axis="y", alpha=0.25, lw=0.6)
     axes.set_axisbelow(True)
-    longest = 0.5 + 0.085 * max(len(short(r)) for r in runs)  # inches of a legend's entry
-    columns = max(1, min(len(runs), int(figure.get_figwidth() / longest)))
     figure.legend(loc="outside upper left", ncols=columns, frameon=False)
-    figure.set_figheight(3.2 + 0.2 * math.ceil(len(runs) / columns))
     return figure
 
 
 def save_figure(runs: list[RunDir], path: Path) -> None:
     """The accuracy figure of the first measure alone, as a file (SVG, PNG or PDF by its name)."""
-    rows = all_accuracies(runs)
-    if not rows:
+    measures = list(sets_by_measure(runs).values())
+    if not measures:
         raise ValueError(f"{path}: no finished evaluation (OUT/result.json) among the runs")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = accuracy_figure([r for r in rows if r.measure == rows[0].measure])
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    accuracy_figure(measures[0]).savefig(path, dpi=150, metadata=metadata)
 
 
 def accuracy_section(runs: list[RunDir]) -> str:
-    """For each measure a figure and a table; then the outputs, and paired differences."""
-    parts, rows = [], all_accuracies(runs)
-    for measure in dict.fromkeys(r.measure for r in rows):
-        mine = [r for r in rows if r.measure == measure]
-        suites, names = (list(dict.fromkeys(getattr(r, k) for r in mine)) for k in ("suite", "run"))
-        figure, buffer = accuracy_figure(mine), io.BytesIO()
+    """For each measure a figure and a table; how its outputs ended; then paired differences."""
+    parts = []
+    for measure, named in sets_by_measure(runs).items():
+        figure, buffer = accuracy_figure(named), io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         width = 96 * figure.get_figwidth()  # CSS pixels; it shrinks to 3/4 of that, then scrolls
         size = f"width: {width:.0f}px; max-width: max(100%, {0.75 * width:.0f}px)"
-        alt = esc(f"{measure}: " + "; ".join(f"{r.suite} {r.run} {r.cell()}" for r in mine))
+        cells = [f"{run} {n} {plus_minus(m)}" for run, s in named.items() for n, m in s.items()]
+        alt = esc(f"{measure}: {'; '.join(cells)}")
         source = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        cells = {(r.suite, r.run): r.cell() for r in mine}
-        counts = {r.suite: r.n for r in mine}
-        lines = [[s, f"{counts[s]:,}", *(cells.get((s, n), "–") for n in names)] for s in suites]
         parts.append(
             f'<h3>{esc(measure)}</h3><div class=wide><img class=accuracy style="{size}" '
-            f'alt="{alt}" src="{source}"></div>' + table(["set", "questions", *names], lines)
+            f'alt="{alt}" src="{source}"></div>{table(*by_run(named))}'
+            "<details><summary>What became of the outputs</summary>"
+            f"{table(*by_set(named), dict(COLUMNS.values()))}</details>"
         )
+    for run in runs:
+        if compare := run.result.get("compare"):
+            title = f"{run.name} minus {Path(compare['other']).name}, on the same questions"
+            notes = dict(PAIRED.values())
+            parts.append(f"<h3>{esc(title)}</h3>{table(*paired(compare), notes)}")
     note = (
         "Percent of questions with 95% intervals; several samples of a question are averaged. "
         "greedy: one sample, always the most probable token; avg@n: n samples."
     )
-    body = "".join(parts) + outputs_table(runs) + differences(runs)
-    return f"<h2 id=accuracy>Accuracy</h2><p class=note>{note}</p>{body}" if rows else ""
+    return f"<h2 id=accuracy>Accuracy</h2><p class=note>{note}</p>{''.join(parts)}" * bool(parts)
 
 
+# ---- page
 def table(head: list[str], rows: list[list[str]], notes: dict[str, str] | None = None) -> str:
     """A table that scrolls in its own box, and below it what its columns mean."""
     lines = "".join("<tr>" + "".join(f"<td>{esc(c)}" for c in row) for row in rows)
     means = "".join(f"<dt>{esc(k)}<dd>{esc(v)}" for k, v in (notes or {}).items())
     heads = "".join(f"<th>{esc(h)}" for h in head)
-    notes = f"<dl>{means}</dl>" if means else ""
-    return f"<div class=wide><table><tr>{heads}{lines}</table></div>{notes}"
+    return f"<div class=wide><table><tr>{heads}{lines}</table></div><dl>{means}</dl>"
 
 
-def outputs_table(runs: list[RunDir]) -> str:
-    """How outputs ended, how long they are, and what votes make of them."""
-    sets = [(r, name, s) for r in runs for name, s in (r.result.get("sets") or {}).items()]
-    found = {(v, n) for v in VOTES for *_, s in sets for n in s.get(v, {})}
-    votes = sorted(found, key=lambda vote: (list(VOTES).index(vote[0]), int(vote[1])))
-    keys = [k for k in COLUMNS if any(is_number(s.get(k)) for *_, s in sets)]
-
-    def cell(key: str, value: Any) -> str:
-        if not is_number(value):
-            return "–"
-        return f"{value:,.0f}" if key.startswith(("tokens", "words")) else f"{100 * value:.1f}"
-
-    rows = [
-        [run.name, legible(name), cell("", s.get("accuracy"))]
-        + [cell("", s.get(v, {}).get(n)) for v, n in votes]
-        + [cell(k, s.get(k)) for k in keys]
-        for run, name, s in sets
-    ]
-    head = ["run", "set", "accuracy", *(f"{v}@{n}" for v, n in votes)]
-    notes = dict(VOTES[v] for v in dict(votes)) | dict(COLUMNS[k] for k in keys)
-    body = table(head + [COLUMNS[k][0] for k in keys], rows, notes)
-    return f"<h3>What became of the outputs, in percent</h3>{body}"
-
-
-def differences(runs: list[RunDir]) -> str:
-    """The paired comparisons that eval.py --compare made."""
-
-    def cell(key: str, s: dict) -> str:
-        if key == "difference":
-            return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * s[k] for k in (key, "low", "high")))
-        value = s.get(key)
-        number = {"n": "{:,}", "mde": "{:.1%}"}.get(key, "{:.2g}")
-        return number.format(value) if is_number(value) else "–"
-
-    rows = [
-        [f"{run.name}{protocol(run)} − {Path(str(c.get('other'))).name}", legible(suite)]
-        + [cell(k, s) for k in PAIRED]
-        for run in runs
-        if (c := run.result.get("compare"))
-        for suite, s in c["sets"].items()
-        if all(is_number(s.get(k)) for k in ("n", "difference", "low", "high"))
-    ]
-    head, notes = ["", "set", *(h for h, _ in PAIRED.values())], dict(PAIRED.values())
-    title = "<h3>Paired differences on the same questions</h3>"
-    return (title + table(head, rows, notes)) * bool(rows)
-
-
-# ---- page
 def text_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
@@ -288,25 +218,22 @@ def settings_that_differ(runs: list[RunDir]) -> str:
         rows = [[k, *(text_of(r.config.get(k, "–")) for r in some)] for k in keys]
         rows = [r for r in rows if len(set(r[1:])) > 1 and not r[0].endswith("sha256")]
         if rows:
-            head = [f"setting ({kind})", *(r.name for r in some)]
-            parts.append(table(head, [list(map(legible, r)) for r in rows]))
+            parts.append(table([f"setting ({kind})", *(r.name for r in some)], rows))
     return f"<h2 id=settings>Settings that differ</h2>{''.join(parts)}" if parts else ""
 
 
 def run_cards(runs: list[RunDir]) -> str:
-    """Each run's status, notes, header and configuration."""
-
+    """Each run's notes, header and configuration."""
     cards = []
     for r in runs:
         notes = "".join(f"<li>{esc(n)}" for n in dict.fromkeys(r.notes))
         folds = ""
         for title, values in (("header", r.header), ("configuration", r.config)):
-            rows = "".join(f"<tr><th>{esc(str(k))}<td>{esc(text_of(v))}" for k, v in values.items())
-            body = f"<div class=wide><table class=plain>{rows}</table></div>"
-            folds += f"<details><summary>{title}</summary>{body}</details>" * bool(values)
+            rows = [[k, text_of(v)] for k, v in values.items()]
+            folds += f"<details><summary>{title}</summary>{table(['', ''], rows)}</details>"
         cards.append(
             f"<div class=run><h3>{esc(r.name)} <small>{r.kind} · {esc(str(r.path))}</small></h3>"
-            f"{f'<ul class=missing>{notes}</ul>' * bool(notes)}{folds}</div>"
+            f"<ul class=missing>{notes}</ul>{folds}</div>"
         )
     return "".join(cards)
 
@@ -350,9 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=1000, help="most samples (default: 1000)")
     args = parser.parse_args(argv)
     out = Path(args.out)
-    try:
-        if out.is_dir():
-            raise ValueError(f"--out {out}: a directory; name a file, as {out / 'report.html'}")
+    with exit_on_value_error():
         if out.suffix.lower() not in (".html", ".htm"):  # a slip would overwrite a run's file
             raise ValueError(f"--out {out}: the page is HTML; name it {out.stem}.html")
         runs = [load_run(name, path) for name, path in find_runs(args.runs)]
@@ -361,7 +286,4 @@ def main(argv: list[str] | None = None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         text = build_page(runs, args.title, max(1, args.samples))
         out.write_text(text, encoding="utf-8", errors="replace")
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from e
     print(f"{out}: {len(runs)} runs, {len(text) / 1e6:.1f} MB")

@@ -23,8 +23,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from core.options import exit_on_value_error  # noqa: E402
 from scoring.stats import wilson  # noqa: E402
-from scoring.tables import aligned, read_result  # noqa: E402
+from scoring.tables import read_result, split_name, text  # noqa: E402
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text(encoding="utf-8"))
 MODELS = sorted({r["model"] for r in PAPER["results"]})
@@ -62,28 +63,21 @@ def departures(result: dict) -> list[str]:
         found.append(f"--limit {result['limit']}")
     if result.get("bad_rows"):
         found.append(f"{result['bad_rows']} rows left out by --skip_bad_rows")
-    if (result.get("rules") or {}).get("rule", "answer") != "answer":
+    if result["rules"]["rule"] != "answer":
         found.append(f"--rule {result['rules']['rule']}")
     return found
-
-
-def first_line(results: list[tuple[str, dict]]) -> str:
-    """The protocol, and what departs from the paper's."""
-    line = f"{protocol_of(results[0][1])}, percent"
-    found = [f"{name}: {', '.join(d)}" for name, result in results if (d := departures(result))]
-    return line + (f"; NOT THE PAPER'S PROTOCOL: {'; '.join(found)}" if found else "")
 
 
 # ------------------------------------------------------------------------------------------ tables
 def paper_of(model: str, protocol: str) -> dict[str, dict]:
     """set → the paper's row, with its number of questions and half its interval."""
-    key = "questions"
-    if protocol == "text-solvable removed":
-        key = "questions with text-solvable ones removed"
-    rows = [r for r in PAPER["results"] if (r["model"], r["protocol"]) == (model, protocol)]
-    sizes = {r["set"]: PAPER[key][r["set"]] for r in rows}
-    widths = {r["set"]: half_width(r["accuracy"], sizes[r["set"]]) for r in rows}
-    return {r["set"]: {**r, "n": sizes[r["set"]], "half": widths[r["set"]]} for r in rows}
+    left = " with text-solvable ones removed" if protocol == "text-solvable removed" else ""
+    sizes, rows = PAPER[f"questions{left}"], {}
+    for r in PAPER["results"]:
+        if (r["model"], r["protocol"]) == (model, protocol):
+            n = sizes[r["set"]]
+            rows[r["set"]] = {**r, "n": n, "half": half_width(r["accuracy"], n)}
+    return rows
 
 
 def verdict(difference: float, width: float, n: int) -> str:
@@ -122,10 +116,10 @@ def gains(model: str, result: dict, base: dict) -> list[list[str]]:
     before, after = paper_of("base", protocol), paper_of(model, protocol)
     paired = (result.get("compare") or {"sets": {}})["sets"]
     for name in (s for s in after if s in before and s in result["sets"] and s in base["sets"]):
-        a, b = result["sets"][name], base["sets"][name]
+        a, b, pair = result["sets"][name], base["sets"][name], paired.get(name, {})
         gain = 100 * (a["accuracy"] - b["accuracy"])
         width = math.hypot(50 * (a["high"] - a["low"]), 50 * (b["high"] - b["low"]))
-        if (pair := paired.get(name, {})).get("low") is not None:
+        if pair.get("low") is not None:
             width = 50 * (pair["high"] - pair["low"])
         theirs = after[name]["accuracy"] - before[name]["accuracy"]
         their_width = math.hypot(after[name]["half"], before[name]["half"])
@@ -136,51 +130,46 @@ def gains(model: str, result: dict, base: dict) -> list[list[str]]:
 
 
 def report(results: list[tuple[str, dict]]) -> str:
-    """All tables as text."""
+    """All tables as text; the first line has the protocol, and what departs from the paper's."""
+    first = f"{protocol_of(results[0][1])}, percent"
+    if found := [f"{name}: {', '.join(d)}" for name, r in results if (d := departures(r))]:
+        first += f"; NOT THE PAPER'S PROTOCOL: {'; '.join(found)}"
     lines = [line for name, result in results for line in levels(name, result)]
     if not lines:
-        return f"{first_line(results)}\nthe paper has no number for these sets under this protocol"
+        return f"{first}\nthe paper has no number for these sets under this protocol"
     head = ["model", "set", "n", "ours", "±", "paper", "±", "difference", "its 95% interval"]
-    table = aligned([*head, "verdict", "source"], lines, left=(0, 1, 9, 10))
-    parts, base = [f"{first_line(results)}\n{table}"], dict(results).get("base")
+    table = text([*head, "verdict", "source"], lines, left=(0, 1, 9, 10))
+    parts, base = [f"{first}\n{table}"], dict(results).get("base")
     others = [(name, result) for name, result in results if base and name != "base"]
     if more := [line for name, result in others for line in gains(name, result, base)]:
         head = ["model", "set", "our gain", "95%", "paper's gain", "95%", "difference of the two"]
-        parts.append("gains over base, in points\n" + aligned(head, more, left=(0, 1, 6)))
+        parts.append("gains over base, in points\n" + text(head, more, left=(0, 1, 6)))
     return "\n\n".join(parts)
 
 
 def load(argument: str) -> tuple[str, dict]:
     """ "NAME=DIR" or "DIR" → name, result.json. Raises ValueError for what can't be compared."""
-    name, _, folder = (
-        argument.rpartition("=") if not Path(argument).is_dir() else ("", "", argument)
-    )
-    name = name or "x_reasoner"
-    if name not in MODELS:
+    name, folder = split_name(argument)
+    if (name := name or "x_reasoner") not in MODELS:
         raise ValueError(f"{name}: the paper has no such model; one of {', '.join(MODELS)}")
     result = read_result(folder)
     if result["settings"].get("blind"):
-        raise ValueError(
-            f"{folder}: evaluated with --blind; the paper has no number without images"
-        )
+        raise ValueError(f"{folder}: has --blind; the paper has no number without images")
     return name, result
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]DIR", help=f"NAME: {', '.join(MODELS)}")
-    try:
-        results = [load(a) for a in parser.parse_args(argv).runs]
+    args = parser.parse_args(argv)
+    with exit_on_value_error():
+        results = [load(a) for a in args.runs]
         if [name for name, _ in results].count("base") > 1:
             raise ValueError("base= is given twice")
         if len({protocol_of(r) for _, r in results}) > 1:
             each = ", ".join(f"{name} {protocol_of(r)}" for name, r in results)
             raise ValueError(f"different protocols ({each}); compare greedy with greedy")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(report(results))
 
 

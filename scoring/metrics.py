@@ -7,7 +7,6 @@ graded samples. A set of questions is a task, or the health slice of a task ("mm
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -33,11 +32,18 @@ def cluster(problem: dict) -> str:
     return named or (problem.get("images") or [problem["id"]])[0]
 
 
+def positions(problems: list[dict], key: str) -> dict[str, list[int]]:
+    """{value of problem[key]: the positions of its problems}, without those that have none."""
+    found: dict[str, list[int]] = {}
+    for i, p in enumerate(problems):
+        if p.get(key):
+            found.setdefault(p[key], []).append(i)
+    return found
+
+
 def sets_of(problems: list[dict]) -> dict[str, list[int]]:
     """The positions of each task's problems, and of its health slice where it has one."""
-    sets: dict[str, list[int]] = {}
-    for i, p in enumerate(problems):
-        sets.setdefault(p["task"], []).append(i)
+    sets = positions(problems, "task")
     for task, at in list(sets.items()):
         health = [i for i in at if (problems[i].get("meta") or {}).get("health")]
         if 0 < len(health) < len(at):
@@ -50,29 +56,19 @@ def accuracy(problems: list[dict], scores: Sequence[Sequence[float]]) -> stats.I
     return stats.interval([mean(s) for s in scores], [cluster(p) for p in problems])
 
 
-def accuracy_by(key: str, problems: list[dict], scores: Sequence[Sequence[float]]) -> dict:
-    """{value of problem[key]: its Interval}. Evaluation while training wants it by "task"."""
-    parts: dict[str, list[int]] = {}
-    for i, p in enumerate(problems):
-        if p.get(key):
-            parts.setdefault(p[key], []).append(i)
+def accuracy_by(
+    key: str, problems: list[dict], scores: Sequence[Sequence[float]]
+) -> dict[str, stats.Interval]:
+    """The accuracy for each value of problem[key], as "task" or "subset"."""
     return {
         value: accuracy([problems[i] for i in at], [scores[i] for i in at])
-        for value, at in parts.items()
+        for value, at in positions(problems, key).items()
     }
 
 
 # -------------------------------------------------------------------------- one set of questions
-def is_looping(tokens: Sequence[int], window: int = 512, gram: int = 8) -> bool:
-    """Whether a completion ends in repetition: fewer than half of the 8-grams of its last 512
-    tokens are distinct. Completions of fewer than 64 tokens never count."""
-    tail = list(tokens[-window:])
-    grams = [tuple(tail[i : i + gram]) for i in range(len(tail) - gram + 1)]
-    return len(tail) >= 64 and len(set(grams)) < len(grams) / 2
-
-
 def vote_metrics(samples: Samples, n: int) -> dict[str, dict[str, float]]:
-    """pass@k, maj@n, all@n of n samples per problem: {"pass": {"1": …}, "maj": …, "all": …}.
+    """pass@k and maj@n of n samples per problem: {"pass": {"1": …, "2": …}, "maj": {"n": …}}.
     In the vote, right answers agree, since all equal the gold; no answer is no vote."""
     right, votes = [round(sum(scores)) for scores in rewards_of(samples)], []
     for group in samples:
@@ -84,16 +80,13 @@ def vote_metrics(samples: Samples, n: int) -> dict[str, dict[str, float]]:
     return {
         "pass": {str(k): mean(stats.pass_at_k(n, c, k) for c in right) for k in ks},
         "maj": {str(n): mean(votes)},
-        "all": {str(n): mean(c == n for c in right)},
     }
 
 
 def set_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
     """All metrics of one set of questions; shares are of samples and lie in [0, 1]."""
     e, flat, n = accuracy(problems, rewards_of(samples)), sum(samples, []), settings["samples"]
-    lengths = [len(s.tokens) for s in flat]
-    forced = [s for s in flat if s.finish_reason.startswith("forced")]
-    natural = [s for s in flat if not s.finish_reason.startswith("forced")]
+    natural = [s.reward for s in flat if not s.finish_reason.startswith("forced")]
     metrics = {
         "n": len(problems),
         "clusters": e.clusters,
@@ -106,14 +99,10 @@ def set_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
         "lenient": mean(mean(s.lenient for s in group) for group in samples),
         "unparsed": mean(s.status == "no_answer" for s in flat),
         "truncated": mean(s.truncated for s in flat),
-        "forced": len(forced) / len(flat),
-        "looping": mean(s.looping for s in flat),
+        "forced": 1 - len(natural) / len(flat),
         "grader_failed": mean(s.status in ("timeout", "error") for s in flat),
-        "accuracy_natural": mean(s.reward for s in natural) if natural else None,
-        "accuracy_forced": mean(s.reward for s in forced) if forced else None,
-        "accuracy_without_exit": sum(s.reward for s in natural) / len(flat),
-        "tokens_mean": mean(lengths),
-        "tokens_p95": float(np.percentile(lengths, 95)),
+        "accuracy_without_exit": sum(natural) / len(flat),
+        "tokens_mean": mean(len(s.tokens) for s in flat),
         "words_mean": mean(len(s.text.split()) for s in flat),
     }
     return metrics | (vote_metrics(samples, n) if n > 1 else {})
@@ -130,17 +119,14 @@ def all_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
         parts = accuracy_by("subset", mine, rewards_of(groups))
         if len(parts) > 1:
             sets[name]["macro"] = mean(e.mean for e in parts.values())
-            sets[name]["subsets"] = {
-                subset: {"n": e.n, "accuracy": e.mean, "low": e.low, "high": e.high}
-                for subset, e in parts.items()
-            }
+            sets[name]["subsets"] = {k: {"n": e.n, "accuracy": e.mean} for k, e in parts.items()}
     tasks = [s["accuracy"] for name, s in sets.items() if ":" not in name]
     micro = mean(mean(scores) for scores in rewards_of(samples))
     return {"sets": sets, "micro": micro, "macro": mean(tasks)}
 
 
 # ------------------------------------------------------------------------------- paired comparison
-def compare(problems: list[dict], samples: Samples, other: Path, theirs: Iterable[Sample]) -> dict:
+def compare(problems: list[dict], samples: Samples, theirs: Iterable[Sample], other: str) -> dict:
     """Paired differences, this evaluation minus `other`, over the questions that both have.
 
     theirs: the other's stored samples. Raises ValueError where it was graded against other golds,
@@ -163,11 +149,10 @@ def compare(problems: list[dict], samples: Samples, other: Path, theirs: Iterabl
         if both := [i for i in at if problems[i]["id"] in stored]:
             pairs = [(samples[i], stored[problems[i]["id"]]) for i in both]
             sets[name] = compare_set([cluster(problems[i]) for i in both], pairs)
-            sets[name]["not_in_other"] = len(at) - len(both)
     tasks = [name for name, s in sets.items() if ":" not in name and s["p"] is not None]
     for name, p in zip(tasks, stats.holm([sets[t]["p"] for t in tasks])):
         sets[name]["p_holm"] = p
-    return {"other": str(other), "sets": sets}
+    return {"other": other, "sets": sets}
 
 
 def compare_set(clusters: list[str], pairs: list[tuple[list[Sample], list[Sample]]]) -> dict:

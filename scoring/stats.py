@@ -1,4 +1,4 @@
-"""Statistics of an evaluation, in numpy: intervals, paired tests, pass@k, votes.
+"""Statistics of an evaluation: intervals, paired tests, pass@k, votes.
 
 The unit is the question: the samples of one question are averaged first, and every function below
 takes one number per question. Questions about one image are not independent: pass `clusters`.
@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+import mpmath  # torch and math-verify bring it along
 import numpy as np
 
 SMALL = 500  # with fewer clusters, or near 0 or 1, the t interval of a share is too narrow: Wilson
 Z = NormalDist().inv_cdf(0.975)
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
 
 
 class Interval(NamedTuple):
@@ -64,11 +65,13 @@ def answer_classes(answers: Sequence[Any], is_equal: Callable[[Any, Any], bool])
     """
     firsts, labels = [], []
     for answer in answers:
-        known = (
-            i for i, first in enumerate(firsts) if answer is not None and is_equal(answer, first)
-        )
-        labels.append(next(known, None if answer is None else len(firsts)))
-        firsts += [answer] if labels[-1] == len(firsts) else []
+        if answer is None:
+            labels.append(None)
+            continue
+        label = next((i for i, a in enumerate(firsts) if is_equal(answer, a)), len(firsts))
+        if label == len(firsts):
+            firsts.append(answer)
+        labels.append(label)
     return labels
 
 
@@ -100,23 +103,18 @@ def clustered_se(
     """
     values = np.asarray(values, dtype=np.float64)
     names = range(len(values)) if clusters is None else clusters
-    if len(names) != len(values):
-        raise ValueError(f"{len(names)} cluster names for {len(values)} questions")
-    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    count = len(order)
+    index = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    count = len(index)
     if count < 2:
         return math.nan, count
-    sums = np.bincount([order[name] for name in names], weights=values - values.mean())
+    sums = np.bincount([index[name] for name in names], weights=values - values.mean())
     return float(math.sqrt(count / (count - 1) * np.sum(sums**2)) / len(values)), count
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
     """Wilson's 95% score interval of a share of n trials; n may be effective, hence fractional."""
-    if n <= 0:
-        return 0.0, 1.0
-    z = Z
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
@@ -142,29 +140,16 @@ def interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None
     return Interval(mean, se, max(0.0, mean - half), min(1.0, mean + half), len(values), count, "t")
 
 
-def t_tail(t: float, df: float) -> float:
-    """P(T > t) for t >= 0: the tail of Student's density by Gauss-Legendre quadrature.
-
-    x = sqrt(df) tan(u) turns the density into cos(u)^(df-1) on a finite range, which is cut where
-    that has died out.
-    """
-    start = math.atan(t / math.sqrt(df))
-    end = min(math.pi / 2, start + 40 / math.sqrt(df + 1))
-    u = start + (end - start) * (NODES + 1) / 2
-    log_constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(math.pi)
-    integrand = np.exp(log_constant + (df - 1) * np.log(np.cos(u)))
-    return float(np.sum(WEIGHTS * integrand) * (end - start) / 2)
+def t_tail(t: float, df: float) -> mpmath.mpf:
+    """P(T > t) of Student's t for t >= 0: half the incomplete beta I_{df/(df+t²)}(df/2, 1/2)."""
+    return mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True) / 2
 
 
+@cache
 def t_quantile(q: float, df: float) -> float:
-    """t with P(T <= t) = q, for 0.5 <= q < 1, by bisection on `t_tail`."""
-    low, high = 0.0, 1.0
-    while t_tail(high, df) > 1 - q:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, df) > 1 - q else (low, middle)
-    return (low + high) / 2
+    """t with P(T <= t) = q, for 0.5 < q < 1: the root of `t_tail`, from the normal quantile on."""
+    root = mpmath.findroot(lambda t: t_tail(t, df) - (1 - q), NormalDist().inv_cdf(q))
+    return float(root)
 
 
 # ---------------------------------------------------------------------- two runs, same questions
@@ -175,14 +160,12 @@ def paired_difference(
 
     Never the difference of two intervals: what the runs share cancels only inside the question.
     """
-    if len(a) != len(b) or len(a) == 0:
-        raise ValueError(f"{len(a)} and {len(b)} questions: pairs need the same, at least one")
     d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     mean, (se, count) = float(d.mean()), clustered_se(d, clusters)
     if count < 2:
         return Difference(mean, math.nan, math.nan, math.nan, math.nan, count)
     half = t_quantile(0.975, count - 1) * se
-    p = 2 * t_tail(abs(mean) / se, count - 1) if se > 0 else float(mean == 0)
+    p = float(2 * t_tail(abs(mean) / se, count - 1)) if se > 0 else float(mean == 0)
     return Difference(mean, se, mean - half, mean + half, min(1.0, p), count)
 
 

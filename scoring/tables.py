@@ -1,9 +1,44 @@
-"""Tables of evaluations: what eval.py prints, and what results/ puts side by side."""
+"""Tables of evaluations, for eval.py, results/ and the report.
+
+A table is (head, lines) of strings: `text(*table)` and `markdown(*table)` write it. `runs` are
+evaluations by name: name → set of questions → metrics. Accuracies and shares are in percent.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+
+Table = tuple[list[str], list[list[str]]]
+Runs = dict[str, dict[str, dict]]
+
+COLUMNS = {  # metric of a set of questions → heading, meaning
+    "pass": ("pass@k", "share of questions with a right answer among k samples (unbiased)"),
+    "maj": ("maj@n", "share of questions whose most frequent answer of n samples is right"),
+    "lenient": (
+        "lenient",
+        "accuracy if the answer may stand outside the place that the rule names",
+    ),
+    "accuracy_without_exit": ("without exit", "accuracy if forced outputs counted as wrong"),
+    "forced": ("forced", "outputs whose thought was ended by force at the thinking budget"),
+    "truncated": ("truncated", "outputs that reached the token limit"),
+    "unparsed": ("no answer", "outputs in which no answer was found"),
+    "grader_failed": ("not graded", "outputs whose grading failed or took too long: wrong"),
+    "tokens_mean": ("tokens", "mean length of an output"),
+    "words_mean": ("words", "mean number of words of an output"),
+}
+PAIRED = {  # of a paired comparison
+    "n": ("questions", "that both evaluations have"),
+    "this": ("this", "accuracy of this evaluation"),
+    "other": ("other", "accuracy of the other"),
+    "difference": ("difference", "in points of accuracy, with its 95% interval"),
+    "p": ("p", "probability of at least this difference by chance alone"),
+    "p_holm": ("Holm", "p corrected for the number of sets (Holm's method)"),
+    "mcnemar": ("McNemar", "exact p of McNemar's test, where a question has one sample"),
+    "only": ("only this/other", "questions that only one of the two got right"),
+    "mde": ("detectable", "smallest true difference that this set shows 4 times in 5, in points"),
+}
 
 
 def read_result(folder: str | Path) -> dict:
@@ -20,92 +55,107 @@ def read_result(folder: str | Path) -> dict:
     raise ValueError(f"{file}: not written by eval.py")
 
 
+def split_name(argument: str) -> tuple[str, str]:
+    """ "NAME=DIR" or "DIR" → (NAME or "", DIR)."""
+    name, equals, folder = argument.partition("=")
+    return (name, folder) if equals and not Path(argument).exists() else ("", argument)
+
+
+# ---------------------------------------------------------------------------------- cells, formats
 def percent(x: float | None, digits: int = 1) -> str:
     return "-" if x is None else f"{100 * x:.{digits}f}"
 
 
 def span(m: dict) -> str:
     """ "51.2 … 58.9", the 95% interval in percent."""
-    return f"{percent(m.get('low'))} … {percent(m.get('high'))}"
+    return f"{percent(m['low'])} … {percent(m['high'])}"
 
 
-def p_value(x: float | None) -> str:
-    return "-" if x is None else f"{x:.3g}"
+def plus_minus(m: dict) -> str:
+    """ "55.0 ± 3.9", accuracy and half its 95% interval."""
+    return f"{percent(m['accuracy'])} ± {50 * (m['high'] - m['low']):.1f}"
 
 
-def aligned(head: list[str], lines: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
+def text(head: list[str], lines: list[list[str]], left: Iterable[int] = (0,)) -> str:
     """Columns as wide as their widest cell, right-aligned but for those in `left`."""
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in [head, *lines]
-    )
+    rows = [head, *lines]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    padded = [
+        [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        for row in rows
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
+# ------------------------------------------------------------------------------------------ tables
+def by_set(runs: Runs, keys: Iterable[str] = COLUMNS, name: str = "run") -> Table:
+    """A line a run and set: accuracy, its interval, and the metrics `keys` that any of them has.
+    name: heading of the runs' names."""
+    rows = [(run, task, m) for run, sets in runs.items() for task, m in sets.items()]
+    columns = {}  # heading → value of each row
+    for key in keys:
+        values = [m.get(key) for *_, m in rows]
+        if key in ("pass", "maj"):  # {"1": 0.4, "5": 0.7}
+            for k in dict.fromkeys(k for v in values if v for k in v):
+                columns[f"{key}@{k}"] = [percent((v or {}).get(k)) for v in values]
+        elif any(v is not None for v in values):
+            length = key.endswith("_mean")
+            columns[COLUMNS[key][0]] = [f"{v:.0f}" if v and length else percent(v) for v in values]
+    lines = [
+        [
+            run,
+            task,
+            f"{m['n']:,}",
+            percent(m["accuracy"]),
+            span(m),
+            *(c[i] for c in columns.values()),
+        ]
+        for i, (run, task, m) in enumerate(rows)
+    ]
+    return [name, "set", "questions", "accuracy", "95% interval", *columns], lines
+
+
+def by_run(runs: Runs) -> Table:
+    """A line a run, a column a set: accuracy ± half its interval."""
+    tasks = list(dict.fromkeys(task for sets in runs.values() for task in sets))
+    cells = [[plus_minus(s[t]) if t in s else "" for t in tasks] for s in runs.values()]
+    return ["run", *tasks], [[run, *row] for run, row in zip(runs, cells)]
+
+
+def paired(compare: dict) -> Table:
+    """The paired differences of eval.py --compare."""
+    lines = []
+    for task, m in compare["sets"].items():
+        difference = f"{100 * m['difference']:+.1f}"
+        if m["low"] is not None:
+            difference += f" [{100 * m['low']:+.1f}, {100 * m['high']:+.1f}]"
+        ps = ["-" if m.get(k) is None else f"{m[k]:.3g}" for k in ("p", "p_holm", "mcnemar")]
+        only = f"{m['only_this']}/{m['only_other']}" if "only_this" in m else "-"
+        levels = percent(m["this"]), percent(m["other"])
+        lines.append([task, f"{m['n']:,}", *levels, difference, *ps, only, percent(m["mde"])])
+    return ["set", *(heading for heading, _ in PAIRED.values())], lines
+
+
 def report(result: dict) -> str:
-    """result.json as tables; shares in percent."""
-    parts = [main_table(result)]
+    """result.json as text."""
+    metric = next(iter(result["sets"].values()))["metric"]  # greedy, avg@5
+    parts = [text(*by_set({metric: result["sets"]}, name="metric"), left=(0, 1))]
     if len(result["sets"]) > 1:
         micro, macro = percent(result["micro"]), percent(result["macro"])
         parts.append(f"all tasks: {micro} over questions, {macro} over tasks")
-    for name, s in result["sets"].items():
+    for task, s in result["sets"].items():
         if "subsets" in s:
             each = (f"{k} {percent(v['accuracy'])} ({v['n']})" for k, v in s["subsets"].items())
-            parts.append(
-                f"{name} by subset (mean of subsets {percent(s['macro'])}): {', '.join(each)}"
-            )
+            mean = percent(s["macro"])
+            parts.append(f"{task} by subset (mean of subsets {mean}): {', '.join(each)}")
     if result["budgets"]:
-        parts.append(budget_table(result))
+        keys = ("accuracy_without_exit", "forced", "truncated", "tokens_mean")
+        parts.append(text(*by_set(result["budgets"], keys, "budget"), left=(1,)))
     if result["compare"]:
-        parts.append(comparison_table(result["compare"]))
+        title = f"this minus {result['compare']['other']}, paired"
+        parts.append(f"{title}\n\n{text(*paired(result['compare']))}")
     return "\n\n".join(parts)
-
-
-def main_table(result: dict) -> str:
-    """One line per set: accuracy, votes, how outputs ended, how long they are."""
-    n = result["settings"]["samples"]
-    votes = ["pass", "maj", "all"] if n > 1 else []
-    shares = ["unparsed", "truncated", "forced", "looping", "accuracy_natural", "accuracy_forced"]
-    head = ["set", "n", next(iter(result["sets"].values()))["metric"], "95% interval", "lenient"]
-    head += [f"{v}@{n}" for v in votes] + shares[:4] + ["natural", "if forced"]
-    lines = [
-        [name, str(s["n"]), percent(s["accuracy"]), span(s), percent(s["lenient"])]
-        + [percent(s[v][str(n)]) for v in votes]
-        + [percent(s[k]) for k in shares]
-        + [f"{s[k]:.0f}" for k in ("tokens_mean", "tokens_p95", "words_mean")]
-        for name, s in result["sets"].items()
-    ]
-    return aligned([*head, "tokens", "p95", "words"], lines)
-
-
-def budget_table(result: dict) -> str:
-    """Accuracy with the thought ended by force after a number of tokens."""
-    head = ["set", "budget", "accuracy", "95% interval", "no exit", "forced", "truncated", "tokens"]
-    shares = ("accuracy_without_exit", "forced", "truncated")
-    lines = []
-    for name in result["sets"]:
-        for budget, point in result["budgets"].items():
-            s = point[name]
-            line = [name, budget, percent(s["accuracy"]), span(s), *(percent(s[k]) for k in shares)]
-            lines.append([*line, f"{s['tokens_mean']:.0f}"])
-    return aligned(head, lines)
-
-
-def comparison_table(compare: dict) -> str:
-    """Paired differences; `mde`: the difference that the set shows four times in five."""
-    head = ["set", "n", "this", "other", "difference", "95% interval", "p", "Holm", "McNemar"]
-    lines = []
-    for name, s in compare["sets"].items():
-        only = f"{s['only_this']}/{s['only_other']}" if "only_this" in s else "-"
-        line = [name, str(s["n"]), percent(s["this"]), percent(s["other"])]
-        line += [f"{100 * s['difference']:+.1f}", span(s)]
-        line += [p_value(s.get(k)) for k in ("p", "p_holm", "mcnemar")]
-        lines.append([*line, only, percent(s["mde"])])
-    title = f"this minus {compare['other']} (mde: the difference that the set shows 4 times in 5)"
-    return title + "\n\n" + aligned([*head, "only this/other", "mde"], lines)

@@ -163,7 +163,7 @@ def test_two_ranks_and_a_resumed_crash_give_the_same_files(model_dir, problems, 
     out.mkdir()
     (out / "config.json").write_bytes((five / "config.json").read_bytes())
     lines = (five / "samples.jsonl").read_text().strip().split("\n")
-    graded = ("reward", "answer", "status", "why", "lenient", "looping")
+    graded = ("reward", "answer", "status", "why", "lenient")
     raw = [{k: v for k, v in json.loads(line).items() if k not in graded} for line in lines]
     write(
         out / "samples.part0.1.jsonl", raw[:7]
@@ -246,7 +246,7 @@ def test_a_changed_model_or_file_refuses_to_mix(five, model_dir, problems, tmp_p
     with pytest.raises(ValueError, match="whose data_sha256 is"):
         ev.evaluate(config(model_dir, copy, five, samples=5, temperature=1.0))
     write(copy, [{**json.loads(copy.read_text().splitlines()[0]), "question": "Another?"}])
-    with pytest.raises(ValueError, match="question or the options of q/0 have changed"):
+    with pytest.raises(ValueError, match="not all samples of q/0, or with another question"):
         ev.evaluate(config("", copy, five, rescore=True))
 
 
@@ -270,7 +270,7 @@ def test_budget_curve_equals_runs_with_these_budgets(
         figures = result["budgets"][str(budget)]["quiz"]
         whole = json.loads((direct / "result.json").read_text())["sets"]["quiz"]
         assert figures == {k: whole[k] for k in figures}
-        assert whole["forced"] == 1 and whole["accuracy_natural"] is None
+        assert whole["forced"] == 1 and whole["accuracy_without_exit"] == 0
     monkeypatch.setattr(
         ev.model,
         "build_model",
@@ -278,7 +278,7 @@ def test_budget_curve_equals_runs_with_these_budgets(
     )
     assert ev.evaluate(config(model_dir, problems, out, budgets="5,12")) == result
     assert ev.evaluate(config("", problems, out, rescore=True)) == result  # the curve stays
-    with pytest.raises(ValueError, match="--budgets 64: the stored thoughts end at 40 tokens"):
+    with pytest.raises(ValueError, match="--budgets 64: the thoughts end at 40 tokens"):
         ev.evaluate(config(model_dir, problems, out, budgets="64"))
     with pytest.raises(ValueError, match="--rescore --budgets 7: not sampled"):
         ev.evaluate(config("", problems, out, rescore=True, budgets="7"))
@@ -426,16 +426,11 @@ def test_figures_of_one_sample(tmp_path, inline, world):
     s = result["sets"]["quiz"]
     assert (s["n"], s["metric"], s["accuracy"], s["lenient"]) == (8, "greedy", 3 / 8, 6 / 8)
     assert (s["unparsed"], s["truncated"], s["forced"]) == (1 / 8, 2 / 8, 3 / 8)
-    assert (s["accuracy_natural"], s["accuracy_forced"], s["accuracy_without_exit"]) == (
-        2 / 5,
-        1 / 3,
-        2 / 8,
-    )
+    assert s["accuracy_without_exit"] == 2 / 8
     low, high = scipy.stats.binomtest(3, 8).proportion_ci(method="wilson")
     assert (s["low"], s["high"], s["method"]) == (pytest.approx(low), pytest.approx(high), "wilson")
     assert s["subsets"]["x"]["accuracy"] == 2 / 6 and s["subsets"]["y"]["accuracy"] == 1 / 2
     assert s["macro"] == pytest.approx(5 / 12) and result["sets"]["quiz:health"]["accuracy"] == 1
-    assert result["statuses"] == {"no_answer": 1, "ok": 5, "truncated": 2}
     rows = stored(out)
     assert [rows[f"q/{i}", 0].get("answer") for i in range(8)] == [
         "B",
@@ -484,7 +479,7 @@ def test_votes_and_passes_of_five_samples(tmp_path, inline, world):
     s = rescore(out, file)["sets"]["sums"]
     assert s["metric"] == "avg@5" and s["accuracy"] == pytest.approx((3 / 5 + 1 / 5) / 3)
     assert s["se"] == pytest.approx(scipy.stats.sem([0.6, 0.2, 0.0])) and s["clusters"] == 3
-    assert s["maj"] == {"5": pytest.approx((1 + 0.5 + 0) / 3)} and s["all"] == {"5": 0}
+    assert s["maj"] == {"5": pytest.approx((1 + 0.5 + 0) / 3)}
     assert s["pass"] == {
         "1": pytest.approx(0.8 / 3),
         "2": pytest.approx(((1 - 1 / 10) + (1 - 6 / 10)) / 3),
@@ -493,7 +488,7 @@ def test_votes_and_passes_of_five_samples(tmp_path, inline, world):
     }
 
 
-def test_compare_and_drop(tmp_path, inline, world, capsys):
+def test_compare_and_drop(tmp_path, inline, world):
     """Prevents the difference of two intervals in place of the paired one, comparison across other
     rules, golds or
     questions, and a list of ids that is not applied."""
@@ -520,8 +515,6 @@ def test_compare_and_drop(tmp_path, inline, world, capsys):
     only = int((d > 0).sum()), int((d < 0).sum())
     assert (s["only_this"], s["only_other"]) == only
     assert s["mcnemar"] == pytest.approx(scipy.stats.binomtest(only[0], sum(only)).pvalue)
-    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert last["sets"]["quiz"]["accuracy"] == right[0].mean()
     same = rescore(b, file, compare=str(b))["compare"]["sets"][
         "quiz"
     ]  # no spread: nothing is known of chance
@@ -560,31 +553,14 @@ def test_rescore_takes_mended_golds_and_refuses_other_settings(tmp_path, inline,
     assert rescore(out, file)["micro"] == 0.5
     write(file, [choice(0, answer="A"), choice(1)])
     assert rescore(out, file)["micro"] == 1.0
-    with pytest.raises(ValueError, match="its max_new_tokens is 4096, not 99"):
+    with pytest.raises(ValueError, match="the max_new_tokens of .* is 4096, not 99"):
         rescore(out, file, max_new_tokens=99)
-    with pytest.raises(
-        ValueError, match="1 of 3 problems have no stored samples, the first is q/2"
-    ):
+    with pytest.raises(ValueError, match="not all samples of q/2"):
         rescore(out, write(file, [choice(0), choice(1), choice(2)]))
     with open(out / "samples.jsonl", "a") as f:
         f.write("{}\n")
     with pytest.raises(ValueError, match=r"samples.jsonl:3: not a stored sample .no id"):
         rescore(out, file)
-
-
-def test_looping():
-    """Prevents both a loop that is not seen and ordinary text that counts as one."""
-    rng = np.random.default_rng(0)
-    text = rng.integers(0, 1000, 600).tolist()
-    assert (
-        not metrics.is_looping(text)
-        and not metrics.is_looping([1] * 63)
-        and metrics.is_looping([1] * 64)
-    )
-    assert metrics.is_looping(text + list(range(40)) * 20) and not metrics.is_looping(
-        [*([1] * 300), *text]
-    )
-    assert not metrics.is_looping(list(range(100)) + list(range(40)))
 
 
 # ---------------------------------------------------------------------------------- user's mistakes
@@ -601,15 +577,11 @@ MISTAKES = [
     ([choice(0)], {"data": ["nowhere.jsonl"]}, "nowhere.jsonl: no such file"),
     ([choice(0)], {"model": "./nowhere"}, "--model ./nowhere: no such directory"),
     ([choice(0)], {"model": ""}, "--model is missing"),
-    (
-        [choice(0)],
-        {"think_budget": 39},
-        "think_budget 39: .*max_new_tokens 40 must also hold .*--think_budget 0",
-    ),
+    ([choice(0)], {"think_budget": 39}, "think_budget 39: .*max_new_tokens 40 must also hold"),
     (
         [choice(0)],
         {"think_budget": 3800, "max_new_tokens": 6},
-        "^max_new_tokens 6: too few for a forced exit, which takes .*; --think_budget 0 turns",
+        "^max_new_tokens 6: too few for a forced exit, which takes",
     ),
     ([choice(0)], {"samples": 3}, "3 at --temperature 0: 3 equal ones"),
     ([choice(0)], {"budgets": "1k"}, "--budgets 1k: must be numbers"),
@@ -641,9 +613,7 @@ def test_a_refused_start_does_not_hold_the_directory(
     down."""
     with pytest.raises(ValueError, match="must also hold"):
         ev.evaluate(config(model_dir, problems, tmp_path / "out", think_budget=39))
-    monkeypatch.setattr(
-        ev.Engine, "sample_missing", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(ev.Engine, "sample", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         ev.evaluate(config(model_dir, problems, tmp_path / "out", think_budget=8))
     (tmp_path / "mine").mkdir()
@@ -740,7 +710,7 @@ def test_rescore_of_a_limited_run_says_so(model_dir, tmp_path, world, inline):
     """Prevents "problems have no stored samples" as the answer to a forgotten --limit."""
     file = write(tmp_path / "p.jsonl", [choice(i) for i in range(6)])
     ev.evaluate(config(model_dir, file, tmp_path / "out", limit=4))
-    with pytest.raises(ValueError, match="2 of 6 problems .* made with --limit 4: pass that"):
+    with pytest.raises(ValueError, match="not all samples of q/.* made with --limit 4"):
         ev.evaluate(config("", file, tmp_path / "out", rescore=True))
     assert ev.evaluate(config("", file, tmp_path / "out", rescore=True, limit=4))["limit"] == 4
 
@@ -792,7 +762,7 @@ def test_torchrun_lets_every_flag_through():
 
 
 def test_command_line(tmp_path, world):
-    """Prevents a command whose last line is no JSON, or whose mistakes end with exit code 0."""
+    """Prevents a command that grades and prints no table."""
     problems = [choice(0), choice(1)]
     file = write(tmp_path / "p.jsonl", problems)
     out = make_run(tmp_path / "run", {"q/0": [say("B")] * 2, "q/1": [say("A")] * 2}, problems)
@@ -809,8 +779,9 @@ def test_command_line(tmp_path, world):
         [*command, "--samples", "2", "--temperature", "0.3"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["sets"]["quiz"]["accuracy"] == 0.5
-    assert "quiz  2   50.0" in done.stdout and (out / "result.json").is_file()
+    head, line = (x.split() for x in done.stdout.splitlines()[:2])
+    assert head[:4] == ["metric", "set", "questions", "accuracy"]
+    assert line[:4] == ["avg@2", "quiz", "2", "50.0"] and (out / "result.json").is_file()
 
 
 @needs_real

@@ -132,8 +132,7 @@ def test_interval_picks_wilson_for_small_sets_and_t_for_large_ones():
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_t_distribution_equals_scipy():
-    """Prevents wrong p values from the quadrature, at one degree of freedom as at twelve thousand,
-    and far out."""
+    """Prevents wrong p values, at one degree of freedom as at twelve thousand, and far out."""
     for df in (1, 2, 3, 10, 149, 1000, 12031):
         for t in (0.0, 0.1, 1.0, 1.96, 3.0, 6.0, 12.0):
             assert stats.t_tail(t, df) == pytest.approx(scipy.stats.t.sf(t, df), rel=1e-8)
@@ -158,8 +157,6 @@ def test_paired_difference_equals_scipys_paired_t_test():
     assert (same.difference, same.se, same.p) == (0, 0, 1)
     names = np.repeat(np.arange(80), 5).tolist()
     assert stats.paired_difference(a, b, names).clusters == 80
-    with pytest.raises(ValueError, match="400 and 399"):
-        stats.paired_difference(a, b[1:])
 
 
 @pytest.mark.parametrize("b,c", [(0, 0), (1, 0), (10, 3), (3, 10), (7, 7), (25, 15), (1500, 1400)])
