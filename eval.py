@@ -100,17 +100,13 @@ class Config:
     def __post_init__(self):
         n, low, high = self.samples, self.min_pixels, self.max_pixels
         if n > 1 and self.temperature == 0:
-            raise ValueError(
-                f"--samples {n} at --temperature 0: {n} equal ones; pass --temperature 0.3"
-            )
+            raise ValueError(f"--samples {n} at --temperature 0: {n} equal ones; pass 0.3")
         if not self.model and not self.rescore:
             raise ValueError("--model is missing; only --rescore needs none")
         if 0 < high < low:
             raise ValueError(f"--min_pixels {low}: is more than --max_pixels {high}")
         if self.compare and read_result(self.compare)["rules"] != grading_rules(self.rule):
-            raise ValueError(
-                f"--compare {self.compare}: graded by other rules; grade it again with --rescore"
-            )
+            raise ValueError(f"--compare {self.compare}: graded by other rules; --rescore it first")
         if not re.fullmatch(r"([1-9]\d{0,8}(,[1-9]\d{0,8})*)?", self.budgets):
             raise ValueError(f"--budgets {self.budgets}: must be numbers, as in 512,1024,2048")
         self.budget_list = sorted({int(b) for b in self.budgets.split(",") if b})
@@ -132,22 +128,18 @@ def choose_problems(c: Config) -> tuple[list[dict], dict]:
     problems, faults = data.load_problems(c.data, skip_bad_rows=c.skip_bad_rows)
     left_out = {"bad_rows": len({(f.file, f.line) for f in faults}), "dropped": 0}
     if c.limit:  # before --drop, so that runs with and without it choose the same problems
-        chosen = set()
-        for at in positions(problems, "task").values():
-            by_hash = sorted(at, key=lambda i: sha256(problems[i]["id"].encode()).digest())
-            chosen.update(by_hash[: c.limit])
-        problems = [p for i, p in enumerate(problems) if i in chosen]
+        by_hash = sorted(problems, key=lambda p: sha256(p["id"].encode()).digest())
+        chosen = {i for at in positions(by_hash, "task").values() for i in at[: c.limit]}
+        ids = {by_hash[i]["id"] for i in chosen}
+        problems = [p for p in problems if p["id"] in ids]
     if c.drop:
         if not Path(c.drop).is_file():
             raise ValueError(f"--drop {c.drop}: no such file")
         ids = set(Path(c.drop).read_text(encoding="utf-8", errors="replace").splitlines())
         kept = [p for p in problems if p["id"] not in ids]
         left_out["dropped"] = len(problems) - len(kept)
-        if not kept or (ids - {""} and len(kept) == len(problems)):
-            raise ValueError(
-                f"--drop {c.drop}: its {len(ids)} ids leave {len(kept)} of {len(problems)} "
-                f"problems; wrong file?"
-            )
+        if not kept or (ids and len(kept) == len(problems)):
+            raise ValueError(f"--drop {c.drop}: leaves {len(kept)} of {len(problems)}; wrong file?")
         problems = kept
     if c.blind and not any(p.get("images") for p in problems):
         raise ValueError("--blind: no problem of --data has an image to remove")
@@ -235,9 +227,8 @@ def stored_stages(c: Config, settings: dict, problems: list[dict]) -> dict[str, 
         stored = [rows.get((p["id"], i)) for i in range(settings["samples"])]
         if not all(s and s.prompt == prompt for s in stored):
             raise ValueError(
-                f"--rescore: {out} has not all samples of {p['id']}, or with another question or "
-                f"options. It was made with --limit {settings['limit']}; sample the rest with "
-                "--model, changed problems into another --out"
+                f"--rescore: {out} (made with --limit {settings['limit']}) has not all samples of "
+                f"{p['id']} as it is now; sample it with --model, where it changed in another --out"
             )
     names = [f.stem.removeprefix("budget_") for f in out.glob("budget_*.jsonl")]
     known = sorted(int(name) for name in names if name.isdigit())
@@ -269,9 +260,7 @@ class Engine:
         model.check_model_dir(model_dir)
         self.config = config = model.ModelConfig.from_dir(model_dir)
         if with_images and config.vision is None:
-            raise ValueError(
-                f"{model_dir}: has no vision tower, but problems have images; --blind?"
-            )
+            raise ValueError(f"{model_dir}: has no vision tower for the problems' images; --blind?")
         if with_images:
             limits = {"min_pixels": c.min_pixels, "max_pixels": c.max_pixels}
             limits = {k: v for k, v in limits.items() if v}
@@ -306,10 +295,8 @@ class Engine:
         prompt = int(all_max(max((len(j.tokens) for j in jobs), default=0))[0])
         context = (config.raw.get("text_config") or config.raw).get("max_position_embeddings", 1e9)
         if prompt + new_tokens > context:
-            raise ValueError(
-                f"--max_new_tokens {new_tokens}: with the longest prompt ({prompt} tokens) more "
-                f"than the model's context of {context} tokens"
-            )
+            said = f"--max_new_tokens {new_tokens}: with the longest prompt ({prompt} tokens)"
+            raise ValueError(f"{said} more than the model's context of {context} tokens")
         if self.model is None:
             dtype = torch.bfloat16 if self.settings["dtype"] == "bf16" else torch.float32
             dtypes, vision = dict(compute_dtype=dtype, master_dtype=dtype), self.images is not None
@@ -347,9 +334,7 @@ class Engine:
         sampler.release()
         tokens, seconds = sum(all_gather_objects(tokens)), time.perf_counter() - begin
         if self.world.is_main:  # and every rank has written
-            print(
-                f"{tokens:.0f} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tok/s", flush=True
-            )
+            print(f"{tokens:.0f} tokens, {tokens / seconds:.0f} a second", flush=True)
         return load_rows(self.out, stage)
 
     def to_sample(self, job: Job, completion: Completion) -> Sample:

@@ -63,7 +63,7 @@ def find_runs(arguments: list[str]) -> list[tuple[str, Path]]:
 
     ["base=runs/e1", "s0=runs/seed0"], with runs sft and grpo in seed0 → base, s0/grpo, s0/sft
     """
-    found: dict[Path, str] = {}  # directory → name, "" where none was given
+    found: dict[Path, str] = {}
     for argument in arguments:
         name, folder = split_name(argument)
         top = Path(folder)
@@ -72,10 +72,12 @@ def find_runs(arguments: list[str]) -> list[tuple[str, Path]]:
         if not inside:
             raise ValueError(f"{top}: no run in it or below; give the --out of a script, or NAME=…")
         for p in inside:
-            found.setdefault(p, name and "/".join([name, *p.relative_to(top).parts]))
-    own = [p.resolve().name for p in found]
-    full = [f"{p.resolve().parent.name}/{n}" if own.count(n) > 1 else n for p, n in zip(found, own)]
-    return [(given or n, p) for (p, given), n in zip(found.items(), full)]
+            parts = p.relative_to(top).parts
+            shown = "/".join([name, *parts] if name else parts or [top.resolve().name])
+            if not name and shown in found.values():
+                shown = str(p)
+            found.setdefault(p, shown)
+    return [(shown, p) for p, shown in found.items()]
 
 
 def read_json(file: Path, notes: list[str]) -> dict:

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny import make_tiny_tokenizer
+from tokenizers import Tokenizer
 
 from core.samples import Sample, write_samples
 from report import page as report
 from report import runs as report_data
-from report.runs import Pieces, choose_lines, evenly, find_runs, load_run
+from report.runs import choose_lines, evenly, find_runs, load_run, split_tokens
+from scoring.tables import COLUMNS
 
 ATTACK = "</script></script ><script>alert(1)</script><img src=x onerror=alert(2)><!--'\"&amp;"
 ATTACK += " @@TITLE@@ $\\frac$ é 🂡"
@@ -80,6 +82,7 @@ def eval_run(path, accuracy: float = 0.5, rows=(), settings=None, suites=("text"
         json.dumps(
             {
                 "settings": settings or {},
+                "rules": {},
                 "sets": {s: figures for s in suites},
                 "budgets": {},
                 "compare": None,
@@ -141,7 +144,7 @@ def attacked(tmp_path):
         "images": [ATTACK],
         "reward": 0.0,
     }
-    evaluation = eval_run(tmp_path / "e", rows=[row], suites=[ATTACK, "\ud800"])
+    evaluation = eval_run(tmp_path / "e", rows=[row], suites=[ATTACK])
     return page_of(f"{ATTACK.replace('=', '')}={evaluation}", grpo, title=ATTACK)
 
 
@@ -226,8 +229,8 @@ def test_a_truncated_line_costs_itself_and_is_said(tmp_path):
     text, data = page_of(run)
     assert len(data["samples"]) == 32
     assert (
-        "metrics.jsonl: 1 truncated or unreadable line left out" in text
-        and "step_2.jsonl: 1 truncated" in text
+        "metrics.jsonl: line 3 is truncated, left out" in text
+        and "step_2.jsonl: line 17 is truncated" in text
     )
     assert "running, or killed: last step written 0 min ago; 2 steps" in text
 
@@ -245,39 +248,14 @@ def test_a_missing_file_is_said_and_the_rest_is_shown(tmp_path, gone):
     assert (len(lines) == 1) == (gone != "metrics.jsonl")
 
 
-def test_rows_of_any_shape_are_shown(tmp_path):
-    """Numbers that JavaScript or JSON can't hold, and fields of the wrong type, must not end the
-    page."""
-    rows = [
-        {},
-        {
-            "id": 7,
-            "task": "\ud800",
-            "text": None,
-            "images": "x",
-            "reward": 10**400,
-            "gold": [1, 2.5],
-        },
-        {"id": "a", "text": "t", "reward": True, "tokens": "!", "logprobs": 3, "length": -1e999},
-    ]
-    run = eval_run(tmp_path / "e", rows=rows)
-    with open(run / "samples.jsonl", "a") as f:
-        f.write('{"id": "n", "reward": NaN, "gold": Infinity}\n[1]\n\xff\n')
-    _, data = page_of(run)
-    assert [s["id"] for s in data["samples"]] == ["?", "7", "a", "n"]
-    assert [s["reward"] for s in data["samples"]] == [None] * 4 and data["samples"][1][
-        "gold"
-    ] == "[1, 2.5]"
-
-
 def test_an_evaluation_in_progress_shows_what_it_has(tmp_path):
     """Its rows are in part files, without a grade, and there is no result.json."""
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "samples.part0.jsonl").write_text(
-        json.dumps({"id": "q", "text": "x", "finish_reason": "length"}) + "\n"
+        json.dumps({"id": "q", "text": "x", "finish_reason": "length", "reward": 0.0}) + "\n"
     )
     text, data = page_of(tmp_path / "e")
-    assert data["samples"][0]["reward"] is None and "no result.json yet" in text
+    assert "reward" not in data["samples"][0] and "no result.json yet" in text
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
@@ -311,10 +289,10 @@ def test_accuracy_figure_and_table_hold_the_results_numbers(tmp_path):
         f"base={eval_run(tmp_path / 'a', 0.25)}", f"SFT={eval_run(tmp_path / 'b', 0.8)}"
     )
     assert (
-        "greedy: text base 25.0 [15.0, 35.0]; image base 25.0 [15.0, 35.0]; "
-        "text SFT 80.0 [70.0, 90.0]" in text
+        "greedy: base text 25.0 ± 10.0; base image 25.0 ± 10.0; SFT text 80.0 ± 10.0; SFT image "
+        "80.0 ± 10.0" in text
     )
-    assert "<td>80.0 [70.0, 90.0]" in text
+    assert "<td>80.0 ± 10.0" in text
 
 
 def test_figure_alone_is_that_of_the_first_measure(tmp_path):
@@ -359,7 +337,7 @@ def test_a_second_run_of_one_name_is_not_drawn_over_the_first(tmp_path):
     text, _ = page_of(
         f"base={eval_run(tmp_path / 'a', 0.25)}", f"base={eval_run(tmp_path / 'b', 0.8)}"
     )
-    assert "<td>80.0 [" not in text and "another run named base is shown" in text
+    assert "<td>80.0 ±" not in text and "another run named base is shown" in text
 
 
 def test_a_resumed_step_counts_once_and_null_is_a_gap(tmp_path):
@@ -430,8 +408,7 @@ def test_every_column_and_field_is_explained_where_it_is_shown(tmp_path):
     """eval.py's own metrics, with votes: each has a heading in the table and a meaning below it."""
     from scoring.metrics import set_metrics
 
-    graded = dict(reward=1.0, lenient=1.0, looping=False)
-    samples = [[Sample("q", i, [1], "stop", "x", **graded) for i in range(2)]] * 2
+    samples = [[Sample("q", i, [1], "stop", "x", reward=1.0, lenient=1.0) for i in range(2)]] * 2
     problems = [{"id": "q"}, {"id": "r"}]
     metrics = set_metrics(problems, samples, {"samples": 2, "temperature": 0.3})
     run = eval_run(tmp_path / "e")
@@ -439,14 +416,10 @@ def test_every_column_and_field_is_explained_where_it_is_shown(tmp_path):
     text, data = page_of(run)
     part = text.split("What became of the outputs")[1].split("</dl>")[0]
     heads, means = re.findall(r"<th>([^<]*)", part), re.findall(r"<dt>([^<]*)<dd>[^<]+", part)
-    assert heads[:6] == ["run", "set", "accuracy", "pass@1", "pass@2", "maj@2"]
-    shown = set(report.COLUMNS) - {"accuracy_forced"}  # none here was forced
-    known = {"n", "clusters", "metric", "accuracy", "low", "high", "se", "method"}  # table above
-    assert shown == metrics.keys() - known - {*report.VOTES, "accuracy_forced"} - {
-        "accuracy_without_exit"  # a curve, by budget
-    }
-    columns = [heading for k, (heading, _) in report.COLUMNS.items() if k in shown]
-    assert means == [heading for heading, _ in report.VOTES.values()] + columns
+    assert heads[5:8] == ["pass@1", "pass@2", "maj@2"]
+    assert means[:2] == ["pass@k", "maj@n"] and set(heads[8:]) == set(means[2:])
+    known = {"n", "clusters", "metric", "accuracy", "low", "high", "se", "method"}
+    assert metrics.keys() - known == COLUMNS.keys(), "a metric that no table shows"
     template = report.TEMPLATE.read_text()
     facts = set(re.findall(r'fact\("([^"]+)"', template))
     assert facts == set(data["labels"]), "a field of a sample without its meaning"
@@ -454,21 +427,12 @@ def test_every_column_and_field_is_explained_where_it_is_shown(tmp_path):
 
 def test_long_names_fit_into_the_figure(tmp_path):
     """A legend in one line was cut off at the figure's edge."""
-    rows = [
-        report.Accuracy(f"a run with quite a long name, {i}", "text", "greedy", 0.5, 0.4, 0.6, 9)
-        for i in range(6)
-    ]
+    metrics = {"text": {"accuracy": 0.5, "low": 0.4, "high": 0.6}}
+    rows = {f"a run with quite a long name, {i}": metrics for i in range(6)}
     figure = report.accuracy_figure(rows)
     figure.savefig(tmp_path / "f.png")
     box, page = figure.legends[0].get_window_extent(), figure.bbox
     assert page.x0 <= box.x0 and box.x1 <= page.x1 and box.y1 <= page.y1
-
-
-def test_out_that_is_a_directory_is_one_line(tmp_path, capsys):
-    run = grpo_run(tmp_path / "r")
-    with pytest.raises(SystemExit) as e:
-        report.main([str(run), "--out", str(tmp_path)])
-    assert e.value.code == 2 and "a directory; name a file" in capsys.readouterr().err
 
 
 def test_out_that_is_no_page_is_refused(tmp_path, capsys):
@@ -494,25 +458,22 @@ def test_pieces_are_what_the_tokenizer_decodes(tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_tokenizer(tmp_path))
-    pieces, rng = Pieces(tmp_path / "tokenizer.json"), np.random.default_rng(0)
+    ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rng = np.random.default_rng(0)
     cases = [tokenizer.encode("the answer is é 🂡 中文<|im_end|>\n")]
     cases += [rng.integers(0, 307, rng.integers(0, 40)).tolist() for _ in range(200)]
     for ids in cases:
-        parts = pieces.split(ids)
+        parts = split_tokens(ids, ours)
         assert len(parts) == len(ids) and "".join(parts) == tokenizer.decode(ids)
 
 
 def test_each_token_has_its_own_log_probability(tmp_path):
     """Rollouts as train_grpo.py stores them → text in UTF-16 lengths, as JavaScript cuts it, and
     what was forced."""
-    tokenizer = Pieces(make_tiny_tokenizer(tmp_path / "r" / "final") / "tokenizer.json")
-    ids = {name: i for i, name in tokenizer.names.items()}
-    card = [
-        ids[{v: k for k, v in tokenizer.bytes.items()}[b]] for b in "🂡".encode()
-    ]  # 4 tokens, 2 UTF-16 units
-    run = grpo_run(
-        tmp_path / "r", steps=1, samples=1, text="🂡a", ids=[*card, ids["a"], ids["<|im_end|>"]]
-    )
+    file = make_tiny_tokenizer(tmp_path / "r" / "final") / "tokenizer.json"
+    ids = Tokenizer.from_file(str(file)).encode("🂡a<|im_end|>").ids  # 4 tokens, 2 UTF-16 units
+    assert len(ids) == 6
+    run = grpo_run(tmp_path / "r", steps=1, samples=1, text="🂡a", ids=ids)
     sample = page_of(run)[1]["samples"][0]
     assert sample["text"] == "🂡a<|im_end|>" and sample["n"] == [0, 0, 0, 2, 1, 10]
     assert sample["l"] == [-10, -14, -18, -22, -26, -30] and sample["f"] == [1]
