@@ -24,7 +24,7 @@ import re
 import textwrap
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -182,13 +182,12 @@ def accuracy_section(runs: list[RunDir]) -> str:
             f'<h3>{esc(measure)}</h3><div class=wide><img class=accuracy style="{size}" '
             f'alt="{alt}" src="{source}"></div>{table(*by_run(named))}'
             "<details><summary>What became of the outputs</summary>"
-            f"{table(*by_set(named), dict(COLUMNS.values()))}</details>"
+            f"{table(*by_set(named), COLUMNS.values())}</details>"
         )
     for run in runs:
         if compare := run.result.get("compare"):
             title = f"{run.name} minus {Path(compare['other']).name}, on the same questions"
-            notes = dict(PAIRED.values())
-            parts.append(f"<h3>{esc(title)}</h3>{table(*paired(compare), notes)}")
+            parts.append(f"<h3>{esc(title)}</h3>{table(*paired(compare), PAIRED.values())}")
     note = (
         "Percent of questions with 95% intervals; several samples of a question are averaged. "
         "greedy: one sample, always the most probable token; avg@n: n samples."
@@ -197,12 +196,16 @@ def accuracy_section(runs: list[RunDir]) -> str:
 
 
 # ---- page
-def table(head: list[str], rows: list[list[str]], notes: dict[str, str] | None = None) -> str:
-    """A table that scrolls in its own box, and below it what its columns mean."""
+def table(head: list[str], rows: list[list[str]], labels: Iterable[tuple[str, str]] = ()) -> str:
+    """A table that scrolls in its own box, and below it what its columns mean. labels: (heading,
+    meaning) of these and others."""
+    shown = {h.partition("@")[0] for h in head}  # pass@5 is explained as pass@k
+    notes = [(k, meaning) for k, meaning in labels if k.partition("@")[0] in shown]
     lines = "".join("<tr>" + "".join(f"<td>{esc(c)}" for c in row) for row in rows)
-    means = "".join(f"<dt>{esc(k)}<dd>{esc(v)}" for k, v in (notes or {}).items())
+    means = "".join(f"<dt>{esc(k)}<dd>{esc(v)}" for k, v in notes)
     heads = "".join(f"<th>{esc(h)}" for h in head)
-    return f"<div class=wide><table><tr>{heads}{lines}</table></div><dl>{means}</dl>"
+    below = f"<dl>{means}</dl>" if means else ""
+    return f"<div class=wide><table><tr>{heads}{lines}</table></div>{below}"
 
 
 def text_of(value: Any) -> str:
