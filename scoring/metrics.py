@@ -99,7 +99,7 @@ def set_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
         "lenient": mean(mean(s.lenient for s in group) for group in samples),
         "unparsed": mean(s.status == "no_answer" for s in flat),
         "truncated": mean(s.truncated for s in flat),
-        "forced": 1 - len(natural) / len(flat),
+        "forced": (len(flat) - len(natural)) / len(flat),
         "grader_failed": mean(s.status in ("timeout", "error") for s in flat),
         "accuracy_without_exit": sum(natural) / len(flat),
         "tokens_mean": mean(len(s.tokens) for s in flat),
