@@ -98,13 +98,10 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
 
     def __post_init__(self):
-        n, low, high = self.samples, self.min_pixels, self.max_pixels
-        if n > 1 and self.temperature == 0:
+        if (n := self.samples) > 1 and self.temperature == 0:
             raise ValueError(f"--samples {n} at --temperature 0: {n} equal ones; pass 0.3")
         if not self.model and not self.rescore:
             raise ValueError("--model is missing; only --rescore needs none")
-        if 0 < high < low:
-            raise ValueError(f"--min_pixels {low}: is more than --max_pixels {high}")
         if self.compare and read_result(self.compare)["rules"] != grading_rules(self.rule):
             raise ValueError(f"--compare {self.compare}: graded by other rules; --rescore it first")
         if not re.fullmatch(r"([1-9]\d{0,8}(,[1-9]\d{0,8})*)?", self.budgets):
@@ -257,7 +254,6 @@ class Engine:
         self.c, self.settings, self.dir, self.world = c, settings, model_dir, world
         self.out, self.model, self.images = Path(c.out), None, None
         self.tokenizer = data.load_tokenizer(model_dir)
-        model.check_model_dir(model_dir)
         self.config = config = model.ModelConfig.from_dir(model_dir)
         if with_images and config.vision is None:
             raise ValueError(f"{model_dir}: has no vision tower for the problems' images; --blind?")
