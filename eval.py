@@ -411,11 +411,11 @@ def score(
 
     samples, once = groups(rows), {**settings, "samples": 1}  # no votes on the curve
     result = {"settings": settings, "rules": grading_rules(c.rule), "limit": c.limit, **left_out}
-    result |= {"data": data_hashes(c.data), **all_metrics(problems, samples, settings)}
+    result |= {"data": data_hashes(c.data), "sets": all_metrics(problems, samples, settings)}
     result |= {"compare": None, "budgets": {}}
     for stage in (s for s in stages if s != "samples"):
         points = all_metrics(problems, groups(rows | stages[stage]), once)
-        result["budgets"][stage.removeprefix("budget_")] = points["sets"]
+        result["budgets"][stage.removeprefix("budget_")] = points
     if c.compare:
         theirs = load_rows(Path(c.compare), "samples").values()
         result["compare"] = compare(problems, samples, theirs, c.compare)

@@ -11,15 +11,11 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
-
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from core.vision import load_image
 from scoring.tables import split_name
@@ -126,8 +122,13 @@ def load_run(name: str, path: Path) -> RunDir:
                 add_point(run, row, "eval/" if file == "eval" else "")
     grpo = "train_grpo" in script or (path / "rollouts").exists() or "reward" in run.series
     run.kind = "grpo" if grpo else "sft" if "train_sft" in script or run.series else "unknown"
-    trained = (step for k, v in run.series.items() if not k.startswith("eval/") for step in v)
-    run.status = describe_status(path, max(trained, default=0))
+    steps = [step for k, v in run.series.items() if not k.startswith("eval/") for step in v]
+    file = path / "status"
+    run.status = file.read_text().strip() if file.is_file() else "status is missing"
+    run.status += f"; {max(steps, default=0):,} steps"
+    if run.status.startswith("running") and steps:
+        minutes = (time.time() - (path / "metrics.jsonl").stat().st_mtime) / 60
+        run.status += f", the last {minutes:,.0f} min ago"
     return run
 
 
@@ -140,38 +141,7 @@ def add_point(run: RunDir, row: dict, prefix: str) -> None:
             run.series.setdefault(prefix + key, {})[row["step"]] = value
 
 
-def describe_status(path: Path, steps: int) -> str:
-    """E.g. "finished; 450 steps"; where a run says "running", also when it last wrote a step."""
-    file, metrics = path / "status", path / "metrics.jsonl"
-    status = file.read_text().strip() if file.is_file() else "status is missing"
-    if status == "running" and metrics.exists():
-        minutes = (time.time() - metrics.stat().st_mtime) / 60
-        status = f"running, or killed: last step written {minutes:,.0f} min ago"
-    return f"{status}; {steps:,} steps"
-
-
 # ---- samples
-def split_tokens(ids: list[int], tokenizer: Tokenizer) -> list[str]:
-    """The text that each token completes: of a character in three tokens, the first two are "".
-    Joined, it is what the tokenizer decodes."""
-    stream = DecodeStream(skip_special_tokens=False)
-    pieces = [stream.step(tokenizer, i) or "" for i in ids]
-    if pieces:  # an unfinished character
-        whole = tokenizer.decode(ids, skip_special_tokens=False)
-        pieces[-1] += whole[len("".join(pieces)) :]
-    return pieces
-
-
-def find_tokenizer(run: RunDir) -> Tokenizer | None:
-    """The tokenizer of a run, where its model directory is still there."""
-    for place in (run.path / "final", run.header.get("model"), run.config.get("model")):
-        file = Path(str(place)) / "tokenizer.json"
-        if file.is_file():
-            return Tokenizer.from_file(str(file))
-    run.notes.append("no colours by token: its tokenizer.json was not found")
-    return None
-
-
 def evenly(n: int, most: int) -> list[int]:
     """At most `most` of 0 … n-1, evenly spaced, first and last among them."""
     most = min(n, most)
@@ -205,13 +175,12 @@ def collect_samples(runs: list[RunDir], most: int) -> dict:
     for number, run, files in having:
         grpo, before, stored = run.kind == "grpo", len(store.samples), 0
         chosen = evenly(len(files), STEP_FILES if grpo else len(files))
-        tokenizer = find_tokenizer(run) if grpo else None  # evaluations store no log-probabilities
         for file in (files[i] for i in chosen):
             quota, group = most // len(having) // len(chosen), run.config.get("group", 1)
             lines, total = choose_lines(file, quota, group)
             stored += total
             for row in read_jsonl(file, run.notes, lines):
-                store.add(number, run, file, row, tokenizer)
+                store.add(number, run, file, row)
         taken = len(store.samples) - before
         share = f"{taken:,} of {stored:,}" if taken < stored else f"all {stored:,}"
         steps = f" of {len(chosen)} steps, out of {len(files)}" * (len(chosen) < len(files))
@@ -230,7 +199,7 @@ class Store:
         self.images: dict[Path, int | None] = {}  # file → its index; None: it can't be shown
         self.image_bytes = self.shortened = 0
 
-    def add(self, run: int, folder: RunDir, file: Path, row: dict, tokenizer) -> None:
+    def add(self, run: int, folder: RunDir, file: Path, row: dict) -> None:
         """One stored sample."""
         pads = re.compile(r"(?:<\|image_pad\|>)+")
         prompt = pads.sub(lambda m: f"<image: {len(m[0]) // 13} tokens>", row.get("prompt", ""))
@@ -244,7 +213,7 @@ class Store:
             "prompt": self.prompts.setdefault(self.shorten(prompt), len(self.prompts)),
             "images": [self.image(folder.path / name) for name in row.get("images") or []],
             "length": len(row.get("tokens") or []),
-            **self.text(row, tokenizer),
+            "text": self.shorten(row.get("text", "")),
         }
         self.samples.append(sample)
 
@@ -256,24 +225,6 @@ class Store:
         head, tail = self.text_limit * 2 // 3, self.text_limit // 3
         left_out = len(text) - head - tail
         return f"{text[:head]}\n[… {left_out:,} characters left out …]\n{text[-tail:]}"
-
-    def text(self, row: dict, tokenizer: Tokenizer | None) -> dict:
-        """text, and where it can be split into its tokens: n (UTF-16 length of each), l
-        (log-probability × 10), f (positions of forced ones). Only if the tokens spell the text:
-        else the tokenizer is not the run's, and the colours would be wrong."""
-        text = row.get("text", "")
-        if tokenizer is None or "logprobs" not in row or len(text) > self.text_limit:
-            return {"text": self.shorten(text)}
-        parts, at = split_tokens(row["tokens"], tokenizer), row.get("forced_at") or 0
-        whole = "".join(parts)
-        if not whole.startswith(text.rstrip("\ufffd")):
-            return {"text": text}
-        return {
-            "text": whole,
-            "n": [len(p.encode("utf-16-le")) // 2 for p in parts],
-            "l": [round(10 * v) if math.isfinite(v) else None for v in row["logprobs"]],
-            "f": list(range(at, at + row.get("forced_tokens", 0))),
-        }
 
     def image(self, file: Path) -> int | None:
         """Index on the page of an image; None where it can't be shown."""

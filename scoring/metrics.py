@@ -110,8 +110,7 @@ def set_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
 
 # ------------------------------------------------------------------------------ a whole evaluation
 def all_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
-    """Metrics of each set, accuracy of its subsets, and the mean over questions (micro) and over
-    tasks (macro)."""
+    """set → its metrics, with the accuracy of its subsets and the mean over these (macro)."""
     sets = {}
     for name, at in sets_of(problems).items():
         mine, groups = [problems[i] for i in at], [samples[i] for i in at]
@@ -120,9 +119,7 @@ def all_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
         if len(parts) > 1:
             sets[name]["macro"] = mean(e.mean for e in parts.values())
             sets[name]["subsets"] = {k: {"n": e.n, "accuracy": e.mean} for k, e in parts.items()}
-    tasks = [s["accuracy"] for name, s in sets.items() if ":" not in name]
-    micro = mean(mean(scores) for scores in rewards_of(samples))
-    return {"sets": sets, "micro": micro, "macro": mean(tasks)}
+    return sets
 
 
 # ------------------------------------------------------------------------------- paired comparison
@@ -130,7 +127,7 @@ def compare(problems: list[dict], samples: Samples, theirs: Iterable[Sample], ot
     """Paired differences, this evaluation minus `other`, over the questions that both have.
 
     theirs: the other's stored samples. Raises ValueError where it was graded against other golds,
-    or has none of the problems. p_holm is Holm's p over the tasks.
+    or has none of the problems.
     """
     stored: dict[str, list[Sample]] = {}
     for s in theirs:
@@ -149,9 +146,6 @@ def compare(problems: list[dict], samples: Samples, theirs: Iterable[Sample], ot
         if both := [i for i in at if problems[i]["id"] in stored]:
             pairs = [(samples[i], stored[problems[i]["id"]]) for i in both]
             sets[name] = compare_set([cluster(problems[i]) for i in both], pairs)
-    tasks = [name for name, s in sets.items() if ":" not in name and s["p"] is not None]
-    for name, p in zip(tasks, stats.holm([sets[t]["p"] for t in tasks])):
-        sets[name]["p_holm"] = p
     return {"other": other, "sets": sets}
 
 

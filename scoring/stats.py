@@ -185,16 +185,3 @@ def mde(se: float) -> float:
     """Minimum detectable effect: the smallest true difference that a two-sided 5% test finds four
     times in five, 2.80 SE."""
     return (Z + NormalDist().inv_cdf(0.8)) * se
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the order given: of many tests, which differences still hold.
-
-    >>> [round(x, 3) for x in holm([0.01, 0.04, 0.03])]
-    [0.03, 0.06, 0.06]
-    """
-    adjusted, worst = [0.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = worst
-    return adjusted

@@ -33,8 +33,7 @@ PAIRED = {  # of a paired comparison
     "this": ("this", "accuracy of this evaluation"),
     "other": ("other", "accuracy of the other"),
     "difference": ("difference", "in points of accuracy, with its 95% interval"),
-    "p": ("p", "probability of at least this difference by chance alone"),
-    "p_holm": ("Holm", "p corrected for the number of sets (Holm's method)"),
+    "p": ("p", "chance of at least this difference where there is none"),
     "mcnemar": ("McNemar", "exact p of McNemar's test, where a question has one sample"),
     "only": ("only this/other", "questions that only one of the two got right"),
     "mde": ("detectable", "smallest true difference that this set shows 4 times in 5, in points"),
@@ -133,7 +132,7 @@ def paired(compare: dict) -> Table:
         difference = f"{100 * m['difference']:+.1f}"
         if m["low"] is not None:
             difference += f" [{100 * m['low']:+.1f}, {100 * m['high']:+.1f}]"
-        ps = ["-" if m.get(k) is None else f"{m[k]:.3g}" for k in ("p", "p_holm", "mcnemar")]
+        ps = ["-" if m.get(k) is None else f"{m[k]:.3g}" for k in ("p", "mcnemar")]
         only = f"{m['only_this']}/{m['only_other']}" if "only_this" in m else "-"
         levels = percent(m["this"]), percent(m["other"])
         lines.append([task, f"{m['n']:,}", *levels, difference, *ps, only, percent(m["mde"])])
@@ -144,9 +143,6 @@ def report(result: dict) -> str:
     """result.json as text."""
     metric = next(iter(result["sets"].values()))["metric"]  # greedy, avg@5
     parts = [text(*by_set({metric: result["sets"]}, name="metric"), left=(0, 1))]
-    if len(result["sets"]) > 1:
-        micro, macro = percent(result["micro"]), percent(result["macro"])
-        parts.append(f"all tasks: {micro} over questions, {macro} over tasks")
     for task, s in result["sets"].items():
         if "subsets" in s:
             each = (f"{k} {percent(v['accuracy'])} ({v['n']})" for k, v in s["subsets"].items())

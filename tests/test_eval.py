@@ -478,9 +478,9 @@ def test_rescore_takes_corrected_golds_and_refuses_other_settings(tmp_path, inli
         "stop",
     )  # str.splitlines would cut here
     out = make_run(tmp_path / "run", {"q/0": [say("A")], "q/1": [odd]}, problems)
-    assert rescore(out, file)["micro"] == 0.5
+    assert rescore(out, file)["sets"]["quiz"]["accuracy"] == 0.5
     write(file, [choice(0, answer="A"), choice(1)])
-    assert rescore(out, file)["micro"] == 1.0
+    assert rescore(out, file)["sets"]["quiz"]["accuracy"] == 1.0
     with pytest.raises(ValueError, match="the max_new_tokens of .* is 4096, not 99"):
         rescore(out, file, max_new_tokens=99)
     with pytest.raises(ValueError, match="not all samples of q/2"):

@@ -12,13 +12,11 @@ import tracemalloc
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import make_tiny_tokenizer
-from tokenizers import Tokenizer
 
 from core.samples import Sample, write_samples
 from report import page as report
 from report import runs as report_data
-from report.runs import choose_lines, evenly, find_runs, load_run, split_tokens
+from report.runs import choose_lines, evenly, find_runs, load_run
 from scoring.tables import COLUMNS
 
 ATTACK = "</script></script ><script>alert(1)</script><img src=x onerror=alert(2)><!--'\"&amp;"
@@ -232,7 +230,7 @@ def test_a_truncated_line_costs_itself_and_is_said(tmp_path):
         "metrics.jsonl: line 3 is truncated, left out" in text
         and "step_2.jsonl: line 17 is truncated" in text
     )
-    assert "running, or killed: last step written 0 min ago; 2 steps" in text
+    assert "running; 2 steps, the last 0 min ago" in text
 
 
 @pytest.mark.parametrize(
@@ -452,42 +450,6 @@ def test_thinned_curves_keep_their_mean_and_range(monkeypatch):
 
 
 # ---- samples
-def test_pieces_are_what_the_tokenizer_decodes(tmp_path):
-    """Colours on the wrong characters: pieces of tokens must join to the text, also where a
-    character takes several tokens or the bytes are no text at all. Reference: transformers."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(make_tiny_tokenizer(tmp_path))
-    ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    rng = np.random.default_rng(0)
-    cases = [tokenizer.encode("the answer is é 🂡 中文<|im_end|>\n")]
-    cases += [rng.integers(0, 307, rng.integers(0, 40)).tolist() for _ in range(200)]
-    for ids in cases:
-        parts = split_tokens(ids, ours)
-        assert len(parts) == len(ids) and "".join(parts) == tokenizer.decode(ids)
-
-
-def test_each_token_has_its_own_log_probability(tmp_path):
-    """Rollouts as train_grpo.py stores them → text in UTF-16 lengths, as JavaScript cuts it, and
-    what was forced."""
-    file = make_tiny_tokenizer(tmp_path / "r" / "final") / "tokenizer.json"
-    ids = Tokenizer.from_file(str(file)).encode("🂡a<|im_end|>").ids  # 4 tokens, 2 UTF-16 units
-    assert len(ids) == 6
-    run = grpo_run(tmp_path / "r", steps=1, samples=1, text="🂡a", ids=ids)
-    sample = page_of(run)[1]["samples"][0]
-    assert sample["text"] == "🂡a<|im_end|>" and sample["n"] == [0, 0, 0, 2, 1, 10]
-    assert sample["l"] == [-10, -14, -18, -22, -26, -30] and sample["f"] == [1]
-
-
-def test_a_foreign_tokenizer_gives_no_colours(tmp_path):
-    """The model directory may hold another model by now; its tokens would spell another text."""
-    make_tiny_tokenizer(tmp_path / "r" / "final")
-    sample = page_of(grpo_run(tmp_path / "r", steps=1, samples=1, text="not what the ids say"))[1][
-        "samples"
-    ][0]
-    assert sample["text"] == "not what the ids say" and "n" not in sample
-
-
 def test_ten_thousand_long_rollouts_make_a_bounded_page(tmp_path):
     """A 7B run's rollouts are gigabytes: whole groups from some steps are taken, memory and page
     stay small, and the page says so."""

@@ -181,14 +181,6 @@ def test_minimum_detectable_effect_has_the_power_that_it_names():
     assert np.mean(found) == pytest.approx(0.8, abs=0.06)
 
 
-def test_holm_equals_statsmodels():
-    """Prevents an adjustment that is not monotone or not in the order of the rows."""
-    p = [0.01, 0.04, 0.03, 0.005, 0.2]
-    assert stats.holm(p) == pytest.approx(
-        [0.04, 0.09, 0.09, 0.025, 0.2]
-    )  # multipletests(p, method="holm")
-
-
 def test_scores_outside_0_1_and_empty_sets_are_refused():
     """Prevents percent read as shares, and nan printed as a result."""
     with pytest.raises(ValueError, match="at least one question"):
