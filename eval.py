@@ -94,7 +94,7 @@ class Config:
     dtype: Literal["auto", "bf16", "fp32"] = MEMORY("auto", "auto: bf16 on CUDA, fp32 on CPU")
     slots: int = MEMORY(0, "samples at once; 0: by --kv_gb", ge=0, le=4096)
     kv_gb: float = MEMORY(0.0, "KV cache in GB; 0: by free memory", ge=0)
-    graders: int = MEMORY(2, "grading processes", ge=1, le=256)
+    graders: int = MEMORY(4, "grading processes, on rank 0", ge=1, le=256)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
 
     def __post_init__(self):

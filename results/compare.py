@@ -86,26 +86,26 @@ def verdict(difference: float, width: float, n: int) -> str:
     return "beyond noise" if abs(difference) > width else "within noise"
 
 
-def span(middle: float, width: float) -> str:
-    return f"{middle - width:+.1f} … {middle + width:+.1f}"
+def half(m: dict) -> float:
+    """Half the interval of a metric, in percent."""
+    return 50 * (m["high"] - m["low"])
 
 
 def levels(model: str, result: dict) -> list[list[str]]:
     """One line for each set that the paper has too: ours, the paper's, their difference."""
     lines = []
     for name, paper in paper_of(model, protocol_of(result)).items():
-        if (ours := result["sets"].get(name)) is None:
-            continue
-        width = 50 * (ours["high"] - ours["low"])
-        difference = 100 * ours["accuracy"] - paper["accuracy"]
-        both = math.hypot(width, paper["half"])
-        n = str(ours["n"]) if ours["n"] == paper["n"] else f"{ours['n']} of {paper['n']}"
-        about = "" if paper.get("sure", True) else "~"
-        lines.append(
-            [model, name, n, f"{100 * ours['accuracy']:.1f}", f"{width:.1f}"]
-            + [f"{about}{paper['accuracy']:.1f}", f"{paper['half']:.1f}", f"{difference:+.1f}"]
-            + [span(difference, both), verdict(difference, both, ours["n"]), paper["source"]]
-        )
+        if ours := result["sets"].get(name):
+            both = math.hypot(half(ours), paper["half"])
+            difference = 100 * ours["accuracy"] - paper["accuracy"]
+            n = str(ours["n"]) if ours["n"] == paper["n"] else f"{ours['n']} of {paper['n']}"
+            about = "" if paper.get("sure", True) else "~"
+            lines.append(
+                [model, name, n, f"{100 * ours['accuracy']:.1f} ± {half(ours):.1f}"]
+                + [f"{about}{paper['accuracy']:.1f} ± {paper['half']:.1f}"]
+                + [f"{difference:+.1f} ± {both:.1f}", verdict(difference, both, ours["n"])]
+                + [paper["source"]]
+            )
     return lines
 
 
@@ -117,15 +117,14 @@ def gains(model: str, result: dict, base: dict) -> list[list[str]]:
     paired = (result.get("compare") or {"sets": {}})["sets"]
     for name in (s for s in after if s in before and s in result["sets"] and s in base["sets"]):
         a, b, pair = result["sets"][name], base["sets"][name], paired.get(name, {})
-        gain = 100 * (a["accuracy"] - b["accuracy"])
-        width = math.hypot(50 * (a["high"] - a["low"]), 50 * (b["high"] - b["low"]))
+        gain, width = 100 * (a["accuracy"] - b["accuracy"]), math.hypot(half(a), half(b))
         if pair.get("low") is not None:
-            width = 50 * (pair["high"] - pair["low"])
+            width = half(pair)
         theirs = after[name]["accuracy"] - before[name]["accuracy"]
         their_width = math.hypot(after[name]["half"], before[name]["half"])
         judged = verdict(gain - theirs, math.hypot(width, their_width), a["n"])
-        ours = [f"{gain:+.1f}", span(gain, width)]
-        lines.append([model, name, *ours, f"{theirs:+.1f}", span(theirs, their_width), judged])
+        both = [f"{gain:+.1f} ± {width:.1f}", f"{theirs:+.1f} ± {their_width:.1f}"]
+        lines.append([model, name, *both, judged])
     return lines
 
 
@@ -137,13 +136,13 @@ def report(results: list[tuple[str, dict]]) -> str:
     lines = [line for name, result in results for line in levels(name, result)]
     if not lines:
         return f"{first}\nthe paper has no number for these sets under this protocol"
-    head = ["model", "set", "n", "ours", "±", "paper", "±", "difference", "its 95% interval"]
-    table = text([*head, "verdict", "source"], lines, left=(0, 1, 9, 10))
+    head = ["model", "set", "n", "ours", "paper", "difference", "verdict", "source"]
+    table = text(head, lines, left=(0, 1, 6, 7))
     parts, base = [f"{first}\n{table}"], dict(results).get("base")
     others = [(name, result) for name, result in results if base and name != "base"]
     if more := [line for name, result in others for line in gains(name, result, base)]:
-        head = ["model", "set", "our gain", "95%", "paper's gain", "95%", "difference of the two"]
-        parts.append("gains over base, in points\n" + text(head, more, left=(0, 1, 6)))
+        head = ["model", "set", "our gain", "paper's gain", "difference of the two"]
+        parts.append("gains over base, in points\n" + text(head, more, left=(0, 1, 4)))
     return "\n\n".join(parts)
 
 
