@@ -23,27 +23,13 @@ ATTACK = "</script></script ><script>alert(1)</script><img src=x onerror=alert(2
 ATTACK += " @@TITLE@@ $\\frac$ é 🂡"
 
 
-def samples_of(n: int, text: str = "so 6·7 = 42", ids=(1, 2, 3), **more) -> list[Sample]:
+def samples_of(n: int, text: str = "so 6·7 = 42", **more) -> list[Sample]:
     """n samples, eight a problem; their second token was forced."""
+    fields = dict(tokens=[1, 2, 3], forced_at=1, forced_tokens=1, finish_reason="stop", text=text)
+    fields |= dict(prompt="<|im_start|>user\n6·7?<|im_end|>\n", task="sums", gold="42", answer="42")
+    logprobs = np.array([-1, -2, -3], np.float32)
     return [
-        Sample(
-            id=f"q{i // 8}",
-            sample=i % 8,
-            problem=i // 8,
-            tokens=list(ids),
-            logprobs=np.linspace(-1, -3, len(ids), dtype=np.float32),
-            forced_at=1,
-            forced_tokens=1,
-            finish_reason="stop",
-            prompt="<|im_start|>user\n6·7?<|im_end|>\n",
-            text=text,
-            task="sums",
-            gold="42",
-            reward=float(i % 2),
-            answer="42",
-            advantage=1.0 if i % 2 else -1.0,
-            **more,
-        )
+        Sample(id=f"q{i // 8}", sample=i % 8, problem=i // 8, logprobs=logprobs, **fields, **more)
         for i in range(n)
     ]
 
@@ -61,32 +47,20 @@ def grpo_run(path, steps: int = 3, samples: int = 16, metrics=None, settings=Non
         for step in range(1, steps + 1):
             row = {"step": step, "reward": 0.1 * step, "loss": None, **metrics}
             f.write(json.dumps(row) + "\n")
-            write_samples(path / "rollouts" / f"step_{step}.jsonl", samples_of(samples, **more))
+            rows = samples_of(samples, **more)
+            for i, s in enumerate(rows):
+                s.reward, s.advantage = float(i % 2), 1.0 if i % 2 else -1.0
+            write_samples(path / "rollouts" / f"step_{step}.jsonl", rows)
     return path
 
 
 def eval_run(path, accuracy: float = 0.5, rows=(), settings=None, suites=("text", "image")):
     path.mkdir(parents=True)
-    figures = {
-        "n": 60,
-        "metric": "greedy",
-        "accuracy": accuracy,
-        "low": accuracy - 0.1,
-        "high": accuracy + 0.1,
-        "forced": 0.25,
-        "tokens_mean": 31.0,
-    }
-    (path / "result.json").write_text(
-        json.dumps(
-            {
-                "settings": settings or {},
-                "rules": {},
-                "sets": {s: figures for s in suites},
-                "budgets": {},
-                "compare": None,
-            }
-        )
-    )
+    metrics = dict(n=60, metric="greedy", accuracy=accuracy, low=accuracy - 0.1)
+    metrics |= dict(high=accuracy + 0.1, forced=0.25, tokens_mean=31.0)
+    result = {"settings": settings or {}, "rules": {}, "budgets": {}, "compare": None}
+    result["sets"] = {s: metrics for s in suites}
+    (path / "result.json").write_text(json.dumps(result))
     (path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
@@ -128,20 +102,9 @@ def attacked(tmp_path):
     can put text."""
     grpo = grpo_run(tmp_path / "grpo", steps=1, text=ATTACK)
     (grpo / "header.json").write_text(json.dumps({"command": ATTACK, ATTACK: ATTACK}))
-    row = {
-        "id": ATTACK,
-        "sample": 0,
-        "task": ATTACK,
-        "prompt": ATTACK,
-        "text": ATTACK,
-        "finish_reason": ATTACK,
-        "gold": [ATTACK],
-        "answer": ATTACK,
-        "status": ATTACK,
-        "why": ATTACK,
-        "images": [ATTACK],
-        "reward": 0.0,
-    }
+    keys = "id task prompt text finish_reason answer status why"
+    row = dict.fromkeys(keys.split(), ATTACK)
+    row |= dict(sample=0, gold=[ATTACK], images=[ATTACK], reward=0.0)
     evaluation = eval_run(tmp_path / "e", rows=[row], suites=[ATTACK])
     return page_of(f"{ATTACK.replace('=', '')}={evaluation}", grpo, title=ATTACK)
 
@@ -186,24 +149,10 @@ def test_a_browser_shows_it_without_errors(tmp_path):
     if browser is None:
         pytest.skip("no chromium here")
     (tmp_path / "r.html").write_text(attacked(tmp_path)[0], errors="replace")
-    done = subprocess.run(
-        [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-background-networking",
-            "--no-first-run",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--enable-logging=stderr",
-            "--v=0",
-            "--dump-dom",
-            (tmp_path / "r.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run"
+    flags += f" --user-data-dir={tmp_path / 'profile'} --enable-logging=stderr --v=0 --dump-dom"
+    command = [browser, *flags.split(), (tmp_path / "r.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     dom = Elements(done.stdout)
     assert [t for t, _ in dom.tags].count("figure") == 1
     label = next(a["aria-label"] for t, a in dom.tags if t == "svg" and "aria-label" in a)
@@ -304,16 +253,9 @@ def test_figure_alone_is_that_of_the_first_measure(tmp_path):
     )
     drawn = (tmp_path / "docs" / "r.svg").read_text()
     assert drawn.count(">25.0<") == 2 and ">80.0<" not in drawn
+    run = str(grpo_run(tmp_path / "g", steps=1))
     with pytest.raises(SystemExit) as e:
-        report.main(
-            [
-                str(grpo_run(tmp_path / "g", steps=1)),
-                "--out",
-                str(tmp_path / "r.html"),
-                "--figure",
-                "x.svg",
-            ]
-        )
+        report.main([run, "--out", str(tmp_path / "r.html"), "--figure", "x.svg"])
     assert e.value.code == 2
 
 
@@ -391,14 +333,8 @@ def test_settings_that_differ_are_a_table(tmp_path):
         grpo_run(tmp_path / name, settings={**settings, "out": name}, steps=1)
     text, _ = page_of(tmp_path / "a", tmp_path / "b")
     part = text.split("Settings that differ")[1].split("</table>")[0]
-    assert re.findall(r"<t[hd]>([^<]*)", part) == [
-        "setting (grpo)",
-        "a",
-        "b",
-        "lr",
-        "1e-05",
-        "3e-05",
-    ]
+    cells = re.findall(r"<t[hd]>([^<]*)", part)
+    assert cells == ["setting (grpo)", "a", "b", "lr", "1e-05", "3e-05"]
     assert "Settings that differ" not in page_of(tmp_path / "a")[0]
 
 
@@ -457,19 +393,9 @@ def test_ten_thousand_long_rollouts_make_a_bounded_page(tmp_path):
     row = json.loads((run / "rollouts" / "step_1.jsonl").read_text().splitlines()[0])
     for step in range(1, 41):
         with open(run / "rollouts" / f"step_{step}.jsonl", "w") as f:
-            f.writelines(
-                json.dumps(
-                    {
-                        **row,
-                        "problem": i // 8,
-                        "id": f"q{i // 8}",
-                        "sample": i % 8,
-                        "text": "x" * 4000,
-                    }
-                )
-                + "\n"
-                for i in range(256)
-            )
+            for i in range(256):
+                changes = {"id": f"q{i // 8}", "sample": i % 8, "text": "x" * 4000}
+                f.write(json.dumps(row | changes) + "\n")
     tracemalloc.start()
     text, data = page_of(run, most=400)
     peak = tracemalloc.get_traced_memory()[1]
