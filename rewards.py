@@ -26,6 +26,7 @@ import re
 import threading
 from collections import Counter
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ def _settle(problem: dict, text: str, reason: str, how: dict) -> Reward | tuple[
         options = problem.get("options")
         if not golds:
             return _failed("the problem has no answer to compare with")
-        if options is not None and not isinstance(options, list):
+        if not isinstance(options, list | None):
             return _failed(f"options must be a list of texts, got {type(options).__name__}")
         if kind not in ("math", "choice", "open"):
             return _failed(f"kind must be math, choice or open, got {kind!r}")
@@ -71,8 +72,8 @@ def _settle(problem: dict, text: str, reason: str, how: dict) -> Reward | tuple[
         if "length" in reason and not how.get("lenient"):
             return _failed("cut at the length limit", "truncated", answer and answer.text)
         if answer is None:
-            closed = extraction.after_thought(text, how.get("open_thought", False)) is not None
-            why = "no answer in the place asked for" if closed else "the thought is never closed"
+            opened = extraction.after_thought(text, how.get("open_thought", False)) is None
+            why = "the thought is never closed" if opened else "no answer in the place asked for"
             return _failed(why, "no_answer")
         if kind == "choice":
             return _verdict(answer.text == golds[0], answer.text)
@@ -84,19 +85,17 @@ def _settle(problem: dict, text: str, reason: str, how: dict) -> Reward | tuple[
 def _settle_value(problem: dict, text: str, golds: list[str]) -> Reward | tuple[str, list[str]]:
     meta, bare = problem.get("meta") or {}, text
     if unit := meta.get("unit"):
-        bare = (
-            re.sub(rf"\s*(?:\\text\{{\s*)?{re.escape(str(unit))}\s*\}}?\s*\.?$", "", text) or text
-        )
+        unit = rf"\s*(?:\\text\{{\s*)?{re.escape(str(unit))}\s*\}}?\s*\.?$"
+        bare = re.sub(unit, "", text) or text
     if meta.get("precision") is not None and len(bare) < 300:
         pair = [read_number(normalise(t)) for t in (bare, golds[0])]
         if all(pair):
-            places = int(meta["precision"])
-            return _verdict(round(pair[0].value, places) == round(pair[1].value, places), text)
+            said, right = (round(number.value, int(meta["precision"])) for number in pair)
+            return _verdict(said == right, text)
     if problem.get("kind") == "open":
-        words = [
-            re.sub(r"\W+", " ", extraction.plain(t)).casefold().strip() for t in (bare, *golds)
-        ]
-        if words[0] and words[0] in words[1:]:
+        plain = [extraction.plain(t).casefold() for t in (bare, *golds)]
+        said, *right = (re.sub(r"\W+", " ", t).strip() for t in plain)
+        if said and said in right:
             return _verdict(True, text)
     question = problem.get("question") or ""
     if len(bare) < 1000 and all(equality.restates(bare, g, question) for g in golds):
@@ -154,7 +153,7 @@ def _algebra(pred: str, golds: list[str]) -> Outcome:
     """Here if this is a worker already, else in one shared worker that starts when first needed."""
     global _shared
     if workers.IN_WORKER:
-        return Outcome("ok", equality.equal_to_any(pred, golds), "", 0.0)
+        return Outcome("ok", equality.equal_to_any(pred, golds))
     with _shared_lock:
         _shared = _shared or WorkerPool("grading.equality:equal_to_any", workers=1)
     return _shared.submit(pred, golds).result()
@@ -188,7 +187,7 @@ def unverifiable(problem: dict) -> str | None:
     return None
 
 
-class Grader:
+class Grader(AbstractContextManager):
     """Rewards as Futures, with algebra and users' functions in killable processes.
 
     with Grader(workers=2, deadline=5) as grader:
@@ -214,23 +213,21 @@ class Grader:
         self.user, self.how = bool(reward), how
         self.from_user = partial(_from_user, weights=weights or {})
         self._lock, self._counts = threading.Lock(), Counter()
-        self.pool = WorkerPool(
-            reward or "grading.equality:equal_to_any", workers, deadline, memory_gb
-        )
+        function = reward or "grading.equality:equal_to_any"
+        self.pool = WorkerPool(function, workers, deadline, memory_gb)
 
     def submit(self, problem: dict, completion: str, finish_reason: str = "stop") -> Future:
         """A Future of a Reward, done at once if no worker is needed; cancelled only by `close`."""
         future: Future = Future()
-        if self.user:
-            inner, convert = self.pool.submit(problem, completion, finish_reason), self.from_user
+        settled = None if self.user else _settle(problem, completion, finish_reason, self.how)
+        if isinstance(settled, Reward):
+            self._count(settled, "here")
+            future.set_result(settled)
+            return future
+        if settled:
+            inner, convert = self.pool.submit(*settled), partial(_from_algebra, text=settled[0])
         else:
-            settled = _settle(problem, completion, finish_reason, self.how)
-            if isinstance(settled, Reward):
-                self._count(settled, "here")
-                future.set_result(settled)
-                return future
-            inner = self.pool.submit(*settled)
-            convert = lambda outcome: _from_algebra(outcome, settled[0])  # noqa: E731
+            inner, convert = self.pool.submit(problem, completion, finish_reason), self.from_user
         inner.add_done_callback(lambda done: self._finish(future, done, convert))
         return future
 
@@ -253,15 +250,11 @@ class Grader:
     def counters(self) -> dict[str, int]:
         """graded = here + in_worker = correct + wrong = the sum over statuses; and kills."""
         names = "graded here in_worker correct wrong ok no_answer truncated timeout error".split()
-        with self._lock:
-            counts = {name: self._counts[name] for name in names}
+        counts = {name: self._counts[name] for name in names}
         return counts | {"kills": self.pool.counters["kills"]}
 
     def close(self) -> None:
         self.pool.close()
-
-    def __enter__(self) -> Grader:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()

@@ -51,9 +51,7 @@ def last_boxed(text: str) -> str | None:
             stack.append((m.start(), m.end()))
         elif token == r"\}" and stack and stack[-1] == r"\{":
             stack.pop()
-        elif (
-            token in ("}", r"\}") and stack
-        ):  # "\}" without its "\{" closes after a stray backslash
+        elif stack and token in ("}", r"\}"):  # "\}" without its "\{": a stray backslash
             while len(stack) > 1 and stack[-1] == r"\{":
                 stack.pop()
             if not isinstance(opened := stack.pop(), str):
@@ -113,10 +111,7 @@ def _extract_by(rule: str, body: str, kind: str, options: list[str] | None) -> A
     if rule == "line" and kind == "choice":
         content = stated_letter(body[-SCANNED:], options)
     elif rule == "line":
-        lines = re.findall(
-            r"(?im)^\W{0,9}(?:final )?answer\W{0,5}:\s{0,9}(\S[^\n]*)$", body[-SCANNED:]
-        )
-        content = lines[-1].strip(" *") if lines else None
+        content = (_ANSWER_LINE.findall(body[-SCANNED:]) or [""])[-1].strip(" *")
     else:
         content, where = (tagged(body) if rule == "answer" else None), "answer"
         if content is None:
@@ -185,7 +180,7 @@ _ANCHOR = re.compile(  # every repetition is bounded: linear time on hostile tex
     r"(?P<wrap>(?:\\[a-z]{2,10}\{|\\[(\[]|[\s*$`\"“(\[{<]){0,12})(?P<letter>[A-Z])"
     r"(?!['’]?[A-Za-z0-9_])(?P<rest>[^\n]*)"
 )
-_ANSWER_LINE = re.compile(r"(?im)^\W{0,9}answer\W{0,5}:\W{0,9}(\S[^\n]*)$")
+_ANSWER_LINE = re.compile(r"(?im)^\W{0,9}(?:final )?answer\W{0,5}:[\s*]{0,9}([^\s*][^\n]*)$")
 _HEDGE = re.compile(
     r"[\s*)$}\].]*(?:[/&]|,?\s*(?i:or|and|ou|oder|et|und)\b|,(?=\s*\(?[A-Z]\b))(.*)", re.S
 )
@@ -196,11 +191,10 @@ def stated_letter(body: str, options: list[str] | None = None) -> str | None:
 
     "X or Y" states nothing, and the article in "the answer is A big …" isn't a letter.
     """
-    if letter := choice_letter(body, options) if "\n" not in body.strip() else None:
+    if "\n" not in body.strip() and (letter := choice_letter(body, options)):
         return letter
     letters, body = choice_letters(options), unicodedata.normalize("NFKC", body)
-    last = max(_ANCHOR.finditer(body), key=lambda m: m.start(), default=None)
-    line = max(_ANSWER_LINE.finditer(body), key=lambda m: m.start(), default=None)
+    last, line = ([None, *p.finditer(body)][-1] for p in (_ANCHOR, _ANSWER_LINE))
     if line and options and (last is None or last.start() < line.start()):
         return choice_letter(line[1], options)  # "Answer: cough"
     if last is None:
@@ -210,7 +204,6 @@ def stated_letter(body: str, options: list[str] | None = None) -> str | None:
     hedge = _HEDGE.match(last["rest"])
     if hedge and re.search(rf"(?<![\w'])[{letters}](?![\w'])", hedge[1] or ""):
         return None
-    article = re.match(r"\s+(?!(?i:because|since|as)\b)[a-z]", last["rest"])
-    return (
-        None if article and last["letter"] in "AI" and not last["wrap"].strip() else last["letter"]
-    )
+    article = last["letter"] in "AI" and not last["wrap"].strip()
+    article = article and re.match(r"\s+(?!(?i:because|since|as)\b)[a-z]", last["rest"])
+    return None if article else last["letter"]

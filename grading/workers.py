@@ -3,30 +3,27 @@ r"""Worker processes that can be killed: each item has a deadline, whatever the 
     with WorkerPool("grading.equality:equal_to_any", workers=2, deadline=5) as pool:
         outcome = pool.submit(r"\frac12", ["0.5"]).result()     # Outcome("ok", True, "", 0.003)
 
-SymPy can't be interrupted from a thread and a user's reward can do anything, so items run in
-processes of their own. One spare has loaded the function already and takes over after a kill.
-Workers are new interpreters (no fork: no CUDA context, no torch, no copy of the caller's
-`__main__`) that read and write JSON lines. Promises, each with a test:
+SymPy can't be interrupted from a thread and a user's reward can do anything, so items run in new
+interpreters (no fork, no CUDA context, no torch) that read and write JSON lines. Each has a test:
 
 - The deadline counts from the moment that a worker takes the item, not while it waits.
 - An exception, a hang or a death of the worker is an Outcome; every Future is resolved.
+- One spare has loaded the function already, so a kill costs the next item nothing.
 - Memory is bounded (RLIMIT_AS). `submit` may be called from any thread.
-- No worker outlives the pool or its parent, even one killed with SIGKILL (Linux: parent-death
-  signal; elsewhere: end of file on the pipe).
-- A worker's kill also ends what the function started, in whatever session (Linux: found by an
-  environment variable; elsewhere only the worker's process group).
+- No worker outlives the pool or its parent, even one killed with SIGKILL, nor does what the
+  function started, in whatever session (Linux; elsewhere: end of file, the process group).
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib
+import ctypes
 import importlib.util
 import json
 import os
 import queue
-import select
+import resource
 import signal
 import subprocess
 import sys
@@ -48,23 +45,19 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 
 class Outcome(NamedTuple):
     status: str  # ok | timeout | error
-    value: object  # what the function returned (JSON types)
-    why: str
-    seconds: float
-
-
-class WorkerDied(Exception):
-    """The worker closed its pipe: out of memory, os._exit, segmentation fault."""
+    value: object = None  # what the function returned (JSON types)
+    why: str = ""
+    seconds: float = 0.0
 
 
 class _Worker:
-    """One process and the two ends of its pipes. One thread at a time uses it."""
+    """One process and its two pipes. One thread at a time uses it."""
 
     def __init__(self, function: str, memory_gb: float):
         # -c, so that the child's __main__ is neither this file nor the caller's script
         path = [_ROOT, os.getcwd()]
         code = f"import sys; sys.path[:0] = {path!r}; from grading import workers as w; w.serve()"
-        self.mark = uuid.uuid4().hex
+        self.mark, self.expired, self.spent = uuid.uuid4().hex, False, False
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, function, str(memory_gb), str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -72,31 +65,37 @@ class _Worker:
             start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: self.mark},
         )
-        self.buffer = b""
-        for pipe in (self.process.stdin, self.process.stdout):
-            os.set_blocking(pipe.fileno(), False)
 
-    def ask(self, item: object, seconds: float) -> dict | None:
-        """Send one item (None: only listen), wait for one reply; None when the time is up."""
-        end = time.monotonic() + seconds
-        unsent = memoryview(b"" if item is None else json.dumps(item).encode() + b"\n")
-        reader, writer = self.process.stdout.fileno(), self.process.stdin.fileno()
-        while unsent:  # a long text doesn't fit in the pipe at once
-            if not _wait(writer, select.POLLOUT, end):
-                return None
-            try:
-                unsent = unsent[os.write(writer, unsent) :]
-            except BrokenPipeError:
-                raise WorkerDied from None
-        while b"\n" not in self.buffer:
-            if not _wait(reader, select.POLLIN, end):
-                return None
-            chunk = os.read(reader, 1 << 16)
-            if not chunk:
-                raise WorkerDied
-            self.buffer += chunk
-        line, self.buffer = self.buffer.split(b"\n", 1)
-        return json.loads(line)
+    def ask(self, item: object, seconds: float) -> Outcome:
+        """Send one item (None: only listen), read one reply. Sets `spent` if it must be replaced.
+
+        The kill at the deadline closes the other ends of the pipes: no wait in here is longer.
+        """
+        self.spent, line, timer = True, b"", threading.Timer(seconds, self._expire)
+        timer.start()
+        try:
+            if item is not None:
+                self.process.stdin.write(json.dumps(item).encode() + b"\n")
+                self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            pass  # it died, and the line is empty
+        except (TypeError, ValueError) as e:
+            return Outcome("error", why=f"the arguments aren't JSON values: {e}")
+        finally:
+            timer.cancel()
+            timer.join()
+        if self.expired:
+            return Outcome("timeout", why=f"killed after {seconds:g} s")
+        if not line.endswith(b"\n"):
+            return Outcome("error", why="the worker died (memory limit?)")
+        reply = json.loads(line)
+        self.spent = reply.pop("spent")
+        return Outcome(**reply)
+
+    def _expire(self) -> None:
+        self.expired = True
+        self.kill()
 
     def kill(self) -> None:
         """End the worker and what it started: its group, then whatever carries its mark."""
@@ -108,25 +107,14 @@ class _Worker:
                 if mark in entry.read_bytes():
                     os.kill(int(entry.parent.name), signal.SIGKILL)
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()
 
 
-def _wait(fd: int, event: int, end: float) -> bool:
-    """Is the pipe ready before `end`? poll, since select fails on file descriptors above 1,023."""
-    poll = select.poll()
-    poll.register(fd, event)
-    left = end - time.monotonic()
-    return left > 0 and bool(poll.poll(left * 1000))
-
-
-class WorkerPool:
-    """`workers` killable processes and one spare behind one queue.
+class WorkerPool(contextlib.AbstractContextManager):
+    """`workers` killable processes, and one spare, behind one queue.
 
     function: "module:name" or "path/file.py:name" of a function of JSON values, or of a class whose
     instance is called. deadline: seconds per item. memory_gb: address space of a worker. counters:
-    taken, ok, timeout, error, kills. Raises ValueError if the function can't be loaded.
+    started, ok, timeout, error, kills. Raises ValueError if the function can't be loaded.
     """
 
     def __init__(
@@ -136,26 +124,19 @@ class WorkerPool:
             raise ValueError(f"needs workers >= 1 and deadline > 0, got {workers} and {deadline}")
         self.function, self.deadline, self.memory_gb = function, deadline, memory_gb
         self.counters: Counter[str] = Counter()
-        self.longest = 0.0  # seconds from the taking of an item to its result, kill included
         self._pid, self._lock, self._closed = os.getpid(), threading.Lock(), threading.Event()
-        self._items: queue.SimpleQueue = queue.SimpleQueue()
-        self._wanted: queue.SimpleQueue = queue.SimpleQueue()  # one entry for each worker to start
-        self._ready: queue.SimpleQueue = queue.SimpleQueue()  # workers, or why one couldn't start
+        self._items, self._first = queue.SimpleQueue(), queue.SimpleQueue()
         self._alive: set[_Worker] = set()
+        self._failure = ""  # why the last worker that didn't start didn't
+        self._turns = threading.Semaphore(workers)  # one thread more than that waits: the spare
+        self._threads = []
         for _ in range(workers + 1):
-            self._wanted.put(True)
-        # one thread starts all workers: the parent-death signal fires when that thread ends
-        self._threads = [threading.Thread(target=self._start_workers, daemon=True)]
-        self._threads[0].start()
-        atexit.register(self.close)
-        first = self._ready.get()
-        if isinstance(first, str):
-            self.close()
-            raise ValueError(f"reward function {function!r} can't be loaded: {first}")
-        self._ready.put(first)
-        for _ in range(workers):
-            self._threads.append(threading.Thread(target=self._serve_items, daemon=True))
+            self._threads.append(threading.Thread(target=self._serve, daemon=True))
             self._threads[-1].start()
+        atexit.register(self.close)
+        if self._first.get() is None:
+            self.close()
+            raise ValueError(f"reward function {function!r} can't be loaded: {self._failure}")
 
     def submit(self, *args: object) -> Future:
         """Queue function(*args). The result is an Outcome; cancelled if the pool closes before."""
@@ -171,29 +152,16 @@ class WorkerPool:
     def close(self) -> None:
         """Kill the workers and cancel what waits. Safe to call twice, from any thread."""
         with self._lock:
-            first = not self._closed.is_set()
             self._closed.set()
             alive = list(self._alive)
         for worker in alive:  # ends the wait of the thread that uses it
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(worker.process.pid, signal.SIGKILL)
-        for _ in self._threads if first else ():
+            worker.kill()
+        for _ in self._threads:
             self._items.put(None)
-            self._ready.put("the pool is closed")
-        self._wanted.put(None)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=10)
-        for worker in alive:
-            self._discard(worker)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (entry := self._items.get_nowait()) is not None:
-                    entry[0].cancel()
         atexit.unregister(self.close)
-
-    def __enter__(self) -> WorkerPool:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -202,78 +170,60 @@ class WorkerPool:
         with self._lock:
             return [w.process.pid for w in self._alive]
 
-    def _start_workers(self) -> None:
-        while self._wanted.get() and not self._closed.is_set():
-            worker = None
-            try:
-                worker = _Worker(self.function, self.memory_gb)
+    def _serve(self) -> None:
+        """One thread for one process: it lives as long, since its end is the parent's death."""
+        worker = self._living(None)
+        self._first.put(worker)
+        while True:
+            with self._turns:
+                if (entry := self._items.get()) is None:
+                    return self._discard(worker)
+                future, args = entry
+                if self._closed.is_set() or not future.set_running_or_notify_cancel():
+                    future.cancel()
+                    continue
+                worker = self._living(worker)  # it may have died while idle
+                begin, outcome = time.monotonic(), Outcome("error", why=self._failure)
+                if worker:
+                    outcome = worker.ask(args, self.deadline)
+                outcome = outcome._replace(seconds=time.monotonic() - begin)
                 with self._lock:
-                    self._alive.add(worker)
-                hello = None if self._closed.is_set() else worker.ask(None, START_SECONDS)
-                problem = hello["why"] if hello else f"no answer in {START_SECONDS} s"
-            except WorkerDied:
-                problem = "the worker died on start (memory limit too low?)"
-            except Exception as e:  # noqa: BLE001  no process, no memory, no file descriptor
-                problem = f"no worker could be started: {e}"
-            if problem and worker:
-                self._discard(worker)
-            self._ready.put(problem or worker)
-
-    def _serve_items(self) -> None:
-        worker = None
-        while entry := self._items.get():
-            future, args = entry
-            if self._closed.is_set() or not future.set_running_or_notify_cancel():
-                future.cancel()
-                continue
+                    self.counters[outcome.status] += 1
+                    self.counters["kills"] += bool(worker and worker.spent)
+                future.set_result(outcome)
             worker = self._living(worker)
-            begin = time.monotonic()
-            outcome, spent = self._ask(worker, args)
-            if spent and isinstance(worker, _Worker):
-                self._replace(worker)
-                worker = None
-            seconds = time.monotonic() - begin
-            with self._lock:
-                self.counters.update(["taken", outcome.status])
-                self.counters["kills"] += spent
-                self.longest = max(self.longest, seconds)
-            future.set_result(outcome._replace(seconds=seconds))
 
-    def _living(self, worker: _Worker | str | None) -> _Worker | str:
-        """The worker, or the next ready one if it died idle; why, if three don't start."""
-        for _ in range(3):
-            while isinstance(worker, _Worker) and worker.process.poll() is not None:
-                self._replace(worker)
-                worker = self._ready.get()
-            if isinstance(worker, _Worker) or self._closed.is_set():
+    def _living(self, worker: _Worker | None) -> _Worker | None:
+        """The worker, or a new one in its place; None if none starts and no other lives."""
+        while worker is None or worker.spent or worker.process.poll() is not None:
+            self._discard(worker)
+            worker = self._start()
+            if worker is None and (not self._alive or self._closed.wait(1)):
                 break
-            if isinstance(worker, str):
-                self._wanted.put(True)
-            worker = self._ready.get()
-        return worker or "the pool is closed"
+        return worker
 
-    def _ask(self, worker: _Worker | str, args: tuple) -> tuple[Outcome, bool]:
-        """The Outcome of one item, and whether its worker must be replaced."""
-        if isinstance(worker, str):
-            return Outcome("error", None, worker, 0.0), False
+    def _start(self) -> _Worker | None:
         try:
-            reply = worker.ask(args, self.deadline)
-        except WorkerDied:
-            return Outcome("error", None, "the worker died (memory limit?)", 0.0), True
-        except Exception as e:  # noqa: BLE001  arguments that aren't JSON, a reply that isn't
-            return Outcome("error", None, f"{type(e).__name__}: {e}", 0.0), True
-        if reply is None:
-            return Outcome("timeout", None, f"killed after {self.deadline:g} s", 0.0), True
-        return Outcome(reply["status"], reply["value"], reply["why"], 0.0), reply["spent"]
-
-    def _replace(self, worker: _Worker) -> None:
-        self._wanted.put(True)
-        self._discard(worker)
-
-    def _discard(self, worker: _Worker) -> None:
-        worker.kill()
+            worker = _Worker(self.function, self.memory_gb)
+        except Exception as e:  # noqa: BLE001  no process, no memory, no file descriptor
+            self._failure = f"no worker could be started: {e}"
+            return None
         with self._lock:
-            self._alive.discard(worker)
+            self._alive.add(worker)
+            late = self._closed.is_set()  # close() hasn't seen this one
+        hello = worker.ask(None, 0 if late else START_SECONDS)
+        if hello.status == "ok":
+            self.counters["started"] += 1
+            return worker
+        self._failure = hello.why
+        self._discard(worker)
+        return None
+
+    def _discard(self, worker: _Worker | None) -> None:
+        if worker:
+            worker.kill()
+            with self._lock:
+                self._alive.discard(worker)
 
 
 # ------------------------------------------------------------------------------ inside the worker
@@ -281,28 +231,36 @@ def serve() -> None:
     """argv: function, memory in GB, pid of the parent. Replies to each line; ends with the pipe."""
     global IN_WORKER
     IN_WORKER = True
-    name, memory_gb, parent = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-    _die_with_parent(parent)
+    name, memory, parent = sys.argv[1], int(float(sys.argv[2]) * 2**30), int(sys.argv[3])
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before the signal was asked for
+        os._exit(1)
+    with contextlib.suppress(ValueError, OSError):  # a lower limit, or macOS
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies, items = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0), "r")
     os.dup2(2, 1)  # a print in a user's reward goes to stderr, not into the replies
-    with open(os.devnull) as null:
-        os.dup2(null.fileno(), 0)
-    _limit_memory(memory_gb)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    loaded: list[Callable] = []
+    if _reply(replies, lambda: loaded.append(load(name))):
+        for line in items:
+            _reply(replies, loaded[0], *json.loads(line))
+
+
+def _reply(stream, function: Callable, *args: object) -> bool:
+    reply = dict(status="ok", value=None, why="", spent=False)
     try:
-        function = load(name)
-        getattr(function, "warm_up", int)()  # what should be done once, outside any deadline
-    except Exception as e:  # noqa: BLE001
-        return _reply(replies, "error", why=f"{type(e).__name__}: {e}")
-    _reply(replies, "ok")
-    for line in items:
-        try:
-            _reply(replies, "ok", function(*json.loads(line)))
-        except MemoryError:
-            _reply(replies, "error", why="out of memory", spent=True)
-        except (Exception, SystemExit) as e:  # noqa: BLE001
-            where = traceback.extract_tb(e.__traceback__)[-1]
-            place = f"({os.path.basename(where.filename)}:{where.lineno})"
-            _reply(replies, "error", why=f"{type(e).__name__}: {str(e)[:400]} {place}")
+        text = json.dumps(reply | {"value": function(*args)}, default=float)  # scalars of numpy
+    except (Exception, SystemExit) as e:  # noqa: BLE001
+        place = traceback.extract_tb(e.__traceback__)[-1]
+        why = f"{type(e).__name__}: {str(e)[:400]}"
+        why += f" ({os.path.basename(place.filename)}:{place.lineno})"
+        reply |= dict(status="error", why=why, spent=isinstance(e, MemoryError))
+        text = json.dumps(reply)
+    stream.write(text + "\n")
+    stream.flush()
+    return reply["status"] == "ok"
 
 
 def load(name: str) -> Callable:
@@ -312,8 +270,6 @@ def load(name: str) -> Callable:
         raise ValueError(f"{name!r} must read module:function or file.py:function")
     if module.endswith(".py"):
         file = Path(module).resolve()
-        if not file.is_file():
-            raise ValueError(f"there is no file {file}")
         sys.path.append(str(file.parent))  # so that it can import its neighbours
         spec = importlib.util.spec_from_file_location(f"user_{file.stem}", file)
         loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -327,35 +283,6 @@ def load(name: str) -> Callable:
     function = getattr(loaded, attribute, None)
     if not callable(function):
         raise ValueError(f"{module!r} has no function or class {attribute!r}")
-    return function() if isinstance(function, type) else function
-
-
-def _reply(stream, status: str, value: object = None, why: str = "", spent: bool = False) -> None:
-    reply = dict(status=status, value=value, why=why, spent=spent)
-    try:  # numpy and torch scalars are numbers
-        text = json.dumps(reply, default=lambda scalar: scalar.item())
-    except Exception:  # noqa: BLE001
-        why = f"returned {type(value).__name__}, which isn't a JSON value"
-        text = json.dumps(dict(status="error", value=None, why=why, spent=spent))
-    stream.write(text + "\n")
-    stream.flush()
-
-
-def _die_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died before the signal was asked for
-        os._exit(1)
-
-
-def _limit_memory(memory_gb: float) -> None:
-    import resource
-
-    wanted = int(memory_gb * 2**30)
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    with contextlib.suppress(ValueError, OSError):  # macOS refuses RLIMIT_AS
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    function = function() if isinstance(function, type) else function
+    getattr(function, "warm_up", int)()  # what should be done once, outside any deadline
+    return function
