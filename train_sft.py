@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct \\
         --data openthoughts.jsonl --out runs/sft
     python train_sft.py --model DIR --data a.jsonl b.jsonl --out runs/try     # one GPU, or the CPU
-    python train_sft.py --model DIR --data a.jsonl --out runs/sft --plan --plan_ranks 8    # no run
+    python train_sft.py --model DIR --data a.jsonl --out runs/sft --plan      # starts nothing
 
 The same command resumes a run that was killed: bit for bit on the CPU, to rounding on a GPU, where
 FlashAttention's backward pass adds in no fixed order. SIGTERM and SIGUSR1 finish the step, save and
@@ -18,9 +18,8 @@ step, vision tower untouched. Ours, where the paper says nothing: documents are 
 
 from __future__ import annotations
 
-import gc
 import time
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -30,114 +29,61 @@ import numpy as np
 import torch
 
 from core import attention
-from core.checkpoint import MARKER, require_space, resume, save_state
-from core.lora import LoRA, add_lora, save_adapter
+from core.lora import add_lora
 from core.optim import adamw, guarded_step, lr_at
-from core.options import option, parse_config
+from core.options import DATA, MEMORY, OPTIMIZER, RUN, parse_config
 from core.packing import attention_cost, balance, pack_plan, repack
 from core.parallel import World, all_sum, init, rank0_first
 from core.plan import Setting, choose_setting, compute_dtype
-from core.run import (
-    Run,
-    StopRequest,
-    header,
-    quiet_garbage_collection,
-    run_and_exit,
-    script,
-    trained_on,
-)
+from core.run import Run, run_and_exit, script
+from core.schema import read_jsonl
 from core.throughput import describe_step, prefetch, speed
 from core.token_cache import TokenizedDataset
-from core.trackers import KINDS, check_installed
+from core.training import Training, TrainingOptions, trained_on
 from core.vision import ImageConfig
-from core.weights import export_hf
 from data import Batch, collate, load_tokenizer, tokenize_files
 from model import Model, ModelConfig, build_model, check_model_dir, resolve_model_dir
 
-data_option = partial(option, group="data")
-adam_option = partial(option, group="optimizer")
-lora_option = partial(option, group="objective")
-speed_option = partial(option, group="memory and speed")
-
 
 @dataclass
-class Config:
-    # What changes neither data nor method may differ when a run is resumed. pack_len is not among
-    # it: packs decide which documents share a step. When memory runs out, lower micro_tokens.
-    CHANGEABLE: ClassVar[set[str]] = set(
-        "micro_tokens checkpointing compile reshard replicas epochs steps val_data val_every "
-        "report_to save_every keep_last export_every max_bad_steps plan plan_ranks".split()
-    )
+class Config(TrainingOptions):
+    # On resume pack_len may not change: packs decide which documents share a step. When memory runs
+    # out, lower micro_tokens.
+    CHANGEABLE: ClassVar[set[str]] = TrainingOptions.CHANGEABLE | {
+        *("replicas", "val_data", "val_every", "plan")
+    }
 
-    model: str = data_option(MISSING, "model directory or hub id to start from")
-    data: list[str] = data_option(MISSING, "jsonl files of conversations (see tools.check)")
-    out: str = option(MISSING, "run directory; OUT/final is the trained model")
-    max_len: int = data_option(4096, "longest document in tokens (paper: 4096)", ge=2)
-    overlong: Literal["truncate", "drop", "error"] = data_option(
+    max_len: int = DATA(4096, "longest document in tokens (paper: 4096)", ge=2)
+    overlong: Literal["truncate", "drop", "error"] = DATA(
         "truncate", "documents over max_len (paper: truncate, which cuts off the answer)"
     )
-    pack_len: int = data_option(16384, "tokens of a pack of whole documents", ge=2)
-    batch_tokens: int = data_option(524288, "tokens of a step, over all ranks (paper: 128 × 4096)")
-    epochs: int = data_option(4, "passes over the data (paper: 4)", ge=1)
-    steps: int | None = data_option(None, "optimizer steps, instead of --epochs", ge=1)
-    seed: int = data_option(0, "order and packing depend on (seed, epoch) alone", ge=0)
-    skip_bad_rows: bool = data_option(False, "train without rows that fail the check, each logged")
-    val_data: list[str] = data_option([], "jsonl files for the validation loss")
-    val_every: int = data_option(100, "validate every n steps, and at the end", ge=1)
-    train_vision: bool = option(False, "train the vision tower (paper: no)", group="objective")
-    lora_rank: int = lora_option(0, "train LoRA adapters of this rank; 0: all weights", ge=0)
-    lora_alpha: float = lora_option(32.0, "adapters count alpha / rank times", gt=0)
-    lora_targets: Literal["all-linear", "attention", "mlp"] = lora_option(
-        "all-linear", "layers that get adapters"
+    pack_len: int = DATA(16384, "tokens of a pack of whole documents", ge=2)
+    batch_tokens: int = DATA(524288, "tokens of a step, over all ranks (paper: 128 × 4096)")
+    val_data: list[str] = DATA([], "jsonl files for the validation loss")
+    epochs: int = OPTIMIZER(4, "passes over the data (paper: 4)", ge=1)
+    lr: float = OPTIMIZER(0, "peak learning rate; 0: 1e-5 (paper), 1e-4 with LoRA", ge=0, le=1)
+    schedule: Literal["epoch_decay", "constant", "linear", "cosine"] = OPTIMIZER(
+        "epoch_decay", "after the warmup; epoch_decay: × 0.8 each epoch (paper)"
     )
-    adapter: str = lora_option("", "PEFT adapter to start from")
-    lr: float = adam_option(0, "peak learning rate; 0: 1e-5 (paper), 1e-4 with LoRA", ge=0, le=1)
-    schedule: Literal["epoch_decay", "constant", "linear", "cosine"] = adam_option(
-        "epoch_decay", "after the warmup; epoch_decay: × lr_factor each epoch (paper)"
-    )
-    lr_factor: float = adam_option(0.8, "factor of epoch_decay (paper: 0.8)", gt=0, le=1)
-    warmup_ratio: float = adam_option(0.0, "share of steps with rising learning rate", ge=0, le=1)
-    weight_decay: float = adam_option(0.0, "of AdamW, on matrices only (paper: 0)", ge=0)
-    beta1: float = adam_option(0.9, "of AdamW (paper: 0.9)", ge=0, lt=1)
-    beta2: float = adam_option(0.999, "of AdamW (paper: 0.999)", ge=0, lt=1)
-    grad_clip: float = adam_option(1.0, "clip the gradient norm; 0: off", ge=0)
-    max_bad_steps: int = adam_option(5, "stop after n non-finite steps in a row", ge=1)
-    dtype: Literal["auto", "bf16", "fp32"] = speed_option(
-        "auto", "to compute in; auto: bf16 on CUDA. Master weights are always fp32"
-    )
-    adam_dtype: Literal["fp32", "bf16"] = speed_option(
-        "fp32", "AdamW moments; bf16 saves 28 GiB at 7B"
-    )
-    checkpointing: Literal["auto", "none", "matmul", "full"] = speed_option(
-        "auto", "backward recomputes nothing, all but matmuls and attention, all; or what must be"
-    )
-    micro_tokens: int = speed_option(
+    warmup_ratio: float = OPTIMIZER(0.0, "share of steps with rising learning rate", ge=0, le=1)
+    weight_decay: float = OPTIMIZER(0.0, "of AdamW, on matrices only (paper: 0)", ge=0)
+    micro_tokens: int = MEMORY(
         0, "tokens of a micro-batch; 0: a pack, or half of one if that recomputes less", ge=0
     )
-    compile: bool = speed_option(False, "torch.compile each decoder block")
-    reshard: bool = speed_option(True, "free blocks after forward; off: faster, +13 GiB at 7B")
-    replicas: int = speed_option(1, "HSDP: groups of ranks that each hold all shards", ge=1)
-    device: Literal["auto", "cpu", "cuda"] = speed_option("auto", "where to run")
-    resume: str = option("auto", "where --out stopped, or another run's OUT/checkpoints/step_N")
-    save_every: int = option(200, "save resumable state every n steps; 0: when stopped", ge=0)
-    keep_last: int = option(2, "checkpoints to keep", ge=1)
-    export_every: int = option(0, "write OUT/exports/step_N every n steps; 0: never", ge=0)
-    report_to: Literal[KINDS] = option("none", "also log to a tracker; pip install it first")
-    plan: bool = option(False, "print batches and memory, start nothing (tokenises)")
-    plan_ranks: int = option(0, "with --plan: n GPUs of 80 GB; 0: this machine", ge=0)
+    replicas: int = MEMORY(1, "HSDP: groups of ranks that each hold all shards", ge=1)
+    val_every: int = RUN(100, "validate every n steps, and at the end", ge=1)
+    save_every: int = RUN(200, "save resumable state every n steps; 0: when stopped", ge=0)
+    plan: bool = RUN(False, "print batches and memory, start nothing (tokenises)")
 
     def __post_init__(self):
-        check_installed(self.report_to)
-        self.lora = LoRA.from_flags(self)
+        super().__post_init__()
         self.lr = self.lr or (1e-4 if self.lora else 1e-5)
-        if self.plan_ranks and not self.plan:
-            raise ValueError("--plan_ranks: only with --plan, which starts nothing")
         pairs = [("pack_len", "max_len"), ("batch_tokens", "pack_len"), ("micro_tokens", "max_len")]
         for name, part in pairs:
-            if 0 < getattr(self, name) < getattr(self, part):
+            size, least = getattr(self, name), getattr(self, part)
+            if 0 < size < least:
                 raise ValueError(
-                    f"--{name} {getattr(self, name)} is below --{part} {getattr(self, part)}, "
-                    f"which must fit into it; lower --{part} or raise --{name}"
+                    f"--{name} {size} is below --{part} {least}, which must fit into it"
                 )
 
 
@@ -235,76 +181,91 @@ def make_plan(config: Config, world: World) -> Plan:
         model = Model(ModelConfig.from_dir(model_dir), with_images)
         if config.lora:
             add_lora(model, config.lora)
-    half = config.pack_len // 2
-    sizes = [config.pack_len, half] if half >= config.max_len else [config.pack_len]
-    sizes = [config.micro_tokens] if config.micro_tokens else sizes
-    setting, memory = choose_setting(
-        model,
-        world,
-        sizes,
-        checkpointing=config.checkpointing,
-        dtype=config.dtype,
-        adam_dtype=config.adam_dtype,
-        reshard=config.reshard,
-        replicas=config.replicas,
-        train_vision=config.train_vision,
-        plan_ranks=config.plan_ranks,
-    )
-    each, tokens = config.batch_tokens // config.pack_len, int(data.lengths.sum())
-    text = (
-        f"training data: {data.describe()}\n"
-        + (f"validation data: {val.describe()}\n" if val else "")
-        + f"a step: {each} packs × {config.pack_len} = {each * config.pack_len} tokens on "
-        f"{setting.ranks} rank(s); {len(steps)} steps, {steps_per_epoch} an epoch\n{memory}"
-    )
+    pack, half = config.pack_len, config.pack_len // 2
+    sizes = [config.micro_tokens] if config.micro_tokens else [pack, half]
+    sizes = [n for n in sizes if n >= config.max_len]
+    how = dict(replicas=config.replicas, detailed=config.plan)
+    setting, memory = choose_setting(model, world, sizes, config, **how)
+    each, tokens, warnings = config.batch_tokens // pack, int(data.lengths.sum()), []
     if config.batch_tokens > tokens:
-        text += (
-            f"\nwarning: --batch_tokens {config.batch_tokens} is more than the data's {tokens} "
-            "tokens, so that an epoch is one step; lower --batch_tokens"
+        warnings.append(
+            f"--batch_tokens {config.batch_tokens} is more than the data's {tokens} tokens: "
+            "an epoch is one step; lower it"
         )
-    more = trained_on(config.data, config.val_data, "val_data")
     if config.train_vision and not data.has_images:
-        more.append("--train_vision: no row of --data has an image")
-    text = "\n".join([text, *(f"warning: {w}" for w in more)])
-    return Plan(model_dir, data, val, images, steps, steps_per_epoch, setting, text)
+        warnings.append("--train_vision: no row of --data has an image")
+    warnings += trained_on(config.data, config.val_data, "val_data")
+    lines = [
+        f"training data: {data.describe()}",
+        *([f"validation data: {val.describe()}"] if val else []),
+        f"a step: {each} packs × {pack} = {each * pack} tokens on {setting.ranks} rank(s); "
+        f"{len(steps)} steps, {steps_per_epoch} an epoch",
+        memory,
+        *(f"warning: {w}" for w in warnings),
+    ]
+    return Plan(model_dir, data, val, images, steps, steps_per_epoch, setting, "\n".join(lines))
 
 
 def check_early(config: Config, model_dir: Path, world: World) -> None:
     """Raise ValueError for what would otherwise fail after minutes of tokenising."""
     check_model_dir(model_dir)
-    for file in config.data + config.val_data:
-        if not Path(file).is_file():
-            what = "a directory; name its jsonl files" if Path(file).is_dir() else "no such file"
-            raise ValueError(f"{file}: {what}")
     load_tokenizer(model_dir)  # refuses one of another model
-    if config.resume != "auto" and not (Path(config.resume) / MARKER).is_file():
-        raise ValueError(f"--resume {config.resume}: neither auto nor an OUT/checkpoints/step_N")
+    for file in config.data + config.val_data:
+        next(read_jsonl(file))  # refuses a missing or empty one
     if world.size % config.replicas:
         raise ValueError(f"--replicas {config.replicas} does not divide {world.size} rank(s)")
 
 
 # ---------------------------------------------------------------------------------------- the run
-def build(config: Config, plan: Plan, world: World) -> tuple[Model, torch.optim.Optimizer]:
-    """The sharded model and its optimizer."""
-    model = build_model(
-        plan.model_dir,
-        world,
-        with_vision=plan.images is not None,
-        train_vision=config.train_vision,
-        compute_dtype=compute_dtype(config.dtype, world.device.type == "cuda"),
-        checkpointing=plan.setting.checkpointing,
-        compile_blocks=config.compile,
-        reshard_after_forward=config.reshard,
-        replicas=config.replicas,
-        lora=config.lora,
-    )
-    moments = torch.bfloat16 if config.adam_dtype == "bf16" else torch.float32
-    adam = dict(weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
-    return model, adamw(model, lr=config.lr, state_dtype=moments, **adam)
+def run_steps(config: Config, plan: Plan, training: Training) -> int:
+    """Train to the end, or to a signal. Returns the exit code."""
+    data, total, run, world = plan.data, training.total, training.run, training.run.world
+    model, optimizer = training.model, training.optimizer
+    packs_of = [repack(data.lengths, packs, plan.setting.tokens) for packs in plan.steps]
+
+    def validate(step: int) -> None:
+        due = plan.val and (step == total or step % config.val_every == 0)
+        if due and all(row["step"] != step for row in run.logged("validation")):
+            loss = validation_loss(model, plan, world)
+            run.log({"step": step, "val_loss": loss}, "validation")
+            run.say(f"step {step} | val_loss {loss:.4f}")
+
+    first = training.at["step"]
+    validate(first)  # a kill may have come before it
+    make, begin = partial(my_batches, data, packs_of, world, plan.images), time.perf_counter()
+    for i, batches, waited in prefetch(make, range(first, total), world.device):
+        supervised = int(data.supervised[np.concatenate(packs_of[i])].sum())
+        loss_sum = all_sum(accumulate_gradients(model, batches, supervised, world))[0]
+        lr = lr_at(
+            i,
+            lr=config.lr,
+            schedule=config.schedule,
+            total_steps=total,
+            steps_per_epoch=plan.steps_per_epoch,
+            warmup_steps=int(config.warmup_ratio * total),
+        )
+        how = dict(lr=lr, max_norm=config.grad_clip, loss=loss_sum)
+        norm, stepped = guarded_step(model, optimizer, **how)
+
+        streams, seconds = [data.lengths[p] for p in packs_of[i]], time.perf_counter() - begin
+        metrics = {
+            "step": i + 1,
+            "epoch": round((i + 1) / plan.steps_per_epoch, 4),
+            "loss": loss_sum / supervised,
+            "learning_rate": lr,
+            "grad_norm": norm,
+            "supervised_tokens": supervised,
+            **speed(model.config, streams, seconds, waited, world),
+        }
+        if training.step_done(metrics, describe_step(metrics, total), stepped):
+            return run.stopped(i + 1)
+        validate(i + 1)  # after saving: an error costs nothing
+        begin = time.perf_counter()  # what was due is no part of the next step's time
+    return training.finish()
 
 
-def main_run(config: Config) -> int:
-    """Prepare, resume and train to the end, or to a signal. Returns the exit code."""
+def train(config: Config) -> int:
+    """Prepare, then run to the end or to a signal. Returns the exit code."""
     world = init(config.device)
     if config.plan:
         text = make_plan(config, world).text
@@ -317,109 +278,37 @@ def main_run(config: Config) -> int:
     run.say(plan.text)
     for kind, data in (("training", plan.data), ("validation", plan.val)):
         run.log_skipped(kind, data.stats["faults"] if data else [])
-    model, optimizer = build(config, plan, world)
-    root, data_hash = run.out / "checkpoints", {" ".join(config.data): plan.data.data_hash}
-    at = resume(root, config.resume, model, optimizer, world, data_hash)
-    at = at or {"step": 0, "bad_steps": 0, "bad_in_a_row": 0}
-    total, size = (
-        len(plan.steps),
-        sum(f.stat().st_size for f in plan.model_dir.glob("*.safetensors")),
+    compute = compute_dtype(config.dtype, world.device.type == "cuda")
+    model = build_model(
+        plan.model_dir,
+        world,
+        with_vision=plan.images is not None,
+        train_vision=config.train_vision,
+        compute_dtype=compute,
+        checkpointing=plan.setting.checkpointing,
+        compile_blocks=config.compile,
+        replicas=config.replicas,
+        lora=config.lora,
     )
-    exports, each = 1, config.export_every
-    exports += total // each - at["step"] // each if each else 0
-    copies = min(config.keep_last + 1, 1 + (total // config.save_every if config.save_every else 0))
-    more = dict(copies=copies, export_bytes=exports * size)
-    disk = require_space(root, model, optimizer, world, **more)
-    facts = {
-        "world_size": world.size,
-        "model": str(plan.model_dir),
-        "data": data_hash,
-        "attention": attention.backend(world.device, compute_dtype(config.dtype, True)),
-        "checkpointing": plan.setting.checkpointing,
-        "micro_tokens": plan.setting.tokens,
-    }
-    run.progress(total, at["step"], disk)
-    run.start(header(**facts) if world.is_main else {}, at["step"])
-    return train(config, plan, model, optimizer, at, run, world)
-
-
-def train(config, plan: Plan, model: Model, optimizer, at: dict, run: Run, world: World) -> int:
-    """The steps from at["step"] on; after each one metrics, and what is due: checkpoint,
-    validation, export. Returns the exit code."""
-    data, total, stop = plan.data, len(plan.steps), StopRequest()
-    packs_of = [repack(data.lengths, packs, plan.setting.tokens) for packs in plan.steps]
-
-    def due(every: int, step: int) -> bool:
-        return step == total or (every > 0 and step % every == 0)
-
-    def validate(step: int) -> None:  # at the start too: a kill may have come before it
-        if plan.val and due(config.val_every, step) and not run.has("validation", step):
-            run.log_validation(step, validation_loss(model, plan, world))
-
-    validate(at["step"])
-    quiet_garbage_collection()
-    make, steps = partial(my_batches, data, packs_of, world, plan.images), range(at["step"], total)
-    begin = time.perf_counter()
-    for i, batches, waited in prefetch(make, steps, world.device):
-        supervised = int(data.supervised[np.concatenate(packs_of[i])].sum())
-        local_sum = accumulate_gradients(model, batches, supervised, world)
-        # one reduction: all ranks know the loss, and stop together
-        loss_sum, stopping = all_sum(local_sum, float(stop.requested))
-        lr, clip = learning_rate(config, plan, i), config.grad_clip
-        norm, stepped = guarded_step(model, optimizer, lr=lr, max_norm=clip, loss=loss_sum)
-
-        in_a_row, bad = 0 if stepped else at["bad_in_a_row"] + 1, at["bad_steps"] + (not stepped)
-        at = {"step": i + 1, "bad_steps": bad, "bad_in_a_row": in_a_row}
-        streams, seconds = [data.lengths[p] for p in packs_of[i]], time.perf_counter() - begin
-        metrics = {
-            "step": i + 1,
-            "epoch": round((i + 1) / plan.steps_per_epoch, 4),
-            "loss": loss_sum / supervised,
-            "learning_rate": lr,
-            "grad_norm": norm,
-            "supervised_tokens": supervised,
-            "bad_steps": bad,
-            **speed(model.config, streams, seconds, waited, world),
-        }
-        run.log(metrics)
-        run.step_done(metrics, describe_step(metrics, total))
-        if stopping or in_a_row >= config.max_bad_steps or due(config.save_every, i + 1):
-            root, files = run.out / "checkpoints", {" ".join(config.data): data.data_hash}
-            save_state(root, i + 1, model, optimizer, at, world, config.keep_last, files)
-        gc.collect(0)  # what this step left behind; automatic collection is off
-        if in_a_row >= config.max_bad_steps:
-            raise ValueError(
-                f"loss or gradient was not finite in {in_a_row} steps in a row (now step {i + 1}); "
-                "the weights are as before them. Lower --lr, or look at their data"
-            )
-        if stopping and i + 1 < total:
-            return run.stopped(i + 1)
-        validate(i + 1)  # after saving: an error costs nothing
-        if config.export_every and due(config.export_every, i + 1) and i + 1 < total:
-            export_hf(model, plan.model_dir, run.out / "exports" / f"step_{i + 1}", world)
-        begin = time.perf_counter()  # what was due is no part of the next step's time
-    export_hf(model, plan.model_dir, run.out / "final", world)
-    if config.lora:
-        save_adapter(model, run.out / "adapter", base_model=plan.model_dir, is_main=world.is_main)
-    return run.finished()
-
-
-def learning_rate(config: Config, plan: Plan, step: int) -> float:
-    """The learning rate of a step, counted from 0."""
-    return lr_at(
-        step,
-        lr=config.lr,
-        total_steps=len(plan.steps),
-        steps_per_epoch=plan.steps_per_epoch,
-        schedule=config.schedule,
-        epoch_factor=config.lr_factor,
-        warmup_steps=int(config.warmup_ratio * len(plan.steps)),
+    adam = dict(lr=config.lr, weight_decay=config.weight_decay, state_dtype=config.moments_dtype)
+    training = Training(
+        run,
+        config,
+        model,
+        adamw(model, **adam),
+        source=plan.model_dir,
+        total=len(plan.steps),
+        data={" ".join(config.data): plan.data.data_hash},
+        attention=attention.backend(world.device, compute),
+        checkpointing=plan.setting.checkpointing,
+        micro_tokens=plan.setting.tokens,
     )
+    return run_steps(config, plan, training)
 
 
 def main(argv: list[str] | None = None) -> None:
     with script():
-        code = main_run(parse_config(Config, __doc__, argv))
+        code = train(parse_config(Config, __doc__, argv))
     raise SystemExit(code)
 
 

@@ -38,8 +38,8 @@ import torch  # noqa: E402
 from core import attention  # noqa: E402
 from core.optim import adamw, guarded_step  # noqa: E402
 from core.parallel import init, shard, shutdown  # noqa: E402
-from core.run import PEAK_FLOPS, header  # noqa: E402
-from core.throughput import train_flops  # noqa: E402
+from core.run import header  # noqa: E402
+from core.throughput import PEAK_FLOPS, train_flops  # noqa: E402
 from data import Batch  # noqa: E402
 from model import CHECKPOINTING, Model, ModelConfig  # noqa: E402
 from sampler import Sampler, SamplingParams  # noqa: E402

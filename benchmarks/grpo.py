@@ -1,11 +1,11 @@
-"""GRPO measured: beside TRL's GRPOTrainer, how it learns, and what kill -9 does to it. All on CPU
-with tiny models.
+"""GRPO measured: beside TRL's GRPOTrainer, how it learns, and what kill -9 does to it. All on the
+CPU with tiny models.
 
 python benchmarks/grpo.py trl [--pairs 3] [--steps 6]       seconds a step, ours and TRL's in turn
-python benchmarks/grpo.py learn [--seeds 3] [--steps 100]   solve rate from about 20% upwards, and
-with a coin as reward
-python benchmarks/grpo.py kills [--kills 24]                runs killed in every phase, against one
-that never was
+python benchmarks/grpo.py learn [--seeds 3] [--steps 100]   solve rate from about 20%; and with a
+                                                            coin as reward
+python benchmarks/grpo.py kills [--kills 24]                killed in every phase, against one that
+                                                            never was
 """
 
 from __future__ import annotations
@@ -31,16 +31,9 @@ import torch  # noqa: E402
 from arithmetic import make_model, warm_up, write_problems  # noqa: E402
 from nursery import PHASES, Nursery  # noqa: E402
 
-COMMON = [
-    "--prompt_style",
-    "plain",
-    "--graders",
-    1,
-    "--reward",
-    "strange_rewards:exact",
-    "--checkpointing",
-    "none",
-]
+COMMON = (
+    "--prompt_style plain --graders 1 --reward strange_rewards:exact --checkpointing none".split()
+)
 
 
 def flags(folder: Path, *more) -> list:
@@ -117,55 +110,20 @@ def trl(args, folder: Path) -> None:
     for length in args.lengths:
         for pair in range(args.pairs):
             out = folder / f"{length}_{pair}"
-            theirs = subprocess.run(
-                [
-                    sys.executable,
-                    "-c",
-                    TRL,
-                    folder / "m",
-                    folder / "p.jsonl",
-                    f"{out}_trl",
-                    str(args.steps),
-                    str(args.prompts),
-                    str(args.group),
-                    str(length),
-                ],
-                capture_output=True,
-                text=True,
-                cwd=folder,
-            )
+            sizes = map(str, (args.steps, args.prompts, args.group, length))
+            command = [sys.executable, "-c", TRL, folder / "m", folder / "p.jsonl", f"{out}_trl"]
+            theirs = subprocess.run([*command, *sizes], capture_output=True, text=True, cwd=folder)
             lines = [line for line in theirs.stdout.splitlines() if line.startswith("RESULT")]
             if not lines:
                 raise SystemExit(theirs.stderr[-2000:])
             theirs = json.loads(lines[0][7:])
             env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"}
-            subprocess.run(
-                [
-                    sys.executable,
-                    ROOT / "train_grpo.py",
-                    *map(
-                        str,
-                        flags(
-                            folder,
-                            "--out",
-                            out,
-                            "--steps",
-                            args.steps,
-                            "--prompts",
-                            args.prompts,
-                            "--group",
-                            args.group,
-                            "--max_new_tokens",
-                            length,
-                            "--save_every",
-                            0,
-                        ),
-                    ),
-                ],
-                check=True,
-                capture_output=True,
-                env=env,
+            more = (
+                f"--out {out} --steps {args.steps} --prompts {args.prompts} --group {args.group} "
             )
+            more += f"--max_new_tokens {length} --save_every 0"
+            command = [sys.executable, ROOT / "train_grpo.py", *flags(folder, *more.split())]
+            subprocess.run(map(str, command), check=True, capture_output=True, env=env)
             ours = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             a, b = (
                 statistics.median(theirs["step_s"][1:]),
@@ -197,41 +155,12 @@ def learn(args, folder: Path) -> None:
             start = warm_up(here / "m", problems)
             for reward in ("exact", "coin"):
                 begin, out = time.time(), here / reward
-                code, said = nursery.run(
-                    [
-                        "--model",
-                        here / "m",
-                        "--data",
-                        problems,
-                        *COMMON,
-                        "--reward",
-                        f"strange_rewards:{reward}",
-                        "--out",
-                        out,
-                        "--steps",
-                        args.steps,
-                        "--prompts",
-                        16,
-                        "--group",
-                        32,
-                        "--updates",
-                        2,
-                        "--lr",
-                        1e-3,
-                        "--max_new_tokens",
-                        12,
-                        "--kl_coef",
-                        0,
-                        "--save_every",
-                        0,
-                        "--keep_sampler",
-                        "True",
-                        "--slots",
-                        64,
-                        "--seed",
-                        seed,
-                    ]
+                settings = (
+                    f"--model {here / 'm'} --data {problems} --reward strange_rewards:{reward} "
+                    f"--out {out} --steps {args.steps} --prompts 16 --group 32 --updates 2 --lr "
+                    f"1e-3 --max_new_tokens 12 --kl_coef 0 --save_every 0 --slots 64 --seed {seed}"
                 )
+                code, said = nursery.run([*COMMON, *settings.split()])
                 if code:
                     raise SystemExit(said)
                 rates = [
@@ -261,31 +190,12 @@ def kills(args, folder: Path) -> None:
     make_model(folder / "m")
     problems, rng = write_problems(folder / "p.jsonl", n=4), random.Random(args.seed)
     warm_up(folder / "m", problems)
-    mine = flags(
-        folder,
-        "--max_new_tokens",
-        12,
-        "--reward",
-        "strange_rewards:slow",
-        "--eval_data",
-        problems,
-        "--eval_every",
-        2,
-        "--lr",
-        1e-3,
-        "--steps",
-        6,
-        "--save_every",
-        2,
-        "--prompts",
-        4,
-        "--group",
-        4,
-        "--updates",
-        2,
-        "--zero_variance",
-        "refill",
+    settings = (
+        f"--max_new_tokens 12 --reward strange_rewards:slow --eval_data {problems} --eval_every 2 "
+        "--lr 1e-3 --steps 6 --save_every 2 --prompts 4 --group 4 --updates 2 --zero_variance "
+        "refill"
     )
+    mine = flags(folder, *settings.split())
     done, runs = Counter(), 0
     with Nursery(folder) as nursery:
         for ranks in (1, 2):

@@ -1,23 +1,16 @@
-"""Our SFT trainer beside TRL's SFTTrainer: the same model, documents and tokens, on CPU, taking
-turns in one run.
+"""Our SFT trainer beside TRL's SFTTrainer: the same model, documents and tokens, on the CPU.
 
-    python benchmarks/sft.py [--sizes tiny small] [--rounds 3] [--steps 3]        needs
-    requirements-dev.txt
+    python benchmarks/sft.py [--sizes tiny small] [--rounds 3] [--steps 3]   # requirements-dev.txt
 
-Every step trains on the whole (small) set of documents, so both do the same work whatever their
-order, and the first
-step's losses must agree. Each turn is a process of its own, one thread, fp32, full activation
-checkpointing (TRL's
-default and ours), gradient clipping at 1, AdamW. TRL twice: with its default batch of 8, padded to
-the longest, and with
-a batch of 1, which has no padding. (Its packing needs flash-attn: without it documents would see
-each other.)
+Every step trains on the whole (small) set of documents, so both do the same work in any order, and
+the first step's losses must agree. The trainers take turns, each in a process of its own: one
+thread, fp32, full activation checkpointing (TRL's default and ours), gradient clipping at 1, AdamW.
+TRL twice: with its default batch of 8, padded to the longest, and with a batch of 1, without
+padding. (Its packing needs flash-attn: without it documents would see each other.)
 
 Useful tokens: the documents' own, no padding. Time: from the end of the first step to the end of
-the last; CPU time is
-given too, which other programs on the machine disturb less. Memory: peak resident size above what
-the process had
-before it made its trainer's data and model.
+the last; CPU time too, which other programs disturb less. Memory: peak resident size above what the
+process had before it made its trainer's data and model.
 """
 
 from __future__ import annotations
@@ -35,23 +28,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
-SIZES = {
-    "tiny": dict(
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=4096,
-    ),
-    "small": dict(
-        hidden_size=384,
-        intermediate_size=1056,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        vocab_size=8192,
-    ),
+SIZES = {  # hidden, MLP, layers, heads, vocabulary
+    "tiny": (128, 352, 4, 4, 4096),
+    "small": (384, 1056, 6, 6, 8192),
 }
 TRAINERS = ("ours", "TRL, batch 8", "TRL, batch 1")
 DOCUMENTS, MAX_LEN = 16, 1024
@@ -59,51 +38,42 @@ DOCUMENTS, MAX_LEN = 16, 1024
 
 def make_inputs(folder: Path, size: str) -> None:
     """A random Qwen2 of this size with the tests' tokenizer, and ragged chains of thought: lengths
-    log-normal with
-    sigma 0.75, as in OpenThoughts, cut at MAX_LEN."""
+    log-normal with sigma 0.75, as in OpenThoughts, truncated at MAX_LEN."""
     import torch
     from tiny import make_tiny_tokenizer
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    Qwen2ForCausalLM(
-        Qwen2Config(**SIZES[size], tie_word_embeddings=False, bos_token_id=305, eos_token_id=304)
-    ).save_pretrained(folder / "model")
+    hidden, mlp, layers, heads, words = SIZES[size]
+    config = Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        vocab_size=words,
+        tie_word_embeddings=False,
+        bos_token_id=305,
+        eos_token_id=304,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     make_tiny_tokenizer(folder / "model")
-    draw = random.Random(0)
-    with open(folder / "train.jsonl", "w") as f:
-        for _ in range(DOCUMENTS):
-            sentences = max(1, round(draw.lognormvariate(2.7, 0.75)))
-            steps = " ".join(
-                f"then {draw.randint(2, 99)} + {k} = {k + 7}." for k in range(sentences)
-            )
-            f.write(
-                json.dumps(
-                    {
-                        "messages": [
-                            {"role": "user", "content": "what is the sum?"},
-                            {
-                                "role": "assistant",
-                                "content": f"<think>{steps}</think>\n<answer>7</answer>",
-                            },
-                        ]
-                    }
-                )
-                + "\n"
-            )
+    draw, rows = random.Random(0), []
+    for _ in range(DOCUMENTS):
+        sentences = max(1, round(draw.lognormvariate(2.7, 0.75)))
+        steps = " ".join(f"then {draw.randint(2, 99)} + {k} = {k + 7}." for k in range(sentences))
+        answer = f"<think>{steps}</think>\n<answer>7</answer>"
+        turns = [("user", "what is the sum?"), ("assistant", answer)]
+        rows.append({"messages": [{"role": r, "content": text} for r, text in turns]})
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def tokenised(folder: Path):
     """Both trainers' documents, by our tokenisation."""
     from data import tokenize_files
 
-    return tokenize_files(
-        [folder / "train.jsonl"],
-        folder / "model",
-        max_len=MAX_LEN,
-        overlong="truncate",
-        cache_dir=folder / "cache",
-    )[0]
+    how = dict(max_len=MAX_LEN, overlong="truncate", cache_dir=folder / "cache")
+    return tokenize_files([folder / "train.jsonl"], folder / "model", **how)[0]
 
 
 def resident_gib() -> float:
@@ -124,43 +94,23 @@ def run_ours(folder: Path, steps: int) -> dict:
         return result
 
     train_sft.guarded_step = timed
+    flags = (
+        f"--model {folder / 'model'} --data {folder / 'train.jsonl'} --out {out} --lr 1e-4 "
+        f"--schedule constant --max_len {MAX_LEN} --pack_len 4096 --batch_tokens {1 << 30} "
+        f"--steps {steps + 1} --checkpointing full --save_every 0 --device cpu"
+    )
     try:
-        train_sft.main(
-            [
-                "--model",
-                str(folder / "model"),
-                "--data",
-                str(folder / "train.jsonl"),
-                "--out",
-                str(out),
-                "--lr",
-                "1e-4",
-                "--schedule",
-                "constant",
-                "--max_len",
-                str(MAX_LEN),
-                "--pack_len",
-                "4096",
-                "--batch_tokens",
-                str(1 << 30),
-                "--steps",
-                str(steps + 1),
-                "--checkpointing",
-                "full",
-                "--save_every",
-                "0",
-                "--device",
-                "cpu",
-            ]
-        )
+        train_sft.main(flags.split())
     except SystemExit as end:
         assert end.code == 0
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "losses": losses,
-        "seconds": ends[-1][0] - ends[0][0],
-        "cpu_seconds": ends[-1][1] - ends[0][1],
-    }
+    return result(losses, ends)
+
+
+def result(losses: list[float], ends: list[tuple[float, float]]) -> dict:
+    """ends: (wall, CPU) clock at each step's end."""
+    wall, cpu = (last - first for first, last in zip(ends[0], ends[-1]))
+    return {"losses": losses, "seconds": wall, "cpu_seconds": cpu}
 
 
 def run_trl(folder: Path, steps: int, batch: int) -> dict:
@@ -205,11 +155,7 @@ def run_trl(folder: Path, steps: int, batch: int) -> dict:
     )
     trainer.train()
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
-    return {
-        "losses": losses,
-        "seconds": ends[-1][0] - ends[0][0],
-        "cpu_seconds": ends[-1][1] - ends[0][1],
-    }
+    return result(losses, ends)
 
 
 def child(trainer: str, folder: Path, steps: int) -> None:
@@ -225,12 +171,11 @@ def child(trainer: str, folder: Path, steps: int) -> None:
         from transformers import Qwen2ForCausalLM  # noqa: F401
         from trl import SFTTrainer  # noqa: F401
     before = resident_gib()
-    result = (
-        run_ours(folder, steps)
-        if trainer == "ours"
-        else run_trl(folder, steps, int(trainer.split()[-1]))
-    )
-    print("\n" + json.dumps({**result, "memory_gib": resident_gib() - before}))
+    if trainer == "ours":
+        figures = run_ours(folder, steps)
+    else:
+        figures = run_trl(folder, steps, int(trainer.split()[-1]))
+    print("\n" + json.dumps({**figures, "memory_gib": resident_gib() - before}))
 
 
 def measure(size: str, rounds: int, steps: int) -> list[str]:
@@ -241,20 +186,9 @@ def measure(size: str, rounds: int, steps: int) -> list[str]:
         tokens, results = int(documents.lengths.sum()), {t: [] for t in TRAINERS}
         for _ in range(rounds):
             for trainer in TRAINERS:
-                done = subprocess.run(
-                    [
-                        sys.executable,
-                        __file__,
-                        "--child",
-                        trainer,
-                        "--folder",
-                        folder,
-                        "--steps",
-                        str(steps),
-                    ],
-                    capture_output=True,
-                    text=True,
-                )
+                command = [sys.executable, __file__, "--child", trainer, "--folder", folder]
+                command += ["--steps", str(steps)]
+                done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(f"{trainer} failed:\n{done.stderr[-3000:]}")
                 results[trainer].append(json.loads(done.stdout.strip().splitlines()[-1]))

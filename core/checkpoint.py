@@ -2,7 +2,6 @@
 
 OUT/checkpoints/ of two ranks with keep_last 2, killed while it saved step 600:
 
-    step_200.tmp/             gone: the save of step 400 removed what a kill had left
     step_400/                 written under the name step_400.tmp, renamed when it was whole
         __0_0.distcp          rank 0's shards: model.NAME, exp_avg.NAME, exp_avg_sq.NAME, step.NAME
         __1_0.distcp          rank 1's
@@ -34,7 +33,7 @@ from torch.optim import Optimizer
 from core.out_dir import free_bytes, gb, require_free
 from core.parallel import World, barrier, from_rank0
 
-MARKER = "complete.json"  # written last: a directory without it was cut short
+MARKER = "complete.json"  # written last: a directory without it was truncated
 
 
 def _state_tensors(model: nn.Module, optimizer: Optimizer) -> dict:
@@ -90,9 +89,8 @@ def save_state(
         kept = _state_dirs(root)
         raise ValueError(
             f"{final} could not be saved: {_cause(e)} ({gb(free_bytes(root))} free, {gb(size)} "
-            f"needed). "
-            + (f"{kept[0]} is whole" if kept else "There is no earlier checkpoint")
-            + "; make room, then rerun the command"
+            f"needed). {f'{kept[0]} is whole' if kept else 'There is no earlier checkpoint'}; "
+            "make room, then rerun the command"
         ) from e
     if world.is_main:
         shutil.rmtree(final, ignore_errors=True)
@@ -136,9 +134,7 @@ def resume(
         from_rank0(world, lambda: _check_data(folder, data))
     elif source != "auto":
         folder = Path(source)
-        if not from_rank0(world, lambda: is_whole(folder)):
-            raise ValueError(f"--resume {source}: not a whole checkpoint (OUT/checkpoints/step_N)")
-        from_rank0(world, lambda: _check_script(folder, Path(root)))
+        from_rank0(world, lambda: _check_source(folder, Path(root)))
     if folder is None:
         return None
     if world.is_main:
@@ -147,8 +143,7 @@ def resume(
 
 
 def _check_data(folder: Path, data: dict[str, str]) -> None:
-    saved = _marker(folder)["data"]
-    for (file, now), was in zip(data.items(), saved.values()):
+    for (file, now), was in zip(data.items(), _marker(folder)["data"].values()):
         if now != was:
             raise ValueError(
                 f"--data {file} has changed since {folder} was saved: the steps to come would not "
@@ -156,16 +151,16 @@ def _check_data(folder: Path, data: dict[str, str]) -> None:
             )
 
 
-def _check_script(folder: Path, root: Path) -> None:
-    """Both runs say in their config.json which script they are of; without one, trust the user."""
+def _check_source(folder: Path, root: Path) -> None:
+    """A whole checkpoint of the same script: both runs say in their config.json which it is."""
+    if not is_whole(folder):
+        raise ValueError(f"--resume {folder}: not a whole checkpoint (OUT/checkpoints/step_N)")
     configs = [p.absolute().parent / "config.json" for p in (folder.parent, root)]
-    theirs, ours = (
-        json.loads(c.read_text()).get("script") if c.is_file() else None for c in configs
-    )
-    if theirs and ours and theirs != ours:
+    scripts = [json.loads(c.read_text()).get("script") if c.is_file() else None for c in configs]
+    if None not in scripts and scripts[0] != scripts[1]:
         raise ValueError(
-            f"--resume {folder}: a checkpoint of {theirs}, not of {ours}. To train its model: "
-            f"`python -m tools.export {folder} --out DIR`, then --model DIR"
+            f"--resume {folder}: a checkpoint of {scripts[0]}, not of {scripts[1]}. To train its "
+            f"model: `python -m tools.export {folder} --out DIR`, then --model DIR"
         )
 
 
@@ -191,20 +186,14 @@ def newest_state(root: str | Path, world: World) -> Path | None:
 def is_whole(folder: Path) -> bool:
     """Is every file that the marker lists there in its size? Prints the first that is not."""
     try:
-        files = _marker(folder)["files"]
+        files, now = _marker(folder)["files"], _sizes(folder)
+        wrong = next((name for name, size in files.items() if now.get(name) != size), None)
+        why = f"{wrong} should have {files.get(wrong)} bytes, has {now.get(wrong, 'none')}"
     except (OSError, ValueError, KeyError):
-        print(f"{folder}: {MARKER} is missing or truncated; passing over this one", flush=True)
-        return False
-    now = _sizes(folder)
-    for name, size in files.items():
-        if now.get(name) != size:
-            print(
-                f"{folder}: {name} should have {size} bytes, has {now.get(name, 'none')}; passing "
-                f"over this checkpoint",
-                flush=True,
-            )
-            return False
-    return True
+        wrong, why = MARKER, f"{MARKER} is missing or truncated"
+    if wrong:
+        print(f"{folder}: {why}; passing over this checkpoint", flush=True)
+    return not wrong
 
 
 def _marker(folder: Path) -> dict:

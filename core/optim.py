@@ -11,8 +11,6 @@ from torch.distributed.tensor import DTensor
 from core.bf16_moments import step_with_bf16_moments
 from core.parallel import grad_norm
 
-SCHEDULES = ("epoch_decay", "constant", "linear", "cosine")
-
 
 def adamw(
     model: nn.Module,
@@ -35,11 +33,10 @@ def adamw(
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     for p in trainable:
-        zeros = torch.zeros_like(p, dtype=state_dtype)
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=p.device),
-            "exp_avg": zeros,
-            "exp_avg_sq": zeros.clone(),
+            "exp_avg": torch.zeros_like(p, dtype=state_dtype),
+            "exp_avg_sq": torch.zeros_like(p, dtype=state_dtype),
         }
     return optimizer
 
@@ -48,17 +45,15 @@ def lr_at(
     step: int,
     *,
     lr: float,
-    total_steps: int,
-    steps_per_epoch: int,
     schedule: str,
+    total_steps: int,
     warmup_steps: int = 0,
-    epoch_factor: float = 0.8,
-    min_ratio: float = 0.0,
+    steps_per_epoch: int = 1,
 ) -> float:
     """Learning rate of optimizer step `step` (0-based).
 
     Warmup: (step + 1) / warmup_steps of lr. Then by `schedule`: epoch_decay (the paper's SFT: × 0.8
-    an epoch), constant, linear or cosine (to min_ratio · lr at the last step).
+    an epoch), constant, linear or cosine (to 0 at the last step).
     epoch_decay, lr 1e-5, 10 steps an epoch: steps 0–9 1e-5, 10–19 8e-6, 20–29 6.4e-6.
     """
     if step < warmup_steps:
@@ -66,10 +61,9 @@ def lr_at(
     if schedule == "constant":
         return lr
     if schedule == "epoch_decay":
-        return lr * epoch_factor ** (step // steps_per_epoch)
+        return lr * 0.8 ** (step // steps_per_epoch)
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
-    shape = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return lr * (min_ratio + (1 - min_ratio) * shape)
+    return lr * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def guarded_step(
@@ -119,15 +113,13 @@ class Offload:
 
     @torch.no_grad()
     def to_host(self) -> None:
-        moments = self._moments()
-        if not self.on or not moments or self.away:
+        if not self.on or self.away:
             return
+        moments = self._moments()
         on_gpu = moments[0].is_cuda
         if not self.buffers:
-            self.buffers = [
-                torch.empty(m.shape, dtype=m.dtype, device="cpu", pin_memory=on_gpu)
-                for m in moments
-            ]
+            how = dict(device="cpu", pin_memory=on_gpu)
+            self.buffers = [torch.empty(m.shape, dtype=m.dtype, **how) for m in moments]
         for buffer, m in zip(self.buffers, moments):
             buffer.copy_(m, non_blocking=on_gpu)
         if on_gpu:  # all copies, before their sources are freed
@@ -138,9 +130,8 @@ class Offload:
 
     @torch.no_grad()
     def to_device(self) -> None:
-        if not self.away:
-            return
-        for buffer, m in zip(self.buffers, self._moments()):
-            m.untyped_storage().resize_(m.nbytes)
-            m.copy_(buffer, non_blocking=m.is_cuda)
+        if self.away:
+            for buffer, m in zip(self.buffers, self._moments()):
+                m.untyped_storage().resize_(m.nbytes)
+                m.copy_(buffer, non_blocking=m.is_cuda)
         self.away = False

@@ -1,10 +1,7 @@
 """OUT, a run's directory: whose it is, who writes to it, does every node see it, is there room.
 
-    claim(out, "train_sft", settings, ...)   refuse foreign content, lock, compare settings
-    assert_shared(out, token, world)         every rank sees the directory that rank 0 locked
-
-A directory is taken when it is new, empty, or this script's own run. config.json names the script;
-a run holds its directory once its first step is done: until then any settings may replace it.
+claim(out, "train_sft", settings, ...)   refuse foreign content, lock, compare settings
+assert_shared(out, token, world)         every rank sees the directory that rank 0 locked
 """
 
 from __future__ import annotations
@@ -23,8 +20,7 @@ from typing import Any, Callable, Collection
 from core.parallel import World, all_gather_objects
 
 LOCK = "lock"
-LOGS = ("metrics.jsonl", "validation.jsonl", "eval.jsonl", "best.json")  # of step 0, perhaps
-STARTED = {"config.json", "header.json", "status", "cache"}  # there before the first step
+LOGS = ("metrics.jsonl", "validation.jsonl", "eval.jsonl", "best.json")
 SECONDS_TO_APPEAR = 5.0  # a network file system may show a new file a moment late
 
 
@@ -36,10 +32,11 @@ def claim(
     changeable: Collection[str] = (),
     held: Callable[[Path], bool],
 ) -> tuple[dict[str, Any] | None, str]:
-    """Take `out` for one run of `script` and write its config.json. For rank 0 alone.
+    """Take `out`, which is new, empty or holds a run of `script`, for a run with these settings:
+    lock it and write its config.json. For rank 0 alone.
 
     changeable: settings that may differ from those of the run in `out` (`out` itself always may: a
-    run can be moved). held(out): has that run done a step (or a sample)?
+    run can be moved). held(out): has that run done a step (or a sample)? If not, any may.
     Returns (settings of the run that is continued, or None for a new one; what `lock` returned).
     Raises ValueError, with nothing in `out` changed, when it holds something else or is in use.
     """
@@ -52,13 +49,11 @@ def claim(
         raise ValueError(f"--out {out}: cannot be written ({e.strerror})") from None
     if old is not None and held(out):
         keys = {**old, **settings}.keys() - {"script", "out", *changeable}
-        differ = sorted(k for k in keys if not _same(old.get(k), settings.get(k)))
-        if differ:
+        if differ := sorted(k for k in keys if not _same(old.get(k), settings.get(k))):
             k = differ[0]
             raise ValueError(
                 f"--out {out} holds a run whose {k} is {old.get(k)!r}, now {settings.get(k)!r} "
-                f"(settings that differ: {', '.join(differ)}). Give that run's settings to "
-                f"continue it, or name another --out"
+                f"(settings that differ: {', '.join(differ)}); use its settings or another --out"
             )
     elif old is not None:  # a start that never did a step: what it logged is not this run's
         for name in ("header.json", "status", *LOGS):
@@ -77,17 +72,12 @@ def _settings_in(out: Path, script: str) -> dict | None:
         return None
     try:
         old = json.loads((out / "config.json").read_text())
-        owner = old.get("script")
-    except (OSError, ValueError, AttributeError):
-        owner = None
-    if owner is None:
-        shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-        raise ValueError(
-            f"--out {out}: holds files that are no run of {script} ({shown}). Nothing was "
-            f"changed there; name a new directory"
-        )
-    if owner != script and not STARTED.issuperset(names):
-        raise ValueError(f"--out {out}: holds a run of {owner}, not of {script}; name another")
+        owner = old["script"]
+    except (OSError, ValueError, KeyError, TypeError):
+        old, owner = None, ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    if owner != script:
+        what = f"a run of {owner}, not of {script}" if old else f"no run of {script} ({owner})"
+        raise ValueError(f"--out {out}: holds {what}; name a new directory")
     return old
 
 
@@ -103,45 +93,31 @@ def lock(out: Path) -> str:
     """Hold `out` until this process ends; returns the text of OUT/lock, unlike any other run's.
     Raises ValueError with the holder's pid and host.
 
-    A POSIX record lock: the kernel drops it when the process dies, however that happens, and a
-    forked child does not inherit it. Where the file system has none, a living pid on this host.
-    (Do not open OUT/lock again in this process: closing it would release the lock.)
+    A POSIX record lock: the kernel drops it when the process dies, and a forked child does not
+    inherit it. Where the file system has none, a living pid on this host. (Do not open OUT/lock
+    again in this process: closing it would release the lock.)
     """
     file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    text = os.pread(file, 4096, 0).decode(errors="replace")
     try:
-        holder = json.loads(text)
-        pid, host = int(holder["pid"]), str(holder["host"])
-    except (ValueError, KeyError, TypeError):
-        pid, host = 0, "an unknown host"
+        holder = json.loads(os.pread(file, 4096, 0))
+    except ValueError:  # empty: new
+        holder = {"pid": 0, "host": "an unknown host"}
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         taken = False
     except OSError as e:
-        if e.errno in (errno.EACCES, errno.EAGAIN):
-            taken = True
-        else:  # no locks on this file system
-            taken = host == socket.gethostname() and pid != os.getpid() and _alive(pid)
+        here = holder["host"] == socket.gethostname() and Path(f"/proc/{holder['pid']}").exists()
+        taken = here or e.errno in (errno.EACCES, errno.EAGAIN)  # else there are no locks
     if taken:
         os.close(file)
         raise ValueError(
-            f"--out {out}: in use by process {pid} on {host}; wait for it, stop it, or name another"
+            f"--out {out}: in use by process {holder['pid']} on {holder['host']}; wait for it, "
+            "stop it, or name another"
         )
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "token": secrets.token_hex(8)}
-    text = json.dumps(mine)
     os.ftruncate(file, 0)
-    os.pwrite(file, text.encode(), 0)
-    return text
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return pid > 0
+    os.pwrite(file, json.dumps(mine).encode(), 0)
+    return json.dumps(mine)
 
 
 def assert_shared(out: Path, token: str | None, world: World) -> None:
@@ -159,7 +135,7 @@ def assert_shared(out: Path, token: str | None, world: World) -> None:
     if blind := [f"rank {rank} on {host}" for host, rank, ok in all_seen if not ok]:
         raise ValueError(
             f"--out {out}: {', '.join(blind)} cannot see what rank 0 on {all_seen[0][0]} wrote "
-            f"there. Put it on a file system that all nodes share"
+            f"there; put it on a file system that all nodes share"
         )
 
 

@@ -192,38 +192,31 @@ def choose_setting(
     model: nn.Module,
     world: World,
     tokens: list[int],
+    options,
     *,
-    checkpointing: str,
-    dtype: str,
-    adam_dtype: str,
-    reshard: bool,
-    replicas: int,
-    train_vision: bool,
-    plan_ranks: int = 0,
-    plan: Callable | None = None,
+    replicas: int = 1,
+    plan: Callable = plan_step,
+    detailed: bool = False,
 ) -> tuple[Setting, str]:
-    """`fastest_setting` for a script's flags and this machine's memory (4 GiB a rank are assumed on
-    a CPU), and what it needs in words. plan_ranks: for this many GPUs of 80 GB instead, in detail.
-    plan: `plan_step`, or GRPO's.
+    """`fastest_setting` for a script's flags (`core.training.TrainingOptions`) and this machine's
+    memory (4 GiB a rank are assumed on a CPU), and what it needs in words. plan: or GRPO's.
     """
-    plan = plan or plan_step
-    on_gpu = world.device.type == "cuda" or plan_ranks > 0
+    on_gpu = world.device.type == "cuda"
     setting = Setting(
-        plan_ranks or world.size,
+        world.size,
         replicas,
-        compute_bytes=compute_dtype(dtype, on_gpu).itemsize,
-        adam_bytes=2 if adam_dtype == "bf16" else 4,
-        checkpointing=checkpointing,
-        reshard=reshard,
-        train_vision=train_vision,
+        compute_bytes=compute_dtype(options.dtype, on_gpu).itemsize,
+        adam_bytes=2 if options.adam_dtype == "bf16" else 4,
+        checkpointing=options.checkpointing,
+        train_vision=options.train_vision,
         logit_rows=4096 if on_gpu else max(16, 2**23 // model.config.vocab_size),
         fused=on_gpu,
     )
-    free = 79 * GIB if plan_ranks else 4 * GIB
-    if on_gpu and not plan_ranks:  # the least that is free on any rank
+    free = 4 * GIB
+    if on_gpu:  # the least that is free on any rank
         free = -int(all_max(-torch.cuda.mem_get_info()[0])[0])
     setting = fastest_setting(model, setting, free, tokens, plan)
-    return setting, describe(setting, plan(model, setting), free, detailed=plan_ranks > 0)
+    return setting, describe(setting, plan(model, setting), free, detailed=detailed)
 
 
 def kv_bytes(c, compute_bytes: int = 2) -> int:
@@ -299,5 +292,5 @@ def describe(s: Setting, plan: dict[str, int], free: int, *, detailed: bool) -> 
         return text
     return (
         f"{text}\nwarning: that is too much for {free / GIB:.0f} GiB; use more GPUs, a lower "
-        "--max_len and --micro_tokens, or --adam_dtype bf16 --beta2 0.95"
+        "--max_len and --micro_tokens, or --adam_dtype bf16"
     )

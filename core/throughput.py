@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Iterator, TypeVar
@@ -11,9 +12,9 @@ import torch
 
 from core.config import ModelConfig
 from core.parallel import World, all_max
-from core.run import memory_gib, peak_flops
 
 T = TypeVar("T")
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 def prefetch(
@@ -53,6 +54,21 @@ def speed(
     }
 
 
+def peak_flops() -> float | None:
+    """The GPU's dense bf16 peak in FLOP/s; None where it is not known (then no MFU is printed)."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+
+
+def memory_gib() -> float:
+    """Peak GiB since the last call: allocated on the GPU, or resident on the host without one."""
+    if not torch.cuda.is_available():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
 def describe_step(m: dict, total: int) -> str:
     """A step's metrics on one line."""
     text = (
@@ -60,8 +76,7 @@ def describe_step(m: dict, total: int) -> str:
         f"norm {m['grad_norm']:.3f} | {m['tok_per_s']:.0f} tok/s | mem {m['memory_gib']:.2f} GiB | "
         f"data {m['data_wait_s']:.3f} s"
     )
-    text += f" | MFU {m['mfu']:.1%} (PaLM {m['mfu_palm']:.1%})" if m["mfu"] else ""
-    return text + (f" | bad steps {m['bad_steps']}" if m["bad_steps"] else "")
+    return text + (f" | MFU {m['mfu']:.1%} (PaLM {m['mfu_palm']:.1%})" if m["mfu"] else "")
 
 
 def train_flops(config: ModelConfig, lengths: list[int] | torch.Tensor) -> tuple[float, float]:
@@ -97,7 +112,7 @@ def grpo_speed(tokens: int, prompts: list, seconds: dict[str, float]) -> dict:
     }
 
 
-def describe_grpo_step(m: dict, total: int, bad_steps: int) -> str:
+def describe_grpo_step(m: dict, total: int) -> str:
     """A step's metrics on one line."""
     text = (
         f"step {m['step']}/{total} | reward {m['reward']:.3f} | "
@@ -111,5 +126,19 @@ def describe_grpo_step(m: dict, total: int, bad_steps: int) -> str:
             f"norm {m['grad_norm']:.3f} | "
             f"logp difference {m['sampling/logp_difference_mean']:.1e} | "
         )
-    text += f"{m['tok_per_s']:.0f} tok/s | rollouts {m['rollout_s']:.1f} of {m['step_time']:.1f} s"
-    return text + (f" | bad steps {bad_steps}" if bad_steps else "")
+    return (
+        f"{text}{m['tok_per_s']:.0f} tok/s | rollouts {m['rollout_s']:.1f} of "
+        f"{m['step_time']:.1f} s"
+    )
+
+
+def describe_evaluation(m: dict) -> str:
+    """An evaluation during training: a line, and one more for each data set.
+    step 2 | n 4 | greedy 0.500 [0.250, 0.750] | truncated 0.000"""
+    lines = []
+    for name, row in [("", m), *m["tasks"].items()]:
+        shown = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()}
+        shown.pop("tasks", None)
+        shown["greedy"] += f" [{shown.pop('low')}, {shown.pop('high')}]"
+        lines.append(f"  {name} | " * bool(name) + " | ".join(f"{k} {v}" for k, v in shown.items()))
+    return "\n".join(lines)

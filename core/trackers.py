@@ -1,6 +1,6 @@
 """Weights & Biases or TensorBoard, for --report_to; imported only if asked for.
 
-They get train/NAME of every step, eval/NAME of evaluations, the settings, and a table of samples. A
+They get train/NAME of every step, eval/NAME of evaluations, the settings and tables of samples. A
 resumed run continues the tracker's: OUT/wandb_id.txt holds its id, OUT/tensorboard its event files.
 """
 
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import secrets
+from itertools import islice
 from pathlib import Path
 from typing import Iterable
 
@@ -68,7 +69,7 @@ class Tracker:
         """A table of a step's samples (core.samples.Sample), where one is due."""
         if self.kind == "none" or (step > 1 and step % SAMPLES_EVERY):
             return
-        rows = [[str(getattr(s, c)) for c in COLUMNS] for s in list(samples)[:ROWS]]
+        rows = [[str(getattr(s, c)) for c in COLUMNS] for s in islice(samples, ROWS)]
         if self.kind == "wandb":
             self.run.log({"step": step, "samples": self.module.Table(list(COLUMNS), rows)})
         else:

@@ -86,14 +86,7 @@ def model(model_dir, world):
 
 
 # ------------------------------------------------------------------------------------- one gradient
-OBJECTIVE = dict(
-    kl_coef=0.1,
-    entropy_coef=0.01,
-    tis_cap=1.5,
-    overlong_masking=True,
-    clip_high=0.28,
-    temperature=0.8,
-)
+OBJECTIVE = dict(kl_coef=0.1, overlong_masking=True, clip_high=0.28, temperature=0.8)
 
 
 def update_gradient(model, reference, world, samples, prompts, c):
@@ -155,16 +148,12 @@ def gradient_by_hand(model, aggregation="token_mean"):
         logp = (logits / c.temperature).log_softmax(-1)[
             len(prompts[s.problem].tokens) - 1 : -1
         ]  # (completion, V)
-        mask, entropy = torch.from_numpy(s.mask), -(logp.exp() * logp).sum(-1)
+        mask = torch.from_numpy(s.mask)
         logp = logp[torch.arange(len(s.tokens)), torch.tensor(s.tokens)]
-        sampler = torch.from_numpy(s.logprobs)
-        old, ref = sampler * 0.97, logp.detach() * 0.9
+        old, ref = torch.from_numpy(s.logprobs) * 0.97, logp.detach() * 0.9
         ratio = (logp - old).exp()
         loss = -torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.28) * s.advantage)
-        if s.advantage < 0:
-            loss = loss.clamp(max=-3 * s.advantage)
-        loss = loss * (old - sampler).exp().clamp(max=1.5)
-        loss = loss + 0.1 * ((ref - logp).exp() + logp - ref - 1) - 0.01 * entropy
+        loss = loss + 0.1 * ((ref - logp).exp() + logp - ref - 1)
         total = total + (loss * mask).sum() / sum(int(k.mask.sum()) for k in kept)
     total.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -252,11 +241,14 @@ def test_an_update_reads_nothing_back_between_micro_batches(world, monkeypatch):
     assert all(s.logp_difference is not None for s in trainable(samples, c))
 
 
+NOTHING = ("collect", "freeze", "disable")
+
+
 @pytest.fixture
 def in_process(monkeypatch):
     """train_grpo.train in this process, which keeps its signal handlers and garbage collector."""
-    monkeypatch.setattr(train_grpo, "StopRequest", lambda: SimpleNamespace(requested=False))
-    monkeypatch.setattr(train_grpo, "quiet_garbage_collection", lambda: None)
+    monkeypatch.setattr("core.training.StopRequest", lambda: SimpleNamespace(requested=False))
+    monkeypatch.setattr("core.training.gc", SimpleNamespace(**dict.fromkeys(NOTHING, lambda *_: 0)))
     monkeypatch.setattr("core.run._current", None)
 
 
@@ -272,25 +264,12 @@ def test_moments_are_in_host_memory_whenever_samples_are_drawn(tmp_path, in_proc
         train_grpo, "sample_on_ranks", lambda *a: (places.append(at[-1]), draw(*a))[1]
     )
     monkeypatch.setattr(train_grpo, "train_on", lambda *_: (at.append("train"), ({}, True))[1])
-    c = Config(str(model_dir), [str(data)], str(tmp_path / "o"), [str(data)], device="cpu")
+    c = Config(str(model_dir), [str(data)], str(tmp_path / "o"), device="cpu")
+    c = dataclasses.replace(c, eval_data=[str(data)])
     c = dataclasses.replace(c, offload_optimizer=True, kl_coef=0, steps=2, prompts=1, group=2)
     c = dataclasses.replace(c, max_new_tokens=2, prompt_style="plain", eval_every=1, graders=1)
     assert train_grpo.train(c) == 0
     assert places == ["cpu"] * 5, "three evaluations, two steps"
-
-
-def test_a_resumed_run_asks_for_the_room_of_exports_to_come(tmp_path, world, monkeypatch):
-    """Counted in full again, a run that filled its disk as planned could not go on."""
-    asked, stood = [], {"step": 90, "cursor": 9, "bad_steps": 0, "bad_in_a_row": 0}
-    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    monkeypatch.setattr(train_grpo, "resume", lambda *_: dict(stood))
-    monkeypatch.setattr(
-        train_grpo, "require_space", lambda *_, export_bytes, **__: asked.append(export_bytes)
-    )
-    run = SimpleNamespace(out=tmp_path, start=lambda *_: None, progress=lambda *_: None)
-    c = config(export_every=10)
-    train_grpo.begin(c, run, tmp_path, None, None, 100, world)
-    assert asked == [2 * 1000], "steps 100 and final"
 
 
 def test_an_empty_micro_batch_has_loss_zero_and_finite_gradients(model, world):
@@ -324,31 +303,6 @@ def test_the_ratio_is_one_when_the_old_forward_was_packed_otherwise(model, world
     assert metrics["clip_ratio/low_mean"].sum() == metrics["clip_ratio/high_mean"].sum() == 0
 
 
-def norm_gradient(model, loss):
-    loss.backward()
-    gradient = model.model.norm.weight.grad.full_tensor().clone()
-    model.zero_grad()
-    return gradient
-
-
-def test_bypass_reports_the_difference_and_is_importance_weighted_reinforce(model, world):
-    """With the sampler's log-probabilities as `old`, old - sampler would be 0 by construction; and
-    the correction must enter once, as the ratio: gradient -w·A·∇logprob."""
-    prompts, samples = made_up()
-    c = config(old_logprobs="sampler", clip_low=1.0, clip_high=1e9, dual_clip=0)
-    set_advantages(samples, c)
-    samples = trainable(samples, c)
-    (b,) = batches_of(samples, prompts, c, world)
-    b.old_logprobs = b.sampler_logprobs
-    loss, metrics = loss_of(model, b, samples, c)
-    assert metrics["sampling/logp_difference_mean"].max() > 0.1
-    ours = norm_gradient(model, loss)
-    logprobs, _ = score(model, b, c)
-    w = (logprobs - b.sampler_logprobs).exp().detach()
-    theirs = norm_gradient(model, (-w * b.advantages * logprobs).sum() / len(w))
-    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-8)
-
-
 def test_updates_share_the_groups_and_see_each_sample_once(model, world, monkeypatch):
     """Mini-batches that cut a group or drop the rest would train on other data than was sampled."""
     prompts, samples = made_up(prompts=5)
@@ -361,7 +315,8 @@ def test_updates_share_the_groups_and_see_each_sample_once(model, world, monkeyp
         return {"loss": 0.0, "entropy": 0.0, "tokens": 1}, True
 
     monkeypatch.setattr(train_grpo, "update", fake)
-    c = config(updates=2, old_logprobs="sampler")
+    monkeypatch.setattr(train_grpo, "score", lambda *_: (None, None))
+    c = config(updates=2)
     train_grpo.train_on(model, None, None, trained, prompts, 1.0, c, world)
     assert seen == [[0, 1, 2, *range(8, 12)], [*range(12, 20)]]  # sample 3 has nothing sampled
 
@@ -370,11 +325,9 @@ def test_updates_share_the_groups_and_see_each_sample_once(model, world, monkeyp
     "flags, named",
     [
         (dict(updates=3), "--updates"),
-        (dict(tis_cap=2.0, old_logprobs="sampler"), "already corrects"),
         (dict(overlong_buffer=5000), "overlong"),
         (dict(lora_rank=4, train_vision=True), "--train_vision"),
         (dict(eval_n=4), "needs --eval_data"),
-        (dict(keep_sampler=True), "--kv_gb or --slots"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(flags, named):
@@ -384,14 +337,17 @@ def test_settings_that_contradict_each_other_are_refused(flags, named):
 
 def test_settings_without_effect_are_warned_of():
     one = Config(model="", data=["d/a.jsonl"], out="", eval_data=["./d/a.jsonl"], prompts=4)
-    assert [w.split(":")[0] for w in train_grpo.warnings(one, 4, False, False)] == [
-        "--eval_data ./d/a.jsonl"
+    text, image = [{}] * 4, [{"images": ["x.png"]}] * 4
+    said = [train_grpo.warnings(one, text, None)]
+    said.append(
+        train_grpo.warnings(config(train_vision=True, max_pixels=9, loss="gspo"), [{}], None)
+    )
+    assert [[w.split(":")[0] for w in s] for s in said] == [
+        ["--eval_data ./d/a.jsonl"],
+        ["--train_vision", "--max_pixels", "--prompts 4", "--loss gspo"],
     ]
-    wrong = config(train_vision=True, max_pixels=9, prompts=4, loss="gspo")
-    said = train_grpo.warnings(wrong, 3, False, False)
-    flags = ["--train_vision", "--max_pixels", "--prompts 4", "--loss gspo"]
-    assert [w.split(":")[0] for w in said] == flags
-    assert train_grpo.warnings(config(train_vision=True, max_pixels=9), 4, True, True) == []
+    settings = config(train_vision=True, max_pixels=9)
+    assert train_grpo.warnings(settings, image, SimpleNamespace()) == []
 
 
 def test_a_reward_that_cannot_be_loaded_shows_before_the_model_is_built(
@@ -462,12 +418,7 @@ def test_advantages_and_loss_equal_trls(tmp_path, trl_trainer, loss_type, aggreg
     assert len(set(trainer.seen_rewards)) > 2
     for s, a in zip(samples, advantages.tolist()):
         s.advantage = a
-    c = config(
-        kl_coef=0.04,
-        aggregation=aggregation,
-        dual_clip=0,
-        max_new_tokens=trainer.max_completion_length,
-    )
+    c = config(kl_coef=0.04, aggregation=aggregation, max_new_tokens=trainer.max_completion_length)
     (b,) = batches_of(samples, prompts, c, train_grpo.init("cpu"))
     rows = [(i, t) for i in b.samples for t in range(len(samples[i].tokens))]
     b.old_logprobs, b.ref_logprobs = (
@@ -531,28 +482,11 @@ def place(tmp_path_factory):
     model_dir, problems = make_model(folder / "m"), write_problems(folder / "p.jsonl", n=4)
     assert 0.2 <= warm_up(model_dir, problems) <= 0.3
     with Nursery(folder) as nursery:
-        common = [
-            "--model",
-            model_dir,
-            "--data",
-            problems,
-            "--max_new_tokens",
-            12,
-            "--prompt_style",
-            "plain",
-            "--graders",
-            1,
-            "--slots",
-            64,
-            "--reward",
-            "strange_rewards:exact",
-            "--checkpointing",
-            "none",
-            "--prompts",
-            4,
-            "--group",
-            4,
-        ]
+        common = (
+            f"--model {model_dir} --data {problems} --max_new_tokens 12 --prompt_style plain "
+            "--graders 1 --slots 64 --reward strange_rewards:exact --checkpointing none "
+            "--prompts 4 --group 4"
+        ).split()
         yield SimpleNamespace(nursery=nursery, folder=folder, common=common, problems=problems)
 
 
@@ -561,17 +495,9 @@ def rows(out, name="metrics.jsonl"):
 
 
 TIMES = (
-    "tok_per_s",
-    "sample_tok_per_s",
-    "step_time",
-    "rollout_s",
-    "image_s",
-    "sample_s",
-    "reward_s",
-    "logprob_s",
-    "update_s",
-    "memory_gib",
-)
+    "tok_per_s sample_tok_per_s step_time rollout_s image_s sample_s reward_s logprob_s update_s "
+    "memory_gib"
+).split()
 
 
 def trace(out):
@@ -587,25 +513,11 @@ def trace(out):
 def test_killed_at_random_moments_it_ends_bit_equal(place):
     """Steps done twice, a torn checkpoint, other rollouts after a restart, a lost or doubled
     evaluation."""
-    flags = [
-        *place.common,
-        "--reward",
-        "strange_rewards:slow",
-        "--eval_data",
-        place.problems,
-        "--eval_every",
-        2,
-        "--lr",
-        1e-3,
-        "--steps",
-        5,
-        "--save_every",
-        2,
-        "--zero_variance",
-        "refill",
-        "--updates",
-        2,
-    ]
+    flags = (
+        f"--reward strange_rewards:slow --eval_data {place.problems} --eval_every 2 --lr 1e-3 "
+        "--steps 5 --save_every 2 --zero_variance refill --updates 2"
+    )
+    flags = [*place.common, *flags.split()]
     assert place.nursery.run([*flags, "--out", place.folder / "straight"])[0] == 0
     killed, rng = place.folder / "killed", random.Random()
     kills = [
@@ -623,55 +535,23 @@ def test_killed_at_random_moments_it_ends_bit_equal(place):
 def test_hostile_rewards_are_counted_and_the_run_goes_on(place):
     """A reward that raises, hangs or returns NaN, None or text must cost its own sample only."""
     out = place.folder / "hostile"
-    flags = [
-        *place.common,
-        "--reward",
-        "strange_rewards:hostile",
-        "--reward_deadline",
-        0.3,
-        "--graders",
-        4,
-        "--steps",
-        1,
-        "--prompts",
-        16,
-        "--group",
-        2,
-        "--max_reward_errors",
-        1,
-    ]
+    flags = "--reward strange_rewards:half_hostile --reward_deadline 0.3 --graders 4 --steps 1"
+    flags = [*place.common, *flags.split(), "--prompts", 16, "--group", 2]
     code, said = place.nursery.run([*flags, "--out", out])
-    assert code == 0 and "24 of 32 rewards failed; the first, of problem" in said
+    assert code == 0 and "12 of 32 rewards failed; the first, of problem" in said
     (m,), samples = rows(out), rows(out, "rollouts/step_1.jsonl")
-    assert m["reward_timeouts"] == 0.25 and m["reward_errors"] == 0.5 and len(samples) == 32
+    assert m["reward_timeouts"] == 0.125 and m["reward_errors"] == 0.25 and len(samples) == 32
     assert all(s["reward"] == 0 for s in samples if s["status"] != "ok") and m["grad_norm"] > 0
 
 
 def test_too_many_failed_rewards_stop_the_run_before_it_trains_on_them(place):
     out = place.folder / "stopped"
-    flags = [
-        *place.common,
-        "--reward",
-        "strange_rewards:hostile",
-        "--reward_deadline",
-        0.3,
-        "--steps",
-        1,
-        "--prompts",
-        16,
-        "--group",
-        2,
-        "--max_reward_errors",
-        0.1,
-        "--out",
-        out,
-    ]
-    code, said = place.nursery.run(flags)
-    assert (
-        code == 2
-        and "--max_reward_errors" in said
-        and len(rows(out, "rollouts/step_1.jsonl")) == 32
+    flags = (
+        "--reward strange_rewards:hostile --reward_deadline 0.3 --steps 1 --prompts 16 --group 2"
     )
+    code, said = place.nursery.run([*place.common, *flags.split(), "--out", out])
+    assert code == 2 and "24 of 32 rewards failed" in said
+    assert len(rows(out, "rollouts/step_1.jsonl")) == 32
     assert not (out / "metrics.jsonl").is_file() and not (out / "final").exists()
 
 
@@ -716,24 +596,13 @@ def test_changed_data_are_refused_when_a_run_goes_on(place, tmp_path):
     assert code == 2 and "has changed since" in said
 
 
-@pytest.mark.parametrize(
-    "flag, value",
-    [
-        ("group", 1),
-        ("seed", -1),
-        ("lr", 3),
-        ("clip_low", 2),
-        ("kl_coef", -1),
-        ("steps", 0),
-        ("slots", -1),
-        ("slots", 0),
-        ("max_new_tokens", 9_999_999),
-        ("warmup_ratio", 5),
-        ("temperature", 0),
-        ("max_reward_errors", 2),
-        ("lr", -1),
-    ],
+OUT_OF_RANGE = (
+    "group 1, seed -1, lr 3, clip_low 2, kl_coef -1, steps 0, slots -1, slots 0, lr -1, "
+    "max_new_tokens 9999999, warmup_ratio 5, temperature 0"
 )
+
+
+@pytest.mark.parametrize("flag, value", [x.split() for x in OUT_OF_RANGE.split(", ")])
 def test_numbers_out_of_range_are_refused_at_once(flag, value, capsys):
     with pytest.raises(SystemExit) as stopped:
         argv = ["--model", "m", "--data", "d", "--out", "o", f"--{flag}={value}"]
@@ -781,24 +650,9 @@ def solve_rates(out, problems):
     ]
 
 
-LEARNING = [
-    "--lr",
-    1e-3,
-    "--prompts",
-    16,
-    "--group",
-    32,
-    "--updates",
-    2,
-    "--keep_sampler",
-    "True",
-    "--slots",
-    64,
-    "--save_every",
-    0,
-    "--kl_coef",
-    0,
-]
+LEARNING = (
+    "--lr 1e-3 --prompts 16 --group 32 --updates 2 --slots 64 --save_every 0 --kl_coef 0".split()
+)
 
 
 def test_it_learns_from_rewards_and_from_nothing_else(place):
@@ -809,21 +663,8 @@ def test_it_learns_from_rewards_and_from_nothing_else(place):
     assert place.nursery.run([*place.common, *LEARNING, "--steps", 30, "--out", learned])[0] == 0
     rates = solve_rates(learned, place.problems)
     assert rates[0] <= 0.32 and np.mean(rates[-5:]) >= 0.9, np.round(rates, 2)
-    assert (
-        place.nursery.run(
-            [
-                *place.common,
-                *LEARNING,
-                "--steps",
-                10,
-                "--out",
-                coin,
-                "--reward",
-                "strange_rewards:coin",
-            ]
-        )[0]
-        == 0
-    )
+    flags = [*place.common, *LEARNING, "--steps", 10, "--reward", "strange_rewards:coin"]
+    assert place.nursery.run([*flags, "--out", coin])[0] == 0
     rates = solve_rates(coin, place.problems)
     assert np.mean(rates[-5:]) <= 0.4, np.round(rates, 2)
 
@@ -836,79 +677,35 @@ def test_problems_with_images_train_the_language_model_alone(place, tmp_path):
     from tiny import make_tiny_tokenizer
 
     model_dir = make_tiny_tokenizer(make_tiny_vl(tmp_path / "vl"))
-    (model_dir / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "min_pixels": 3136,
-                "max_pixels": 6272,
-                "patch_size": 14,
-                "temporal_patch_size": 2,
-                "merge_size": 2,
-                "image_mean": [0.5] * 3,
-                "image_std": [0.5] * 3,
-            }
-        )
+    sizes = dict(
+        min_pixels=3136, max_pixels=6272, patch_size=14, temporal_patch_size=2, merge_size=2
     )
+    sizes |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    (model_dir / "preprocessor_config.json").write_text(json.dumps(sizes))
     Image.effect_noise((60, 90), 80).convert("RGB").save(tmp_path / "x.png")
-    (tmp_path / "p.jsonl").write_text(
-        "".join(
-            json.dumps(
-                {
-                    "id": str(i),
-                    "task": "t",
-                    "kind": "open",
-                    "question": f"<image>{i}?" if i % 2 else f"{i}?",
-                    "answer": "1",
-                    **({"images": ["x.png"]} if i % 2 else {}),
-                }
-            )
-            + "\n"
-            for i in range(4)
-        )
-    )
-    flags = [
-        "--model",
-        model_dir,
-        "--data",
-        tmp_path / "p.jsonl",
-        "--out",
-        tmp_path / "o",
-        "--steps",
-        2,
-        "--prompts",
-        4,
-        "--group",
-        4,
-        "--max_new_tokens",
-        40,
-        "--temperature",
-        3,
-        "--lr",
-        1e-2,
-        "--weight_decay",
-        0.1,
-        "--graders",
-        1,
-        "--reward",
-        "strange_rewards:coin",
-        "--micro_tokens",
-        300,
+    problems = [
+        {"id": str(i), "task": "t", "kind": "open", "question": f"{i}?", "answer": "1"}
+        for i in range(4)
     ]
-    code, said = place.nursery.run(flags)
+    for p in problems[1::2]:
+        p |= {"question": f"<image>{p['question']}", "images": ["x.png"]}
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    flags = (
+        f"--model {model_dir} --data {tmp_path / 'p.jsonl'} --out {tmp_path / 'o'} --steps 2 "
+        "--prompts 4 --group 4 --max_new_tokens 40 --temperature 3 --lr 1e-2 --weight_decay 0.1 "
+        "--graders 1 --reward strange_rewards:coin --micro_tokens 300"
+    )
+    code, said = place.nursery.run(flags.split())
     assert code == 0, said
     for m in rows(tmp_path / "o"):
         assert m["sampling/logp_difference_max"] <= 1e-5 and m["ratio_off_one_max"] == 0
     before, after = (
-        load_file(d / "model.safetensors") for d in (model_dir, tmp_path / "o" / "final")
+        {
+            k.replace("model.language_model.", "model.").replace("model.visual.", "visual."): v
+            for k, v in load_file(d / "model.safetensors").items()
+        }
+        for d in (model_dir, tmp_path / "o" / "final")
     )
-    after = {
-        k.replace("model.language_model.", "model.").replace("model.visual.", "visual."): v
-        for k, v in after.items()
-    }
-    before = {
-        k.replace("model.language_model.", "model.").replace("model.visual.", "visual."): v
-        for k, v in before.items()
-    }
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == name.startswith("visual."), name
     sampled = {

@@ -1,6 +1,7 @@
 """GRPO on problems with images: trained tower, several images, ranks, images prepared ahead."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,13 +75,13 @@ def test_a_trained_tower_learns_on_two_ranks_as_on_one(place, kind):
     assert all((after[k] - also[k]).abs().max() <= 1e-3 for k in before)
 
 
-def test_max_pixels_caps_an_image_and_never_raises_the_models_limit(place, tmp_path):
+def test_max_pixels_caps_an_image_and_never_raises_the_models_limit(place, world, tmp_path):
     from train_grpo import Config, load_data
 
     model_dir = make_model(tmp_path, "qwen3_vl")
     from core.chat import load_tokenizer
 
-    tokenizer, run = load_tokenizer(model_dir), type("Run", (), {"say": print})()
+    tokenizer, run = load_tokenizer(model_dir), SimpleNamespace(say=print, world=world)
     seen = {}
     for cap in (0, 1 << 30, 6 * 32 * 32, 1024):
         c = Config(

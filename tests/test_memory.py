@@ -2,6 +2,7 @@
 and saved tensors."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,11 +147,11 @@ def test_the_setting_that_recomputes_least_and_fits_is_taken(ranks, gib, mode, t
 
 def test_a_plan_that_does_not_fit_is_said(world):
     """The smallest setting is tried anyway, with a warning that says how to get by."""
-    flags = dict(dtype="auto", adam_dtype="fp32", reshard=True, replicas=1, train_vision=False)
-    flags |= dict(checkpointing="auto", plan_ranks=1)
-    setting, text = choose_setting(SEVEN, world, [16384, 8192], **flags)
+    options = SimpleNamespace(dtype="bf16", adam_dtype="fp32", train_vision=False)
+    options.checkpointing = "auto"
+    setting, text = choose_setting(SEVEN, world, [16384, 8192], options, detailed=True)
     assert (setting.checkpointing, setting.tokens) == ("full", 8192)
-    assert "warning: that is too much for 79 GiB" in text and "peak" in text
+    assert "warning: that is too much for 4 GiB" in text and "peak" in text
 
 
 # ----------------------------------------------------------------------------- against what happens

@@ -76,7 +76,7 @@ def test_a_misspelt_required_flag_is_named(capsys):
     assert "unknown option --modle; did you mean --model?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_config(Settings, DOC, ["--data", "d"])
-    assert "--model required" in capsys.readouterr().err
+    assert "required: --model" in capsys.readouterr().err
 
 
 def test_help_keeps_lines_and_groups_and_says_what_is_required(capsys):

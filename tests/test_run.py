@@ -7,13 +7,17 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
 
 from core.out_dir import claim
-from core.run import Run, duration, script
+from core.run import Progress, Run, duration, script
+from core.throughput import describe_evaluation
+from core.training import Training, TrainingOptions
 
 
 @dataclass
@@ -52,7 +56,7 @@ def test_what_is_not_this_scripts_run_is_refused_and_not_touched(kind, world, tm
     for name, text in FOREIGN[kind].items():
         (tmp_path / name).write_text(text)
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match="holds (files that are no run|a run of eval)") as error:
+    with pytest.raises(ValueError, match="holds (no run of test_run|a run of eval)") as error:
         Run(tmp_path, Settings(), world)
     assert snapshot(tmp_path) == before
     assert "remove" not in str(error.value) and "delete" not in str(error.value)
@@ -98,12 +102,11 @@ def test_a_start_that_did_no_step_does_not_hold_the_directory(world, tmp_path):
     corrected command must run, and must not take that evaluation for its own."""
     run = Run(tmp_path, Settings(), world)
     run.start({}, 0)
-    run.keep_best(0, 0.5, lambda folder: None)
-    run.log_evaluation({"step": 0, "accuracy": 0.5})
+    run.log({"step": 0, "greedy": 0.5}, "eval")
     (tmp_path / "cache").mkdir()
     run = Run(tmp_path, Settings(lr=2.0), world)
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 2.0
-    assert not run.has("eval", 0) and run.keep_best(0, 0.1, lambda folder: None)
+    assert run.logged("eval") == []
     run.start({}, 0)
     run.log({"step": 1})
     with pytest.raises(ValueError, match="whose lr is 2.0, now 3.0"):
@@ -226,22 +229,49 @@ run_and_exit(main)"""
 
 
 def test_the_best_model_is_kept_whatever_comes_later(world, tmp_path):
-    """A collapse late in a run leaves a model behind; a resumed run compares with the old best."""
+    """A collapse late in a run leaves a model behind; a resumed run compares with what it keeps."""
     run, seen = begun(tmp_path, world), []
-    assert run.keep_best(0, 0.25, seen.append) and run.keep_best(10, 0.5, seen.append)
-    assert not run.keep_best(20, 0.5, seen.append)
+
+    def evaluated(run, step, score):
+        training = SimpleNamespace(run=run, export=lambda folder: seen.append(step))
+        Training.keep_best(training, step, score)
+        run.log({"step": step, "greedy": score}, "eval")
+
+    for step, score in ((0, 0.25), (10, 0.5), (20, 0.5), (30, 0.75), (40, 0.6)):
+        evaluated(run, step, score)
+    assert seen == [0, 10, 30]
     again = Run(tmp_path, Settings(), world)
-    assert not again.keep_best(30, 0.1, seen.append)
-    assert seen == [tmp_path / "best"] * 2
-    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 10, "score": 0.5}
+    again.start({}, 20)  # the kill took step 30 with it
+    evaluated(again, 30, 0.45)
+    evaluated(again, 40, 0.7)
+    assert seen == [0, 10, 30, 40]
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 40, "score": 0.7}
 
 
-def test_a_checkpoint_beyond_the_runs_end_is_refused(world, tmp_path):
-    """--steps 2 after 4 steps: seen to end as `finished`, with the model of 4 steps."""
-    run = begun(tmp_path, world)
-    run.progress(total=4, done=4)
-    with pytest.raises(ValueError, match="of step 5, this run has 4: raise --steps"):
-        run.progress(total=4, done=5)
+def test_exports_still_to_come_need_room_and_a_missing_one_is_made_up_for(
+    world, tmp_path, monkeypatch
+):
+    """Counted in full again, a run that filled its disk as planned could not go on; and a kill
+    between a save and the export of that step would leave a hole."""
+    asked, made = [], []
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    state = {"step": 90, "bad_steps": 0, "bad_in_a_row": 0}
+    monkeypatch.setattr("core.training.resume", lambda *_: state)
+    monkeypatch.setattr("core.training.require_space", lambda *_, **room: asked.append(room))
+    monkeypatch.setattr(
+        "core.training.export_hf", lambda m, s, folder, w: folder.mkdir(parents=True)
+    )
+    monkeypatch.setattr("core.training.StopRequest", lambda: None)
+    monkeypatch.setattr("core.training.gc", Mock())
+    options = TrainingOptions("m", ["d"], "o", export_every=10)
+    options.save_every = 0
+    for _ in range(2):
+        run = begun(tmp_path / "o", world)
+        Training(run, options, None, None, source=tmp_path, total=120, data={}, best=True)
+        made.append(sorted(p.name for p in (tmp_path / "o" / "exports").iterdir()))
+    assert made == [["step_90"], ["step_90"]]
+    sizes = [room["export_bytes"] for room in asked]
+    assert sizes == [5000, 4000], "best, final, steps 90 (once), 100 and 110"
 
 
 def test_time_left_is_in_the_log_without_a_terminal(world, tmp_path, monkeypatch, capsys):
@@ -250,11 +280,11 @@ def test_time_left_is_in_the_log_without_a_terminal(world, tmp_path, monkeypatch
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     run = begun(tmp_path, world)
-    run.progress(total=42, done=2, disk="3 × 91.4 GB of checkpoints")
+    progress = Progress(run, total=42, done=2, disk="3 × 91.4 GB of checkpoints")
     clock[0] += 90
-    run.step_done({"step": 3, "memory_gib": 61.5}, "step 3/42 | loss 1")
+    progress.step_done({"step": 3, "memory_gib": 61.5}, "step 3/42 | loss 1")
     clock[0] += 70  # 160 s for two steps
-    run.step_done({"step": 4, "memory_gib": 61.5}, "step 4/42 | loss 1")
+    progress.step_done({"step": 4, "memory_gib": 61.5}, "step 4/42 | loss 1")
     first, expected, second = capsys.readouterr().out.splitlines()[-3:]
     assert first.startswith("step 3/42 | loss 1 | 58 min left, until ")
     assert expected.startswith(
@@ -263,20 +293,18 @@ def test_time_left_is_in_the_log_without_a_terminal(world, tmp_path, monkeypatch
     assert "; peak memory 61.50 GiB a rank; disk: 3 × 91.4 GB of checkpoints, " in expected
     assert expected.endswith(" GB free")
     assert second.startswith("step 4/42 | loss 1 | 51 min left, until ")
-    run.progress(total=5, done=4)
-    run.step_done({"step": 5, "memory_gib": 1.0}, "last")
+    Progress(run, total=5, done=4).step_done({"step": 5, "memory_gib": 1.0}, "last")
     assert "last\n" in capsys.readouterr().out
 
 
 def test_durations_in_words():
-    said = {45: "45 s", 600: "10 min", 3720: "1 h 02 min", 200_000: "2 d 07 h"}
+    said = {45: "45 s", 600: "10 min", 3720: "1 h 02 min", 200_000: "55 h 33 min"}
     assert {s: duration(s) for s in said} == said
 
 
-def test_an_evaluation_is_printed_by_data_set_with_its_interval(world, tmp_path, capsys):
-    run, score = begun(tmp_path, world), {"n": 4, "greedy": 0.5, "low": 0.25, "high": 0.75}
-    run.log_evaluation({"step": 2, **score, "tasks": {"text": score}})
-    assert capsys.readouterr().out.splitlines()[-2:] == [
+def test_an_evaluation_is_printed_by_data_set_with_its_interval():
+    score = {"n": 4, "greedy": 0.5, "low": 0.25, "high": 0.75}
+    assert describe_evaluation({"step": 2, **score, "tasks": {"text": score}}).splitlines() == [
         "step 2 | n 4 | greedy 0.500 [0.250, 0.750]",
         "  text | n 4 | greedy 0.500 [0.250, 0.750]",
     ]

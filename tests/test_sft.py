@@ -31,7 +31,7 @@ from tiny_model import make_tiny_vl
 
 import train_sft
 from core.packing import repack
-from core.throughput import prefetch, train_flops
+from core.throughput import prefetch, speed, train_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ["--steps", "8", "--save_every", "3", "--val_every", "4"]
@@ -45,6 +45,11 @@ def inputs(tmp_path_factory):
     write_jsonl(folder / "train.jsonl", rows(40, 0))
     write_jsonl(folder / "val.jsonl", rows(4, 1))
     return folder
+
+
+def files(inputs):
+    flags = {"model": "model", "data": "train.jsonl", "val_data": "val.jsonl"}
+    return [x for name, file in flags.items() for x in (f"--{name}", str(inputs / file))]
 
 
 @pytest.fixture
@@ -87,20 +92,7 @@ def whole(inputs, world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("core.run.shutdown", lambda together: None)
         with pytest.raises(SystemExit) as end:
-            train_sft.main(
-                [
-                    "--model",
-                    str(inputs / "model"),
-                    "--data",
-                    str(inputs / "train.jsonl"),
-                    "--val_data",
-                    str(inputs / "val.jsonl"),
-                    *SETTINGS,
-                    *RUN,
-                    "--out",
-                    str(out),
-                ]
-            )
+            train_sft.main([*files(inputs), *SETTINGS, *RUN, "--out", str(out)])
     gc.enable()
     gc.unfreeze()
     assert end.value.code == 0
@@ -115,26 +107,17 @@ def test_a_run_leaves_what_is_promised(whole, inputs):
 
     log = metrics(whole)
     assert [m["step"] for m in log] == list(range(1, 9)) and log[-1]["loss"] < log[0]["loss"] - 0.5
-    assert {
-        "step",
-        "loss",
-        "learning_rate",
-        "grad_norm",
-        "tokens",
-        "tok_per_s",
-        "mfu",
-        "memory_gib",
-        "data_wait_s",
-    } <= set(log[0])
+    names = (
+        "step loss learning_rate grad_norm tokens tok_per_s mfu memory_gib data_wait_s bad_steps"
+    )
+    assert set(names.split()) <= set(log[0])
     head = json.loads((whole / "header.json").read_text())
     assert {"command", "commit", "versions", "device", "data", "world_size"} <= set(head)
-    assert (whole / "status").read_text() == "finished\n" and len(
-        list((whole / "checkpoints").iterdir())
-    ) == 2
+    assert (whole / "status").read_text() == "finished\n"
+    assert len(list((whole / "checkpoints").iterdir())) == 2
     losses = [json.loads(line) for line in (whole / "validation.jsonl").read_text().splitlines()]
-    assert [v["step"] for v in losses] == [0, 4, 8] and losses[-1]["val_loss"] < losses[0][
-        "val_loss"
-    ]
+    assert [v["step"] for v in losses] == [0, 4, 8]
+    assert losses[-1]["val_loss"] < losses[0]["val_loss"]
     assert (whole / "final" / "tokenizer.json").is_file()
     Qwen2_5_VLForConditionalGeneration.from_pretrained(whole / "final")
 
@@ -209,7 +192,9 @@ def test_a_run_can_branch_off_another_runs_checkpoint(whole, inputs, sft, tmp_pa
     assert code == 0 and "step_6" in said and metrics(tmp_path / "o")[0]["step"] == 7
     assert weights(tmp_path / "o") == weights(whole)
     code, _, error = sft("--resume", whole, "--out", tmp_path / "p")
-    assert code == 2 and "neither auto nor an OUT" in error
+    assert code == 2 and "not a whole checkpoint" in error
+    code, _, error = sft(*RUN, "--steps", 5, "--resume", source, "--out", tmp_path / "q")
+    assert code == 2 and "of step 6, this run has 5: raise --steps" in error
 
 
 def test_a_plan_starts_nothing_and_does_not_stand_in_the_way(sft, monkeypatch, tmp_path):
@@ -218,10 +203,9 @@ def test_a_plan_starts_nothing_and_does_not_stand_in_the_way(sft, monkeypatch, t
     out = tmp_path / "o"
     with monkeypatch.context() as patch:
         patch.setattr(train_sft, "build_model", None)
-        code, said, _ = sft("--plan", "--plan_ranks", 4, "--steps", 2, "--out", out)
-        assert code == 0 and "each of 4 GPU(s)" in said and "peak" in said and "2 steps, " in said
-        code, here, _ = sft("--plan", "--steps", 2, "--out", out)
-        assert code == 0 and "each of 1 CPU rank(s)" in here
+        code, said, _ = sft("--plan", "--steps", 2, "--out", out)
+        assert code == 0 and "each of 1 CPU rank(s)" in said
+        assert "peak" in said and "2 steps, " in said
     assert [p.name for p in out.iterdir()] == ["cache"]
     assert sft("--steps", 2, "--out", out)[0] == 0
 
@@ -276,17 +260,7 @@ def on_two_ranks(inputs):
     `left` is a copy of what the first kill left behind."""
     if sys.platform != "linux":
         pytest.skip("finds the processes to kill in /proc")
-    flags = [
-        "--model",
-        str(inputs / "model"),
-        "--data",
-        str(inputs / "train.jsonl"),
-        "--val_data",
-        str(inputs / "val.jsonl"),
-        *SETTINGS,
-        *RUN,
-        "--out",
-    ]
+    flags = [*files(inputs), *SETTINGS, *RUN, "--out"]
     alone, killed, left, log = (inputs / n for n in ("alone", "killed", "left", "log"))
     assert start([*flags, str(alone)], log=log).wait() == 0, log.read_text()
     moments = (
@@ -347,7 +321,8 @@ def test_non_finite_steps_change_nothing_are_counted_and_end_the_run(
         and log[2]["loss"] < log[0]["loss"]
     )
     nan_at({1, 2, 3})
-    code, said, error = sft("--steps", 5, "--max_bad_steps", 2, "--out", tmp_path / "two")
+    monkeypatch.setattr("core.training.MAX_BAD_STEPS", 2)
+    code, said, error = sft("--steps", 5, "--out", tmp_path / "two")
     assert code == 2 and "not finite in 2 steps in a row" in error and "bad steps 2" in said
 
 
@@ -391,15 +366,9 @@ def test_what_a_step_leaves_behind_is_collected_after_it(sft, monkeypatch, tmp_p
 
 # ----------------------------------------------------------------------------------------- mistakes
 def conversation(content="answer", role="assistant", **more):
-    return json.dumps(
-        {
-            "messages": [
-                {"role": "user", "content": "<image>" * len(more.get("images", [])) + "q"},
-                {"role": role, "content": content},
-            ],
-            **more,
-        }
-    )
+    question = "<image>" * len(more.get("images", [])) + "q"
+    turns = [{"role": "user", "content": question}, {"role": role, "content": content}]
+    return json.dumps({"messages": turns, **more})
 
 
 BAD_FILES = {  # what line 2 of the data holds → words of the message
@@ -461,7 +430,6 @@ def test_missing_files_and_impossible_settings(sft, inputs, monkeypatch, tmp_pat
             (["--pack_len", 0], "--pack_len 0: must be at least"),
             (["--steps", 0], "--steps 0: must be at least 1"),
             (["--batch_tokens", 100], "--batch_tokens 100 is below --pack_len 512"),
-            (["--plan_ranks", 8], "--plan_ranks: only with --plan"),
             (["--lora_alpha", 16], "without --lora_rank all weights train"),
             (["--lora_targets", "mlp"], "without --lora_rank all weights train"),
             (["--lr", "1e5"], "--lr 100000.0: must be at most 1"),
@@ -608,6 +576,18 @@ def test_mfu_counts_attention_of_each_pack(sft, monkeypatch, tmp_path):
     assert m["mfu_palm"] / m["mfu"] == pytest.approx(palm / strict, rel=1e-6)
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_mfu_is_the_share_of_all_ranks_peak(inputs, monkeypatch, ranks):
+    """Four ranks with equal micro-batches are as busy as one alone, not four times as busy."""
+    monkeypatch.setattr("core.throughput.peak_flops", lambda: 1e12)
+    shape = train_sft.ModelConfig.from_dir(inputs / "model")
+    here = train_sft.World(0, ranks, 0, torch.device("cpu"))
+    m = speed(shape, [np.array([100, 50])] * ranks, seconds=2.0, waited=0.0, world=here)
+    assert m["mfu"] == pytest.approx(train_flops(shape, [100, 50])[0] / 2e12)
+    assert m["mfu_palm"] == pytest.approx(train_flops(shape, [150])[1] / 2e12)
+    assert (m["tokens"], m["tok_per_s"]) == (150 * ranks, 75.0 * ranks)
+
+
 def test_a_directory_of_another_run_is_left_alone(whole, inputs, sft, tmp_path):
     """Another setting, or somebody's files: nothing is overwritten."""
     before = sorted(p.name for p in whole.iterdir())
@@ -629,19 +609,9 @@ def test_mistakes_reach_the_shell(inputs, tmp_path):
         (["--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
         (["--data", "d", "--learning_rate", "1"], "unknown option --learning_rate"),
     ):
+        command = [sys.executable, ROOT / "train_sft.py", "--model", inputs / "model", *flags]
         done = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "train_sft.py",
-                "--model",
-                inputs / "model",
-                *flags,
-                "--out",
-                tmp_path / "o",
-            ],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
+            [*command, "--out", tmp_path / "o"], capture_output=True, text=True, cwd=tmp_path
         )
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
@@ -658,17 +628,8 @@ def test_every_flag_is_explained(capsys):
 
 # -------------------------------------------------------------------------------- its few functions
 def config(**changes):
-    return train_sft.Config(
-        **{
-            "model": "m",
-            "data": ["d"],
-            "out": "o",
-            "max_len": 100,
-            "pack_len": 300,
-            "batch_tokens": 900,
-            **changes,
-        }
-    )
+    plain = dict(model="m", data=["d"], out="o", max_len=100, pack_len=300, batch_tokens=900)
+    return train_sft.Config(**plain | changes)
 
 
 def test_a_plan_has_every_document_once_an_epoch_and_is_pure():

@@ -24,10 +24,11 @@ from model import Model, ModelConfig
 
 
 class StoredWeights:
-    """The weights of a checkpoint by parameter name, each read from disk when it is asked for."""
+    """The weights of a checkpoint by parameter name, each read from disk when it is asked for.
+
+    source: the files that training started from; settings: of the run, for LoRA's scale."""
 
     def __init__(self, checkpoint: Path, source: WeightFiles, settings: dict):
-        """source: the files that training started from; settings: of the run, for LoRA's scale."""
         self.folder, self.source, self.settings = checkpoint, source, settings
         self.saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
 
@@ -37,7 +38,10 @@ class StoredWeights:
         layer = name.removesuffix(".weight")
         if f"model.{layer}.lora_A" in self.saved:
             a, b = self._read(f"{layer}.lora_A"), self._read(f"{layer}.lora_B")
-            return self.source.slice(name)[:].float() + (b @ a) * self._lora_scale(a.shape[0])
+            scale = self.settings["lora_alpha"] / a.shape[0]
+            if start := self.settings.get("adapter"):
+                scale = adapter_scale(read_adapter_config(start))
+            return self.source.slice(name)[:].float() + (b @ a) * scale
         return self._read(name) if f"model.{name}" in self.saved else None
 
     def _read(self, name: str) -> torch.Tensor:
@@ -45,11 +49,6 @@ class StoredWeights:
         tensor = torch.empty(saved.size, dtype=saved.properties.dtype)
         dcp.load({f"model.{name}": tensor}, checkpoint_id=self.folder)
         return tensor
-
-    def _lora_scale(self, rank: int) -> float:
-        if start := self.settings.get("adapter"):
-            return adapter_scale(read_adapter_config(start))
-        return self.settings["lora_alpha"] / rank
 
 
 def export(checkpoint: Path, out: Path, model_dir: Path | None = None) -> None:
@@ -81,10 +80,9 @@ def export(checkpoint: Path, out: Path, model_dir: Path | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m tools.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "python -m tools.export", description=__doc__, formatter_class=raw
     )
     parser.add_argument("checkpoint", type=Path, help="OUT/checkpoints/step_N")
     parser.add_argument("--out", type=Path, required=True, help="the model directory to write")

@@ -144,6 +144,7 @@ def child(argv: list[str], call: str, env: dict, log: str) -> None:
 def mark_phases(file: str) -> None:
     """From here on the run writes into the file what it is doing."""
     import train_grpo
+    from core import training
     from sampler import Sampler
 
     marks = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -159,7 +160,7 @@ def mark_phases(file: str) -> None:
 
     Sampler.generate = entering("sample", Sampler.generate, "grade")
     train_grpo.train_on = entering("update", train_grpo.train_on)
-    train_grpo.save_state = entering("save", train_grpo.save_state)
+    training.save_state = entering("save", training.save_state)
 
 
 def main() -> None:

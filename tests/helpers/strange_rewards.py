@@ -33,6 +33,12 @@ def hostile(problem: dict, completion: str, finish_reason: str):
     return exact(problem, completion, finish_reason)
 
 
+def half_hostile(problem: dict, completion: str, finish_reason: str):
+    """`hostile` where less than 2 is added, else a grade: fewer failures than end a run."""
+    second = int(problem["question"].split("+")[1])
+    return (hostile if second < 2 else exact)(problem, completion, finish_reason)
+
+
 def parity(problem: dict, completion: str, finish_reason: str) -> float:
     """Differs between samples, and is the same in every run."""
     return float(len(completion) % 2)
