@@ -106,8 +106,9 @@ def lock(out: Path) -> str:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         taken = False
     except OSError as e:
-        here = holder["host"] == socket.gethostname() and Path(f"/proc/{holder['pid']}").exists()
-        taken = here or e.errno in (errno.EACCES, errno.EAGAIN)  # else there are no locks
+        here = holder["host"] == socket.gethostname() and holder["pid"] != os.getpid()
+        alive = here and Path(f"/proc/{holder['pid']}").exists()
+        taken = alive or e.errno in (errno.EACCES, errno.EAGAIN)  # else there are no locks
     if taken:
         os.close(file)
         raise ValueError(

@@ -150,8 +150,8 @@ class Run:
 
     def logged(self, kind: str) -> list[dict]:
         """What KIND.jsonl holds, on every rank. Collective."""
-        lines = _whole_lines(self.out / f"{kind}.jsonl")
-        return from_rank0(self.world, lambda: [json.loads(line) for line in lines])
+        file = self.out / f"{kind}.jsonl"
+        return from_rank0(self.world, lambda: [json.loads(x) for x in _whole_lines(file)])
 
     def log_samples(self, step: int, samples: list[Sample]) -> None:
         """Write OUT/rollouts/step_N.jsonl, and some of it to the tracker."""
