@@ -588,7 +588,7 @@ def test_changed_data_are_refused_when_a_run_goes_on(place, tmp_path):
     """Under the same name another file gives another stream: the run would mix the two."""
     data = tmp_path / "p.jsonl"
     data.write_text(place.problems.read_text())
-    flags = [data if f == place.problems else f for f in place.common]
+    flags = [data if f == str(place.problems) else f for f in place.common]
     flags += ["--save_every", 1, "--out", tmp_path / "o"]
     assert place.nursery.run([*flags, "--steps", 1])[0] == 0
     data.write_text("".join(reversed(place.problems.read_text().splitlines(keepends=True))))
