@@ -274,17 +274,6 @@ class Engine:
         counts = [data.image_token_count(f, self.images) for f in problem.get("images") or []]
         return data.prompt_tokens(problem, self.tokenizer, counts, self.c.prompt_style)
 
-    def write_header(self, problems: list[dict]) -> None:
-        """Print and store what is needed to repeat the samples, with a prompt of each kind."""
-        prompts = {}
-        for p in problems:
-            if p["kind"] not in prompts:
-                text = self.tokenizer.decode(self.prompt(p))
-                prompts[p["kind"]] = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>…", text)
-        more = {"model": str(self.dir), "settings": self.settings, "prompts": prompts}
-        write_json(self.out / "header.json", header(world_size=self.world.size, **more))
-        print(f"{len(problems)} problems; {self.settings}; prompts: {self.out / 'header.json'}")
-
     def sampler(self, jobs: list[Job], new_tokens: int) -> Sampler:
         """A sampler with room for these jobs on any rank; loads the weights. Collective."""
         config, c = self.config, self.c
@@ -375,6 +364,18 @@ class Engine:
         return self.run(stage, jobs, replace(self.params, **answer))
 
 
+def write_header(engine: Engine, problems: list[dict]) -> None:
+    """Print and store what is needed to repeat the samples, with a prompt of each kind."""
+    prompts = {}
+    for p in problems:
+        if p["kind"] not in prompts:
+            text = engine.tokenizer.decode(engine.prompt(p))
+            prompts[p["kind"]] = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>…", text)
+    more = {"model": str(engine.dir), "settings": engine.settings, "prompts": prompts}
+    write_json(engine.out / "header.json", header(world_size=engine.world.size, **more))
+    print(f"{len(problems)} problems; {engine.settings}; prompts: {engine.out / 'header.json'}")
+
+
 # --------------------------------------------------------------------------------- grades, results
 def grading_rules(rule: str) -> dict:
     """The rule, and a hash of the code that decides what an answer is and which ones are equal."""
@@ -446,7 +447,7 @@ def evaluate(c: Config) -> dict | None:
     else:
         engine = Engine(c, settings, model_dir, world, any(p.get("images") for p in problems))
         if world.is_main:
-            engine.write_header(problems)
+            write_header(engine, problems)
         stages = {"samples": engine.sample(problems)}
         for b in c.budget_list:
             stages[f"budget_{b}"] = engine.sample_budget(problems, stages["samples"], b)
