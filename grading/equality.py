@@ -2,7 +2,7 @@ r"""Are two written answers the same mathematical object?  `-\frac12`, `-0.5`; `
 
 1. normalise (notation.py): one spelling; equal strings are equal.
 2. compare: numbers exactly, words as words, names (`x = 5`), lists, sets, intervals by element.
-3. algebra: scalars and equations at 60 digits; other sets and relations by math-verify.
+3. algebra: scalars, equations and inequalities by value, to 60 digits; sets by math-verify.
    No text ever reaches eval, sympify or parse_expr.
 
 `quick_equal` stops before 3 and says None if only algebra can decide; it takes less than a
@@ -278,23 +278,37 @@ def to_sympy(text: str):
 
 
 def algebra(pred: str, gold: str) -> bool:
-    """Two scalars by value; sets, equations and inequalities by math-verify."""
+    """Scalars, equations and inequalities by value; sets by math-verify."""
     from math_verify import verify
     from sympy import Expr, Max, Min
-    from sympy.logic.boolalg import BooleanAtom
 
     p, g = to_sympy(pred), to_sympy(gold)
-    if p is None or g is None or p.is_Relational != g.is_Relational:
-        return False
+    if p is None or g is None or p.is_Boolean or p.is_Relational != g.is_Relational:
+        return False  # sympy's true and false are Boolean, relations aren't
+    if p.is_Relational:
+        return same_relation(p, g)
     p, g = p.doit(), g.doit()
     if p.has(Max, Min) or g.has(Max, Min):  # a branch that no point takes would go unseen
         return p == g
-    if isinstance(p, Expr) and isinstance(g, Expr):
-        pairs = values(p, g)
-        enough = len(pairs) >= 2 if p.free_symbols | g.free_symbols else pairs
-        return bool(enough) and all(close(x, y) for x, y in pairs)
-    stated = not isinstance(p, BooleanAtom)  # x^2 = -1 is false for a real x, and no more
-    return stated and verify(g, p, timeout_seconds=None)
+    if not isinstance(p, Expr) or not isinstance(g, Expr):
+        return verify(g, p, timeout_seconds=None)
+    pairs = values(p, g)
+    enough = len(pairs) >= 2 if p.free_symbols | g.free_symbols else pairs
+    return bool(enough) and all(close(x, y) for x, y in pairs)
+
+
+def same_relation(p, g) -> bool:
+    """Equal up to a factor, which may not turn an inequality; denominators of equations aside."""
+    p, g = (r.reversed if r.rel_op in (">", ">=") else r for r in (p, g))
+    a, b = p.lhs - p.rhs, g.lhs - g.rhs
+    if equation := p.rel_op in ("==", "!="):
+        a, b = (e.together().as_numer_denom()[0] for e in (a, b))
+    pairs = values(a, b)
+    alike = p.rel_op == g.rel_op and a.free_symbols == b.free_symbols
+    if not alike or len(pairs) < 2 or 0 in pairs[0]:
+        return False
+    x, y = pairs[0]
+    return all(close(x * v, y * u) for u, v in pairs) and bool(equation or x * y > 0)
 
 
 def close(x, y) -> bool:

@@ -94,6 +94,8 @@ pi/2 ~ \frac{\pi}{2}
 x**2+1 ~ x^2+1
 """
 UNEQUAL = r"""
+|f_n - g_n| = 3 ~ |f_n - g_n| = 1
+2 < 5 < x ~ (2,x)
 lambda: 42 ~ 42
 0.333 ~ 1/3
 \int_0^1 x dx ~ \frac{1}{2}
