@@ -125,8 +125,7 @@ def part_weights(flags: list[str], reward: str) -> dict[str, float]:
 def _from_user(outcome: Outcome, weights: dict[str, float]) -> Reward:
     """A number, or {"score": number, "parts"?: {name: number}, "answer"?: text, "why"?: text}.
 
-    With weights, or without a score, it is the weighted sum of the parts (1 where no weight is
-    given). Anything else, NaN, or a weight of a part that isn't there is an error.
+    With weights (1 where none is given), or without a score, it is the weighted sum of the parts.
     """
     if outcome.status != "ok":
         return _failed(outcome.why, outcome.status)
@@ -224,11 +223,9 @@ class Grader(AbstractContextManager):
             self._count(settled, "here")
             future.set_result(settled)
             return future
-        if settled:
-            inner, convert = self.pool.submit(*settled), partial(_from_algebra, text=settled[0])
-        else:
-            inner, convert = self.pool.submit(problem, completion, finish_reason), self.from_user
-        inner.add_done_callback(lambda done: self._finish(future, done, convert))
+        args = settled or (problem, completion, finish_reason)
+        convert = partial(_from_algebra, text=args[0]) if settled else self.from_user
+        self.pool.submit(*args).add_done_callback(lambda done: self._finish(future, done, convert))
         return future
 
     def _finish(self, future: Future, done: Future, convert) -> None:
@@ -250,8 +247,7 @@ class Grader(AbstractContextManager):
     def counters(self) -> dict[str, int]:
         """graded = here + in_worker = correct + wrong = the sum over statuses; and kills."""
         names = "graded here in_worker correct wrong ok no_answer truncated timeout error".split()
-        counts = {name: self._counts[name] for name in names}
-        return counts | {"kills": self.pool.counters["kills"]}
+        return {n: self._counts[n] for n in names} | {"kills": self.pool.counters["kills"]}
 
     def close(self) -> None:
         self.pool.close()
