@@ -25,7 +25,7 @@ from PIL import Image
 
 from core import chat, schema
 from core.chat import chat_segments, load_tokenizer, with_image_parts  # noqa: F401
-from core.images import load_images  # noqa: F401
+from core.images import ImageConfig, load_images, num_image_tokens, smart_resize  # noqa: F401
 from core.packing import attention_cost, balance, pack_plan  # noqa: F401
 from core.parallel import World
 from core.samples import Sample
@@ -40,7 +40,7 @@ from core.schema import (  # noqa: F401
     scan,
 )
 from core.token_cache import Cut, Document, TokenizedDataset, cache_key, join_parts, write_parts
-from core.vision import ImageConfig, mrope_positions, num_image_tokens, smart_resize
+from core.vision import mrope_positions
 
 IMAGE_PAD = "<|image_pad|>"
 

@@ -44,13 +44,13 @@ import grading
 import model
 import rewards
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
+from core.images import ImageConfig
 from core.options import option, parse_config
 from core.out_dir import assert_shared, claim, lock, write_json
 from core.parallel import World, all_any, all_gather_objects, all_max, from_rank0, init
 from core.run import hash_files, header, run_and_exit, script
 from core.samples import Sample, make_sample, problem_seed, read_samples, set_grade, write_samples
 from core.slots import ForcedExit, exit_positions
-from core.vision import ImageConfig
 from sampler import Completion, Sampler, SamplingParams
 from scoring.metrics import all_metrics, cluster, compare, positions
 from scoring.tables import read_result, report

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from core import attention, optim
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
-from core.images import ImageLoader
+from core.images import ImageConfig, ImageLoader
 from core.lora import add_lora, lora_disabled
 from core.options import DATA, MEMORY, OBJECTIVE, OPTIMIZER, RUN, SAMPLING, parse_config
 from core.packing import next_problems
@@ -41,7 +41,6 @@ from core.samples import Sample, problem_seed, rollout_metrics, sample_on_ranks
 from core.slots import ForcedExit
 from core.throughput import describe_evaluation, describe_grpo_step, grpo_speed
 from core.training import Training, TrainingOptions, trained_on
-from core.vision import ImageConfig
 from data import (
     Prompt,
     RolloutBatch,

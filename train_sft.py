@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from core import attention
+from core.images import ImageConfig
 from core.lora import add_lora
 from core.optim import adamw, guarded_step, lr_at
 from core.options import DATA, MEMORY, OPTIMIZER, RUN, parse_config
@@ -40,7 +41,6 @@ from core.schema import read_jsonl
 from core.throughput import describe_step, prefetch, speed
 from core.token_cache import TokenizedDataset
 from core.training import Training, TrainingOptions, trained_on
-from core.vision import ImageConfig
 from data import Batch, collate, load_tokenizer, tokenize_files
 from model import Model, ModelConfig, build_model, check_model_dir, resolve_model_dir
 

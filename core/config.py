@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core.vision import VisionConfig
-from core.vision3 import Vision3Config
 
 
 class Architecture(NamedTuple):
@@ -17,14 +16,14 @@ class Architecture(NamedTuple):
     qkv_bias: bool  # biases of the q, k and v projections; no other matrix has one
     qk_norm: bool  # RMSNorm over each head of q and of k, before the rotation
     mrope_interleaved: bool  # see `axis_of_frequency`
-    vision: type | None  # the config of its vision tower
+    vision: bool  # has a vision tower
 
 
 ARCHITECTURES = {  # config.json's model_type
-    "qwen2": Architecture(True, False, False, None),  # Qwen2, Qwen2.5, QwQ-32B
-    "qwen2_5_vl": Architecture(True, False, False, VisionConfig),  # 3B, 7B, 32B, 72B
-    "qwen3": Architecture(False, True, False, None),  # dense Qwen3, 0.6B to 32B
-    "qwen3_vl": Architecture(False, True, True, Vision3Config),  # dense: 2B, 4B, 8B, 32B
+    "qwen2": Architecture(True, False, False, False),  # Qwen2, Qwen2.5, QwQ-32B
+    "qwen2_5_vl": Architecture(True, False, False, True),  # 3B, 7B, 32B, 72B
+    "qwen3": Architecture(False, True, False, False),  # dense Qwen3, 0.6B to 32B
+    "qwen3_vl": Architecture(False, True, True, True),  # dense: 2B, 4B, 8B, 32B
 }
 
 
@@ -45,7 +44,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     image_token_id: int | None
     vision_start_token_id: int | None
-    vision: VisionConfig | Vision3Config | None
+    vision: VisionConfig | None
     raw: dict  # config.json as read
     qkv_bias: bool = True
     qk_norm: bool = False
@@ -92,6 +91,9 @@ class ModelConfig:
             raise ValueError(
                 f"mrope_section {sections} must sum to half the head size, {head_dim // 2}"
             )
+        tower = None
+        if arch.vision:
+            tower = VisionConfig.from_dict(text["vision_config"], qwen3=arch.qk_norm)
         return ModelConfig(
             **{k: text[k] for k in needed if k not in ("rope_theta", "head_dim")},
             head_dim=head_dim,
@@ -104,7 +106,7 @@ class ModelConfig:
             ),
             image_token_id=text["image_token_id"] if arch.vision else None,
             vision_start_token_id=text["vision_start_token_id"] if arch.vision else None,
-            vision=arch.vision.from_dict(text["vision_config"]) if arch.vision else None,
+            vision=tower,
             raw=raw,
             qkv_bias=arch.qkv_bias,
             qk_norm=arch.qk_norm,

@@ -27,7 +27,7 @@ from typing import Iterable, Iterator, Sequence
 from tqdm import tqdm
 
 from core.formats import refuse_other_file, refuse_other_format
-from core.vision import image_size
+from core.images import image_size
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CONTROL_TOKENS = tuple(  # Qwen2.5's; those of another tokenizer are refused too

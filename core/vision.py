@@ -1,291 +1,91 @@
-"""From an image file to the merged vision tokens of Qwen2.5-VL, and their positions.
+"""The vision towers of Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL (arXiv 2511.21631), and the
+positions that the decoder gives to image tokens.
 
-    image = load_image("scan.png")                                  # any file → 8-bit RGB
-    patches, grid = preprocess_image(image, ImageConfig.from_dir(model_dir))    # (P, 1176) fp32
-    tokens = VisionTower(config)(patches, torch.tensor([grid]))     # (P / 4, C)
+    tokens = config.tower()(patches, torch.tensor([grid]))     # core/images.py → (P / 4, C)
     position_ids, delta = mrope_positions(ids, torch.tensor([grid]), image_token_id=151655, ...)
 
-Loading, preprocessing and positions are Qwen3-VL's too; its tower is in core/vision3.py.
-Preprocessing equals transformers' PIL processor (Qwen2VLImageProcessorPil) bit for bit, the tower
-its Qwen2.5-VL tower to rounding (tests/test_vision.py). The torchvision ("fast") processor resizes
-a little differently (up to 2 of 255 levels). Where libraries differ or keep silent:
+               Qwen2.5-VL                        Qwen3-VL
+    patches    14 x 14, no bias                  16 x 16, bias
+    positions  2-D rotary                        2-D rotary, and a learned grid of 48 x 48
+    attention  windows, whole images in 4 blocks whole images
+    blocks     RMSNorm, SwiGLU                   LayerNorm, tanh GELU
+    merger     norm, join 4 patches, 2 matrices  the same; and DeepStack: the output of 3 blocks
+                                                 goes through mergers that join first
 
-    EXIF orientation is applied; transparent pixels are laid on white; of an animation the first
-    frame counts. The content decides the format, not the file's extension.
-    16-bit grey is scaled by 255/65535, where Pillow's own conversion would clip and turn a
-    radiograph white. Grey of 32 bits or floats has no white of its own: it is the smallest of
-    1 (floats only), 255, 65535 that nothing exceeds. Colour profiles are ignored, as transformers
-    does. One resize only: qwen_vl_utils resizes with its own limits first.
+Both equal transformers' towers to rounding (tests/test_vision.py). Video is not supported: a grid's
+t is 1 for images.
 
-Video is not supported: a grid's t is 1 for images.
+Shapes: P patches, M = P / 4 merged tokens, C tower width, D head size, K DeepStack blocks.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from io import BytesIO
-from pathlib import Path
+from dataclasses import dataclass, fields
+from itertools import accumulate
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from core.attention import apply_rope, attend
-
-MAX_PIXELS = 89_478_485  # Pillow's bound of a decompression bomb: refused before decoding
-MAX_ASPECT = 200  # the longest side by the shortest that the model takes
-ORIENTATION = 0x0112  # the EXIF tag; below, its value → what makes the image upright
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# no EPS: it starts a program
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+from core.images import num_image_tokens
 
 
-# ---------------------------------------------------------------------- images to RGB
-def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """Any image → 8-bit RGB by the rules in the module's docstring, decoded to the end.
-
-    Raises ValueError, which names the file and how to fix it, when it is missing, empty, not an
-    image, damaged, larger than MAX_PIXELS, longer than MAX_ASPECT, or has no known white.
-    """
-    if isinstance(source, Image.Image):
-        return _to_checked_rgb(source, getattr(source, "filename", "") or "a PIL image")
-    if isinstance(source, bytes):
-        return _to_checked_rgb(_open(BytesIO(source), "image bytes"), "image bytes")
-    path = Path(source)
-    if not path.is_file():  # also keeps us from waiting for a pipe
-        raise ValueError(
-            f"{path}: no such image file; image paths are relative to the folder of their jsonl"
-        )
-    try:
-        with path.open("rb") as f:
-            return _to_checked_rgb(_open(f, str(path)), str(path))
-    except OSError as e:
-        raise ValueError(f"{path}: cannot be read ({e.strerror or e})") from e
-
-
-def image_size(path: str | Path) -> tuple[int, int] | str:
-    """(width, height) of an image that was read to its end and has a usable shape; else why not.
-    Cached: rows are checked, then tokenised, and many questions may share an image."""
-    try:
-        return _image_size(str(path), os.stat(path).st_mtime_ns)
-    except (OSError, ValueError):
-        return f"{path}: no such file"
-
-
-@lru_cache(maxsize=1 << 20)
-def _image_size(path: str, modified: int) -> tuple[int, int] | str:
-    try:
-        image = load_image(path)
-        smart_resize(image.height, image.width, ImageConfig())
-        return image.size
-    except ValueError as e:
-        return str(e)
-
-
-def _open(file, name: str) -> Image.Image:
-    """Read the header only."""
-    if file.seek(0, os.SEEK_END) == 0:
-        raise ValueError(f"{name}: empty file; fetch it again")
-    file.seek(0)
-    try:
-        return Image.open(file, formats=FORMATS)
-    except Image.DecompressionBombError as e:
-        raise ValueError(f"{name}: {e}; scale it down first") from e
-    except Exception as e:  # Pillow's parsers raise nearly anything on foreign bytes
-        raise ValueError(
-            f"{name}: not an image, or its header is damaged; fetch it again, or save it as PNG or "
-            f"JPEG (readable: {', '.join(FORMATS)})"
-        ) from e
-
-
-def _to_checked_rgb(image: Image.Image, name: str) -> Image.Image:
-    width, height = image.size
-    size = f"{width}x{height} pixels"
-    if width * height == 0:
-        raise ValueError(
-            f"{name}: has no pixels ({width}x{height}); leave it out or fetch it again"
-        )
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{name}: {size}, more than {MAX_PIXELS:,}; scale it down first")
-    if max(width, height) > MAX_ASPECT * min(width, height):  # here the file is known
-        raise ValueError(
-            f"{name}: {size}, one side more than {MAX_ASPECT} times the other; crop or pad it"
-        )
-    try:
-        image.load()
-        # not ImageOps.exif_transpose, which fails on odd tags that do not matter here
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
-    except Exception as e:  # as in _open
-        raise ValueError(f"{name}: damaged image ({e}); fetch it again") from e
-    try:
-        return _to_rgb(image if turn is None else image.transpose(turn))
-    except ValueError as e:  # ours, or Pillow's for modes without a conversion (LAB)
-        raise ValueError(f"{name}: {e}; save it as 8-bit RGB") from e
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _wide_grey_to_rgb(image)
-    if image.mode == "La":  # Pillow has no direct way to RGBA
-        image = image.convert("LA")
-    has_alpha = {"A", "a"} & set(image.getbands())
-    if has_alpha or image.info.get("transparency") is not None:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)  # (H, W) uint16, int32 or float32
-    white = 65535
-    if not image.mode.startswith("I;16"):
-        low, high = float(values.min()), float(values.max())
-        whites = (255, 65535) if image.mode == "I" else (1, 255, 65535)
-        # none also for NaN and infinity
-        white = next((w for w in whites if 0 <= low and high <= w), None)
-        if white is None:
-            raise ValueError(f"grey values from {low:g} to {high:g} do not say what is white")
-    grey = np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
-    if isinstance(key := image.info.get("transparency"), int):  # this one value is transparent
-        grey[values == key] = 255
-    return Image.fromarray(grey).convert("RGB")
-
-
-# ---------------------------------------------------------------------- pixels to patches
+# ---------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
-class ImageConfig:
-    """How images are resized and normalised; the defaults are Qwen2.5-VL's published ones."""
+class VisionConfig:
+    """The numbers that shape a tower. Defaults: what published files of Qwen2.5-VL leave out."""
 
-    min_pixels: int = 3136  # 4 merged tokens
-    max_pixels: int = 12_845_056  # 16,384 merged tokens; X-Reasoner's model card: both 262,144
+    hidden_size: int
+    out_hidden_size: int = 3584
+    depth: int = 32
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    in_channels: int = 3
     patch_size: int = 14
-    temporal_patch_size: int = 2  # a still image is repeated this often
-    merge_size: int = 2  # merge_size² patches become one token
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    # Qwen2.5-VL: side of the attention windows in pixels, and the blocks that see the whole image
+    window_size: int = 112
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    # Qwen3-VL: learned positions, a square number, and the blocks whose output the decoder gets too
+    num_position_embeddings: int = 0
+    deepstack_visual_indexes: tuple[int, ...] = ()
 
-    def __post_init__(self):
-        if not 1 <= self.min_pixels <= self.max_pixels:
-            raise ValueError(
-                f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}: "
-                "choose 1 <= min_pixels <= max_pixels"
-            )
-
-    @staticmethod
-    def from_dir(model_dir: str | Path) -> ImageConfig:
-        """Read preprocessor_config.json, or the image part of processor_config.json.
-
-        Pixel limits may stand as min_pixels and max_pixels (Qwen2.5-VL as published) or as size.
-        Raises ValueError when files or fields are missing, or ask for anything but bicubic resize,
-        1/255 and normalisation.
-        """
-        file = Path(model_dir) / "preprocessor_config.json"
-        if not file.is_file() and (Path(model_dir) / "processor_config.json").is_file():
-            file = file.with_name("processor_config.json")
-        if not file.is_file():
-            raise ValueError(f"{file}: not found; images need it. Copy it from the published model")
-        try:
-            raw = json.loads(file.read_text())
-        except ValueError as e:
-            raise ValueError(f"{file}: not valid JSON ({e}); fetch it again") from e
-        try:
-            return ImageConfig.from_dict(raw.get("image_processor", raw))
-        except ValueError as e:
-            raise ValueError(f"{file}: {e}") from e
+    @property
+    def is_qwen3(self) -> bool:
+        return self.num_position_embeddings > 0
 
     @staticmethod
-    def from_dict(raw: dict) -> ImageConfig:
-        """The fields of a preprocessor_config.json; see `from_dir`."""
-        fixed = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
-        for field, value in (fixed | {"rescale_factor": 1 / 255}).items():
-            if raw.get(field, value) != value:
-                raise ValueError(f"{field} is {raw[field]!r}, only {value!r} is supported")
-        size = raw.get("size") or {}
-        low = raw.get("min_pixels", size.get("shortest_edge"))
-        high = raw.get("max_pixels", size.get("longest_edge"))
-        if not isinstance(low, int) or not isinstance(high, int):
+    def from_dict(raw: dict, qwen3: bool = False) -> VisionConfig:
+        """Read the "vision_config" of config.json. Raises ValueError when this is another tower."""
+        theirs = ("num_position_embeddings", "deepstack_visual_indexes")
+        if qwen3:
+            theirs = ("window_size", "fullatt_block_indexes")
+        names = [f.name for f in fields(VisionConfig) if f.name not in theirs]
+        # no defaults for Qwen3-VL: they would be those of one size
+        if missing := [k for k in (names if qwen3 else names[:1]) if k not in raw]:
+            raise ValueError(f"vision_config has no {missing}; is it another model's?")
+        act = "gelu_pytorch_tanh" if qwen3 else "silu"
+        if raw.get("hidden_act", act) != act:
+            raise ValueError(f"vision_config.hidden_act {raw['hidden_act']!r}: only {act!r} works")
+        rope = raw.get("rope_parameters") or {}
+        if rope.get("rope_theta", 1e4) != 1e4 or rope.get("rope_type", "axial") != "axial":
+            raise ValueError(f"vision_config.rope_parameters {rope}: only axial, theta 10000 works")
+        given = {k: tuple(raw[k]) if "indexes" in k else raw[k] for k in names if k in raw}
+        c = VisionConfig(**given)
+        if c.hidden_size % (4 * c.num_heads):
             raise ValueError(
-                'no pixel limits; add "min_pixels" and "max_pixels" (Qwen2.5-VL: 3136, 12845056)'
+                f"vision_config: hidden_size {c.hidden_size} must be a multiple of 4 · num_heads "
+                f"({c.num_heads}): half of each head turns by row, half by column, in pairs"
             )
-        names = ("patch_size", "temporal_patch_size", "merge_size")
-        ints = {k: int(raw[k]) for k in names if k in raw}
-        colours = {k: tuple(raw[k]) for k in ("image_mean", "image_std") if k in raw}
-        if any(len(c) != 3 for c in colours.values()):
-            raise ValueError("image_mean and image_std need three numbers each: red, green, blue")
-        return ImageConfig(low, high, **ints, **colours)
+        return c
 
-
-def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
-    """(height, width) in pixels → the size that the model sees: multiples of patch_size ·
-    merge_size, an area between min_pixels and max_pixels where possible, about the same aspect.
-
-    Must equal transformers' function of this name. With factor 28: 70 / 28 = 2.5 rounds to the
-    even 2, so 70 x 84 → 56 x 84; 98 / 28 = 3.5 rounds to 4, 112.
-    Raises ValueError when one side is more than MAX_ASPECT times the other.
-    """
-    if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(
-            f"an image of {width}x{height} pixels: one side is more than {MAX_ASPECT} times the "
-            "other; crop or pad it"
-        )
-    factor = config.patch_size * config.merge_size
-    h, w = round(height / factor) * factor, round(width / factor) * factor
-    if h * w > config.max_pixels:
-        shrink = math.sqrt(height * width / config.max_pixels)
-        h = max(factor, math.floor(height / shrink / factor) * factor)
-        w = max(factor, math.floor(width / shrink / factor) * factor)
-    elif h * w < config.min_pixels:
-        grow = math.sqrt(config.min_pixels / (height * width))
-        h = math.ceil(height * grow / factor) * factor
-        w = math.ceil(width * grow / factor) * factor
-    return h, w
-
-
-def preprocess_image(
-    image: Image.Image, config: ImageConfig
-) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """An RGB image → patches (P, C · temporal_patch · patch²) fp32 and grid (1, h, w).
-
-    Patches stand in the order of the merged tokens: the merge_size² patches of a token are
-    neighbours. A grid of 2 x 4 patches in reading order, merge size 2:  0 1 4 5 | 2 3 6 7.
-    Columns are (colour, frame, y, x). Must equal transformers' PIL processor bit for bit.
-    """
-    if image.mode != "RGB":
-        raise ValueError(f"preprocess_image wants RGB, not {image.mode}: use load_image first")
-    height, width = smart_resize(image.height, image.width, config)
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # (H, W, 3) uint8
-    # each of the 256 levels is normalised once, rounded as transformers does: product in fp64
-    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
-    scales = zip(np.float32(config.image_mean), np.float32(config.image_std))
-    planes = [((levels - m) / s)[pixels[..., c]] for c, (m, s) in enumerate(scales)]
-    p, m = config.patch_size, config.merge_size
-    h, w = height // p, width // p
-    cells = np.stack(planes).reshape(3, h // m, m, p, w // m, m, p)
-    cells = cells.transpose(1, 4, 2, 5, 0, 3, 6)  # (h/m, w/m, m, m, 3, p, p)
-    frames = np.repeat(cells[:, :, :, :, :, None], config.temporal_patch_size, axis=5)
-    return torch.from_numpy(frames.reshape(h * w, -1)), (1, h, w)
-
-
-def num_image_tokens(grid: Sequence[int], merge_size: int) -> int:
-    """How many tokens an image of this patch grid (t, h, w) takes: (1, 4, 6), merge 2 → 6."""
-    t, h, w = (int(n) for n in grid)
-    return t * h * w // merge_size**2
+    def tower(self) -> VisionTower:
+        return VisionTower(self)
 
 
 # ---------------------------------------------------------------------- positions of the decoder
@@ -314,9 +114,8 @@ def mrope_positions(
     wanted = sum(num_image_tokens(g, merge_size) for g in grids)
     if len(places) != wanted:
         raise ValueError(
-            f"{len(places)} image tokens (id {image_token_id}) in the document, but its "
-            f"{len(grids)} images take {wanted}; was it cut inside an image, or tokenised with "
-            "other pixel limits?"
+            f"{len(places)} image tokens in the document, but its {len(grids)} images take "
+            f"{wanted}; was it cut inside an image, or tokenised with other pixel limits?"
         )
     pieces, done, position, seen = [], 0, 0, 0  # done tokens, next position, placeholders seen
     for t, h, w in grids:
@@ -338,125 +137,55 @@ def mrope_positions(
     return torch.cat(pieces, dim=1).to(tokens.device), position - done
 
 
-# ---------------------------------------------------------------------- tower
-@dataclass(frozen=True)
-class VisionConfig:
-    """The numbers that shape the tower. Defaults: what published config.json files leave out."""
-
-    hidden_size: int
-    out_hidden_size: int = 3584
-    depth: int = 32
-    intermediate_size: int = 3420
-    num_heads: int = 16
-    in_channels: int = 3
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    window_size: int = 112  # pixels
-    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # blocks that see the whole image
-
-    @property
-    def cells_per_window(self) -> int:
-        """The side of an attention window in merged tokens."""
-        return self.window_size // self.spatial_merge_size // self.patch_size
-
-    @staticmethod
-    def from_dict(raw: dict) -> VisionConfig:
-        """Read the "vision_config" of config.json, as published or as transformers 5 writes it."""
-        known = {k: raw[k] for k in VisionConfig.__dataclass_fields__ if k in raw}
-        if "hidden_size" not in known:
-            raise ValueError("vision_config.hidden_size is missing; is this a Qwen2.5-VL model?")
-        known["in_channels"] = raw.get("in_channels", raw.get("in_chans", 3))
-        if "fullatt_block_indexes" in known:
-            known["fullatt_block_indexes"] = tuple(known["fullatt_block_indexes"])
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(
-                f"vision_config.hidden_act {raw['hidden_act']!r} is not supported, only 'silu'"
-            )
-        c = VisionConfig(**known)
-        check_rope(raw, c.hidden_size, c.num_heads)
-        if c.cells_per_window < 1:
-            raise ValueError(
-                f"vision_config.window_size {c.window_size} is smaller than one merged token"
-            )
-        return c
-
-    def tower(self) -> VisionTower:
-        return VisionTower(self)
+# ---------------------------------------------------------------------- where patches are
+def image_sizes(grid_thw: torch.Tensor, patches: int) -> list[tuple[int, int]]:
+    """(h, w) of each image in patches; frames (t > 1) count as images of their own.
+    Raises ValueError when they do not sum to the number of patches."""
+    sizes = [(h, w) for t, h, w in grid_thw.tolist() for _ in range(t)]
+    if (wanted := sum(h * w for h, w in sizes)) != patches:
+        raise ValueError(f"{patches} patches, but the grids {grid_thw.tolist()} ask for {wanted}")
+    return sizes
 
 
-def check_rope(raw: dict, hidden_size: int, num_heads: int) -> None:
-    """Raise ValueError unless the "vision_config" asks for the rotation of `rope_2d`."""
-    rope = raw.get("rope_parameters") or {}
-    if rope.get("rope_theta", 1e4) != 1e4 or rope.get("rope_type", "axial") != "axial":
-        raise ValueError(
-            f"vision_config.rope_parameters {rope} are not supported, only axial with theta 10000"
-        )
-    if hidden_size % (4 * num_heads):
-        raise ValueError(
-            f"vision_config: hidden_size {hidden_size} must be a multiple of 4 · num_heads "
-            f"({num_heads}): a quarter of each head turns by row, a quarter by column, as pairs"
-        )
+def window_layout(
+    sizes: list[tuple[int, int]], config: VisionConfig
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Sort the merged tokens of all images, each (h, w) patches, by attention window.
 
-
-@dataclass(frozen=True)
-class WindowLayout:
-    """Where each patch of a set of images belongs: M merged tokens, P = M · merge² patches."""
-
-    order: torch.Tensor  # (M,) long: the merged tokens, window by window
-    positions: torch.Tensor  # (P, 2) long: row and column of each patch in its image, in that order
-    cu_windows: torch.Tensor  # (windows + 1,) int32: window boundaries, in patches
-    cu_images: torch.Tensor  # (images + 1,) int32: image boundaries, in patches
-
-
-def window_layout(grid_thw: torch.Tensor, config: VisionConfig) -> WindowLayout:
-    """Sort the merged tokens of all images by attention window: grid_thw (n, 3) long on the CPU.
-
-    Windows start at the image's top left and are cut off at its right and lower edge, never padded.
+    Returns order (M,) long, the merged tokens window by window; positions (P, 2) long, row and
+    column of each patch in its image, in that order; the length of each window in patches.
+    Windows start at the image's top left and are cut off at its right and lower edge, never padded;
+    Qwen3-VL has one an image, which leaves the order as it is.
     Must give the order and boundaries of transformers' `get_vision_window_index`.
     One image of 4 x 12 patches, merge 2, windows of 4 x 4 merged tokens: 2 x 6 merged tokens
         0 1 2 3 |  4  5
-        6 7 8 9 | 10 11      → order 0 1 2 3 6 7 8 9 4 5 10 11, cu_windows [0, 32, 48]
+        6 7 8 9 | 10 11      → order 0 1 2 3 6 7 8 9 4 5 10 11, lengths [32, 16]
     """
-    m, side = config.spatial_merge_size, config.cells_per_window
-    order, positions, windows, images, start = [], [], [], [], 0
-    for t, h, w in grid_thw.tolist():
+    m = config.spatial_merge_size
+    order, positions, lengths, start = [], [], [], 0
+    for h, w in sizes:
+        side = max(h, w) if config.is_qwen3 else config.window_size // config.patch_size // m
         rows, columns = torch.arange(h // m)[:, None], torch.arange(w // m)
         # (h/m, w/m): number of each token's window
         window = rows // side * -(-w // m // side) + columns // side
-        frame_order = window.flatten().argsort(stable=True)  # reading order inside a window
-        place = patch_positions(h, w, m).view(-1, m * m, 2)[frame_order].view(-1, 2)
-        for _ in range(t):  # 1 for an image; attention never crosses frames
-            order.append(frame_order + start)
-            positions.append(place)
-            windows.append(window.flatten().bincount() * m * m)
-            images.append(h * w)
-            start += (h // m) * (w // m)
-    return WindowLayout(
-        torch.cat(order),
-        torch.cat(positions),
-        boundaries(torch.cat(windows)),
-        boundaries(torch.tensor(images)),
-    )
+        image_order = window.flatten().argsort(stable=True)  # reading order inside a window
+        order.append(image_order + start)
+        positions.append(patch_positions(h, w, m).view(-1, m * m, 2)[image_order].view(-1, 2))
+        lengths += (window.flatten().bincount() * m * m).tolist()
+        start += len(image_order)
+    return torch.cat(order), torch.cat(positions), lengths
 
 
 def patch_positions(h: int, w: int, merge: int) -> torch.Tensor:
-    """(h · w, 2) long: row and column of each patch, in the order of `preprocess_image`.
-
-    Raises ValueError unless h and w are multiples of `merge`.
-    """
-    if h % merge or w % merge or min(h, w) < 1:
-        raise ValueError(
-            f"grid {h}x{w}: height and width must be positive multiples of the merge size {merge}"
-        )
+    """(h · w, 2) long: row and column of each patch, in the order of `preprocess_image`."""
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     place = torch.stack([y, x], dim=-1).view(h // merge, merge, w // merge, merge, 2)
     return place.transpose(1, 2).reshape(-1, 2)
 
 
-def boundaries(lengths: torch.Tensor) -> torch.Tensor:
-    """Lengths (N,) → cumulative boundaries (N + 1,) int32: [2, 3] → [0, 2, 5]."""
-    return F.pad(lengths.cumsum(0), (1, 0)).int()
+def boundaries(lengths: Sequence[int]) -> torch.Tensor:
+    """Lengths (N) → cumulative boundaries (N + 1,) int32: [2, 3] → [0, 2, 5]."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def rope_2d(positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -471,16 +200,37 @@ def rope_2d(positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch
     return angles.cos(), angles.sin()
 
 
+def grid_taps(h: int, w: int, merge: int, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the patches of an h x w image fall in the square grid of learned positions, for
+    bilinear interpolation: cells (P, 4) long and their weights (P, 4) fp32.
+
+    The corners of both fall together, so row r lies at r · (side - 1) / (h - 1): with side 4 and
+    h 7, row 3 at 1.5. Must equal transformers' `get_vision_interpolation_indices_and_weights`.
+    """
+    side = math.isqrt(cells)
+    last = torch.tensor([h - 1, w - 1]).clamp(min=1)
+    place = patch_positions(h, w, merge).float() * (side - 1) / last  # (P, 2)
+    low = place.long()
+    high = (low + 1).clamp(max=side - 1)
+    part = place - low
+    (y0, x0), (y1, x1), (v, u) = low.unbind(1), high.unbind(1), part.unbind(1)
+    cells = torch.stack([y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1], 1)
+    weights = torch.stack([(1 - v) * (1 - u), (1 - v) * u, v * (1 - u), v * u], 1)
+    return cells, weights
+
+
+# ---------------------------------------------------------------------- layers of both
 class PatchEmbed(nn.Module):
     """The published weight is a Conv3d's whose stride is its kernel: a matrix on flattened patches.
 
     It is kept a matrix product: Conv3d is 10 to 50 times slower on some CUDA versions.
     """
 
-    def __init__(self, c: VisionConfig, bias: bool = False):
+    def __init__(self, c: VisionConfig):
         super().__init__()
         kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
-        self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, stride=kernel, bias=bias)
+        sizes = (c.in_channels, c.hidden_size, kernel)
+        self.proj = nn.Conv3d(*sizes, stride=kernel, bias=c.is_qwen3)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         weight = self.proj.weight.flatten(1)  # (C, 1176)
@@ -502,28 +252,16 @@ class VisionAttention(nn.Module):
         return self.proj(attend(q, k, v, cu_seqlens, max_len, causal=False).flatten(1))
 
 
-class VisionMLP(nn.Module):
-    """SwiGLU with biases."""
-
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class VisionBlock(nn.Module):
     """One layer of a tower, pre-norm."""
 
-    def __init__(self, c: VisionConfig, norm: type = nn.RMSNorm, mlp: type = VisionMLP):
+    def __init__(self, c: VisionConfig):
         super().__init__()
+        norm = nn.LayerNorm if c.is_qwen3 else nn.RMSNorm
         self.norm1 = norm(c.hidden_size, eps=1e-6)
         self.norm2 = norm(c.hidden_size, eps=1e-6)
         self.attn = VisionAttention(c)
-        self.mlp = mlp(c)
+        self.mlp = VisionMLP3(c) if c.is_qwen3 else VisionMLP(c)
         self.recompute = False  # in backward, all from the block's input
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
@@ -535,6 +273,20 @@ class VisionBlock(nn.Module):
     def run(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, cu_seqlens, max_len)
         return x + self.mlp(self.norm2(x))
+
+
+# ---------------------------------------------------------------------- layers of Qwen2.5-VL
+class VisionMLP(nn.Module):
+    """SwiGLU with biases."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Merger(nn.Module):
@@ -554,53 +306,89 @@ class Merger(nn.Module):
         return self.mlp(self.ln_q(x).view(-1, self.merged))  # (M, merge² · C) → (M, out)
 
 
-class VisionTower(nn.Module):
-    """Qwen2.5-VL's vision transformer (arXiv 2502.13923, section 2.1.1).
+# ---------------------------------------------------------------------- layers of Qwen3-VL
+class VisionMLP3(nn.Module):
+    """Two matrices with a tanh GELU between; the mergers' GELU is the exact one."""
 
-    All images of a batch go through together, as segments of one stream. Attention stays inside
-    windows, but for the blocks in fullatt_block_indexes, which see the whole image. Positions come
-    with the call: there is no state. Parameter names are the published ones below `visual.`.
-    """
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.linear_fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+class Merger3(nn.Module):
+    """merge² neighbouring patches → one token of the decoder. join_first: DeepStack's."""
+
+    def __init__(self, c: VisionConfig, join_first: bool):
+        super().__init__()
+        self.joined, self.join_first = c.hidden_size * c.spatial_merge_size**2, join_first
+        self.norm = nn.LayerNorm(self.joined if join_first else c.hidden_size, eps=1e-6)
+        self.linear_fc1 = nn.Linear(self.joined, self.joined)
+        self.linear_fc2 = nn.Linear(self.joined, c.out_hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x.view(-1, self.joined) if self.join_first else x).view(-1, self.joined)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))  # (M, merge² · C) → (M, out)
+
+
+# ---------------------------------------------------------------------- tower
+class VisionTower(nn.Module):
+    """Parameter names are the published ones below `visual.`; all images go through together, as
+    segments of one stream. Positions come with the call: there is no state."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.config = config
-        self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
-        self.merger = Merger(config)
+        self.config = c = config
+        self.patch_embed = PatchEmbed(c)
+        if c.is_qwen3:
+            self.pos_embed = nn.Embedding(c.num_position_embeddings, c.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
+        self.merger = Merger3(c, join_first=False) if c.is_qwen3 else Merger(c)
+        if c.is_qwen3:
+            mergers = (Merger3(c, join_first=True) for _ in c.deepstack_visual_indexes)
+            self.deepstack_merger_list = nn.ModuleList(mergers)
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """patches (P, channels · temporal_patch · patch²), grid_thw (images, 3) long on the CPU
-        → (P / merge², out) in the order of the patches and the dtype of the weights.
+        → (M, (1 + K) · out) in the order of the patches and the dtype of the weights.
 
-        Raises ValueError when patches and grids do not fit.
+        The first `out` columns stand in the decoder's input; the (1 + k)-th are added after its
+        layer k (Qwen3-VL). Raises ValueError when patches and grids do not fit.
         """
         c, device = self.config, patches.device
-        wanted = int(grid_thw.prod(dim=1).sum())
-        if len(patches) != wanted:
-            raise ValueError(
-                f"{len(patches)} patches, but the grids {grid_thw.tolist()} ask for {wanted}"
-            )
-        layout = window_layout(grid_thw, c)
-        # the true maxima are known on the CPU, so that the GPU is never waited for
-        longest_window, longest_image = (
-            int(cu.diff().max()) for cu in (layout.cu_windows, layout.cu_images)
-        )
+        sizes = image_sizes(grid_thw, len(patches))
+        order, positions, windows = window_layout(sizes, c)
+        images = [h * w for h, w in sizes]
         order, back, positions, cu_windows, cu_images = (
             t.to(device, non_blocking=True)
-            for t in (
-                layout.order,
-                layout.order.argsort(),
-                layout.positions,
-                layout.cu_windows,
-                layout.cu_images,
-            )
+            for t in (order, order.argsort(), positions, boundaries(windows), boundaries(images))
         )
-        windows, images = (cu_windows, longest_window), (cu_images, longest_image)
         cos, sin = rope_2d(positions, c.hidden_size // c.num_heads)
         # (P, 1176) → (M, merge² · 1176), into window order, → (P, 1176)
         x = patches.view(len(order), -1).index_select(0, order).view(len(patches), -1)
         x = self.patch_embed(x)  # (P, C)
+        if c.is_qwen3:
+            x = x + self.learned_positions(sizes, device).to(x.dtype)
+        deepstack = []
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, *(images if i in c.fullatt_block_indexes else windows))
-        return self.merger(x).index_select(0, back)  # (M, out)
+            # the maxima are known on the CPU, so that the GPU is never waited for
+            whole = i in c.fullatt_block_indexes
+            segments = (cu_images, max(images)) if whole else (cu_windows, max(windows))
+            x = block(x, cos, sin, *segments)
+            if i in c.deepstack_visual_indexes:
+                deepstack.append(self.deepstack_merger_list[len(deepstack)](x))
+        return torch.cat([self.merger(x), *deepstack], dim=1).index_select(0, back)
+
+    def learned_positions(self, sizes: list[tuple[int, int]], device) -> torch.Tensor:
+        """(P, C) fp32: the grid of learned positions, interpolated at each patch."""
+        c = self.config
+        taps = [grid_taps(h, w, c.spatial_merge_size, c.num_position_embeddings) for h, w in sizes]
+        cells, weights = (
+            torch.cat(t).t().contiguous().to(device, non_blocking=True) for t in zip(*taps)
+        )  # (4, P) each
+        table = self.pos_embed.weight.float()
+        # as a sum of four products: the gathered (P, 4, C) never exists
+        return sum(w[:, None] * F.embedding(i, table) for i, w in zip(cells, weights))

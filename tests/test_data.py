@@ -19,7 +19,8 @@ from tiny import make_tiny_tokenizer
 import core.token_cache
 import data
 from core import schema
-from core.vision import ImageConfig, mrope_positions, num_image_tokens
+from core.images import ImageConfig, num_image_tokens
+from core.vision import mrope_positions
 from tools import check as datacheck
 from tools import inspect as datainspect
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from tiny import make_tiny_tokenizer
 from tiny_model import VL, make_tiny_vl
 
-from core.images import ImageLoader, load_images
-from core.vision import ImageConfig
+from core.images import ImageConfig, ImageLoader, load_images
 
 PATCH = {"qwen2_5_vl": 14, "qwen3_vl": 16}
 

@@ -24,7 +24,7 @@ from convert import conversion as convert
 from convert import from_samples, public, releases
 from convert.__main__ import main as convert_main
 from core import schema
-from core.vision import ImageConfig
+from core.images import ImageConfig
 from toy import table as toy_table
 from toy import world as toy
 

@@ -11,8 +11,8 @@ import torch
 import data
 import rewards
 from core import schema
+from core.images import ImageConfig, load_image, preprocess_image
 from core.options import parse_config
-from core.vision import ImageConfig, load_image, preprocess_image
 from toy import base, table, world
 from toy.model_files import ASSETS, VOCAB, make_tokenizer, write_model_files
 

@@ -19,10 +19,10 @@ import torch
 
 import data
 from core.chat import banned_token_ids, chat_message, opens_thought, stop_token_ids
+from core.images import ImageConfig, num_image_tokens
 from core.options import exit_on_value_error
 from core.parallel import gathered, init
 from core.slots import ForcedExit
-from core.vision import ImageConfig, num_image_tokens
 from model import ModelConfig, build_model, resolve_model_dir
 from sampler import Sampler, SamplingParams
 

@@ -17,8 +17,8 @@ from typing import Iterator, Sequence
 
 import data
 import rewards
+from core.images import ImageConfig
 from core.schema import Fault, Finding, control_tokens, read_jsonl, scan
-from core.vision import ImageConfig
 
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 

@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import data
+from core.images import ImageConfig
 from core.options import option
-from core.vision import ImageConfig
 from model import Model, ModelConfig
 from toy import world
 from toy.model_files import write_model_files
