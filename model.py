@@ -53,9 +53,7 @@ def axis_of_frequency(config: ModelConfig) -> torch.Tensor:
     return torch.where(torch.arange(half) < 3 * torch.tensor(sections)[axis], axis, 0)
 
 
-def rope_cos_sin(
-    position_ids: torch.Tensor, config: ModelConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_cos_sin(position_ids: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, ...]:
     """Rotary angles of every token: (cos, sin), each (T, D/2) fp32, from position_ids (3, T)."""
     half, device = config.head_dim // 2, position_ids.device
     inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
@@ -65,18 +63,6 @@ def rope_cos_sin(
 
 
 # ---------------------------------------------------------------------- layers
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight, over the last dimension, in fp32 inside."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class Attention(nn.Module):
     """Grouped-query attention. Qwen2: biases on q, k, v. Qwen3: norms on the heads of q and k."""
 
@@ -88,17 +74,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
         self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def qkv(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def qkv(self, x, cos, sin) -> tuple[torch.Tensor, ...]:
         """x (T, C) → rotated q (T, Hq, D) and k (T, Hkv, D), and v (T, Hkv, D)."""
-        q, k, v = (
-            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin), v
+        heads = (-1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
+        v = self.v_proj(x).unflatten(-1, heads)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
         q, k, v = self.qkv(x, cos, sin)
@@ -125,8 +110,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(c)
         self.mlp = MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.checkpointing = "none"
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
@@ -169,7 +154,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
 # ---------------------------------------------------------------------- model
@@ -183,10 +168,8 @@ class Model(nn.Module):
         self.config = config
         self.visual = config.vision.tower() if with_vision else None
         self.model = Decoder(config)
-        tied = config.tie_word_embeddings
-        self.lm_head = (
-            None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        tied, sizes = config.tie_word_embeddings, (config.hidden_size, config.vocab_size)
+        self.lm_head = None if tied else nn.Linear(*sizes, bias=False)
         # what its files may hold beside its parameters, see `core.weights.WeightFiles.check`
         self.not_built = () if with_vision else ("visual.",)
         self.tied = ("lm_head.",) if tied else ()
@@ -203,12 +186,7 @@ class Model(nn.Module):
         """(V, C): the output matrix, which is the embedding itself when the two are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def embed(
-        self,
-        tokens: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
-        grid_thw: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    def embed(self, tokens, pixel_values=None, grid_thw=None) -> tuple[torch.Tensor, list]:
         """tokens (T,) → x (T, C) and what DeepStack adds to it later.
 
         Each image placeholder takes the next vector of the tower. Qwen3-VL's tower has more for it
@@ -257,8 +235,7 @@ class Model(nn.Module):
 
         tokens (T,) long; position_ids (3, T) long; cu_seqlens (N+1,) int32; targets (T,) long, -100
         where nothing is asked; pixel_values and grid_thw: see the tower. max_len (bound of the
-        document lengths) and rows (where targets are) spare two waits for the GPU; by default they
-        are read from cu_seqlens and targets.
+        document lengths) and rows (where targets are), if given, spare two waits for the GPU.
         Returns fp32 logits (T, V) without targets; else (logprobs (T,), entropies (T,) or None),
         fp32, zero where the target is -100: log softmax(logits / temperature)[target], and the
         entropy of the same distribution.
@@ -306,8 +283,7 @@ def resolve_model_dir(name: str, world: World) -> Path:
         raise ValueError(f"--model {name}: a run directory; its model is {path / 'final'}")
     if path.is_dir():
         return path
-    local = path.exists() or path.parent.is_dir() or name.startswith((".", "/", "~"))
-    if local or name.count("/") != 1:
+    if path.parent.is_dir() or name.count("/") != 1:
         raise ValueError(f"--model {name}: no such directory (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
 
@@ -317,7 +293,7 @@ def resolve_model_dir(name: str, world: World) -> Path:
             return Path(snapshot_download(name, allow_patterns=patterns))
         except Exception as e:  # the hub client raises a dozen kinds of exceptions
             raise ValueError(
-                f"--model {name}: no such directory, and it could not be downloaded from the hub "
+                f"--model {name}: no such directory, and the hub does not give it "
                 f"({type(e).__name__}: {e})"
             ) from e
 
@@ -341,17 +317,14 @@ def build_model(
     master_dtype: torch.dtype = torch.float32,
     checkpointing: str = "none",
     compile_blocks: bool = False,
-    reshard_after_forward: bool = True,
-    replicas: int = 1,
     lora: LoRA | None = None,
+    **sharding,
 ) -> Model:
     """The model of a directory, sharded over the ranks and filled, without a full copy on any rank.
 
-    Order: build on meta, add adapters, checkpointing and compile per block, shard, allocate, load.
-    With `lora` everything but the fp32 adapters is frozen in the compute dtype.
+    With `lora` everything but the fp32 adapters is frozen in the compute dtype. sharding:
+    reshard_after_forward and replicas, see `core.parallel.shard`.
     """
-    if checkpointing not in CHECKPOINTING:
-        raise ValueError(f"checkpointing {checkpointing!r}: one of {', '.join(CHECKPOINTING)}")
     with torch.device("meta"):
         model = Model(ModelConfig.from_dir(model_dir), with_vision)
         model.to(compute_dtype if lora else master_dtype)
@@ -365,8 +338,7 @@ def build_model(
         block.checkpointing = checkpointing
         if compile_blocks:
             block.compile()
-    fsdp = dict(reshard_after_forward=reshard_after_forward, replicas=replicas)
-    shard(model, world, compute_dtype=compute_dtype, **fsdp)
+    shard(model, world, compute_dtype=compute_dtype, **sharding)
     model.to_empty(device=world.device)
     load_hf(model, model_dir)
     if lora:

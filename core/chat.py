@@ -20,25 +20,22 @@ def load_tokenizer(model_dir: str | Path):
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise ValueError(f"{model_dir}: no such model directory")
-    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ValueError(f"{model_dir}: no tokenizer (tokenizer.json) in this model directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     except Exception as e:  # transformers and tokenizers raise a dozen kinds of exceptions
         raise ValueError(f"{model_dir}: its tokenizer does not load ({e}); fetch it again") from e
-    older = model_dir / "chat_template.json"
+    older, config = model_dir / "chat_template.json", model_dir / "config.json"
     if tokenizer.chat_template is None and older.is_file():
         tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
     if tokenizer.chat_template is None:
         raise ValueError(f"{model_dir}: no chat template; start from an instruct model")
-    if (model_dir / "config.json").is_file():
-        config = json.loads((model_dir / "config.json").read_text())
-        size = config.get("text_config", config).get("vocab_size", len(tokenizer))
-        if len(tokenizer) > size:
-            raise ValueError(
-                f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, but config.json a "
-                f"vocab_size of {size}: they belong to different models"
-            )
+    raw = json.loads(config.read_text()) if config.is_file() else {}
+    size = raw.get("text_config", raw).get("vocab_size", len(tokenizer))
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, but config.json a vocab_size "
+            f"of {size}: they belong to different models"
+        )
     return tokenizer
 
 
@@ -89,9 +86,8 @@ def chat_segments(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
 
     def render(n: int, header: bool) -> str:
         try:
-            return tokenizer.apply_chat_template(
-                chat[:n], tokenize=False, add_generation_prompt=header
-            )
+            options = dict(tokenize=False, add_generation_prompt=header)
+            return tokenizer.apply_chat_template(chat[:n], **options)
         except TemplateError as e:
             raise ValueError(f"the chat template refuses the first {n} messages: {e}") from e
 
@@ -103,22 +99,19 @@ def chat_segments(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
         before, after = render(i, True), render(i + 1, False).rstrip()
         if not (whole.startswith(after) and after.startswith(before) and len(before) >= at):
             raise ValueError(
-                f"the chat template renders turn {i} in another way when more follows (some strip "
-                "the thoughts of earlier turns): make one row of each assistant turn, or change "
-                "the template"
+                f"the chat template renders turn {i} differently when more follows (some strip "
+                "earlier thoughts): make one row of each assistant turn, or change the template"
             )
-        reply, c = after[len(before) :], chat[i]
-        parts = (
-            (c["content"], c["reasoning_content"]) if "reasoning_content" in c else (m["content"],)
-        )
+        reply, thought = after[len(before) :], chat[i].get("reasoning_content")
+        parts = [m["content"]] if thought is None else [chat[i]["content"], thought]
         if not all(part.strip() in reply for part in parts):
             raise ValueError(f"the chat template drops a part of assistant turn {i}: change it")
         if before.rstrip().endswith("<think>") and "<think>" in reply:
             raise ValueError(f"the chat template opens the thought of turn {i} twice: change it")
         if not reply.endswith(tuple(tokenizer.all_special_tokens)):
             raise ValueError(
-                f"the chat template ends assistant turn {i} with no special token, so the model "
-                "could not learn to stop: change the template"
+                f"the chat template ends assistant turn {i} without a special token, so the model "
+                "could not learn to stop: change it"
             )
         segments += [(whole[at : len(before)], False), (reply, True)]
         at = len(after)
@@ -136,5 +129,5 @@ def banned_token_ids(tokenizer, vocab_size: int) -> list[int]:
     the vocabulary's padded end."""
     names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
     ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
-    ids = [i for i in ids if i is not None and i != tokenizer.unk_token_id]
-    return ids + list(range(len(tokenizer), vocab_size))
+    known = [i for i in ids if i not in (None, tokenizer.unk_token_id)]
+    return known + list(range(len(tokenizer), vocab_size))

@@ -16,7 +16,7 @@ class Architecture(NamedTuple):
     qkv_bias: bool  # biases of the q, k and v projections; no other matrix has one
     qk_norm: bool  # RMSNorm over each head of q and of k, before the rotation
     mrope_interleaved: bool  # see `axis_of_frequency`
-    vision: bool  # has a vision tower
+    images: bool  # has a vision tower
 
 
 ARCHITECTURES = {  # config.json's model_type
@@ -40,15 +40,15 @@ class ModelConfig:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[int, int, int] | None  # frequencies of (time, height, width); None: text
     tie_word_embeddings: bool
-    image_token_id: int | None
-    vision_start_token_id: int | None
-    vision: VisionConfig | None
+    qkv_bias: bool
+    qk_norm: bool
+    mrope_interleaved: bool
     raw: dict  # config.json as read
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    mrope_interleaved: bool = False
+    # None in text-only models; mrope_section: frequencies of (time, height, width)
+    mrope_section: tuple[int, int, int] | None = None
+    image_token_id: int | None = None
+    vision: VisionConfig | None = None
 
     @staticmethod
     def from_dir(path: str | Path) -> ModelConfig:
@@ -60,12 +60,8 @@ class ModelConfig:
                 "(config.json, *.safetensors, tokenizer files) or a hub id"
             )
         try:
-            raw = json.loads(file.read_text())
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{file}:{e.lineno}: not valid JSON ({e.msg}); fetch it again") from e
-        try:
-            return ModelConfig.from_dict(raw)
-        except ValueError as e:
+            return ModelConfig.from_dict(json.loads(file.read_text()))
+        except ValueError as e:  # broken JSON too
             raise ValueError(f"{file}: {e}") from e
 
     @staticmethod
@@ -82,36 +78,23 @@ class ModelConfig:
         needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
         needed += ["intermediate_size", "vocab_size", "rope_theta"]
         needed += ["head_dim"] if arch.qk_norm else []
-        images = ["mrope_section", "image_token_id", "vision_start_token_id", "vision_config"]
-        if missing := [k for k in needed + (images if arch.vision else []) if k not in text]:
+        images = ["mrope_section", "image_token_id"] if arch.images else []
+        wanted = [*needed, *images, "vision_config"] if arch.images else needed
+        if missing := [k for k in wanted if k not in text]:
             raise ValueError(f"fields {missing} are missing, which {kind} needs")
-        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        sections = tuple(text["mrope_section"]) if arch.vision else None
-        if sections and sum(sections) != head_dim // 2:
-            raise ValueError(
-                f"mrope_section {sections} must sum to half the head size, {head_dim // 2}"
-            )
-        tower = None
-        if arch.vision:
-            tower = VisionConfig.from_dict(text["vision_config"], qwen3=arch.qk_norm)
-        return ModelConfig(
-            **{k: text[k] for k in needed if k not in ("rope_theta", "head_dim")},
-            head_dim=head_dim,
-            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=float(text["rope_theta"]),
-            mrope_section=sections,
-            # text_config may repeat it; the one at the top level counts
-            tie_word_embeddings=raw.get(
-                "tie_word_embeddings", text.get("tie_word_embeddings", False)
-            ),
-            image_token_id=text["image_token_id"] if arch.vision else None,
-            vision_start_token_id=text["vision_start_token_id"] if arch.vision else None,
-            vision=tower,
-            raw=raw,
-            qkv_bias=arch.qkv_bias,
-            qk_norm=arch.qk_norm,
-            mrope_interleaved=arch.mrope_interleaved,
-        )
+        values = {k: text[k] for k in needed + images} | arch._asdict()
+        if values.pop("images"):
+            values["vision"] = VisionConfig.from_dict(text["vision_config"], qwen3=arch.qk_norm)
+            values["mrope_section"] = tuple(text["mrope_section"])
+        heads = text["num_attention_heads"]
+        values["head_dim"] = text.get("head_dim") or text["hidden_size"] // heads
+        sections, half = values.get("mrope_section"), values["head_dim"] // 2
+        if sections and sum(sections) != half:
+            raise ValueError(f"mrope_section {sections} must sum to half the head size, {half}")
+        # text_config may repeat it; the one at the top level counts
+        tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        eps = text.get("rms_norm_eps", 1e-6)
+        return ModelConfig(**values, rms_norm_eps=eps, tie_word_embeddings=tied, raw=raw)
 
 
 def _refuse_unknown_variants(arch: Architecture, text: dict) -> None:

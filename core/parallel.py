@@ -108,8 +108,6 @@ def shard(
     saves an all-gather). replicas > 1 is HSDP: `replicas` groups of ranks, each with a full set of
     shards (one group per node keeps the all-gathers inside it).
     """
-    if world.size % replicas:
-        raise ValueError(f"{world.size} ranks cannot form {replicas} equal replicas")
     shape, names = (world.size,), ("shard",)
     if replicas > 1:
         shape, names = (replicas, world.size // replicas), ("replicate", "shard")
@@ -118,41 +116,18 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-        block.reshards = reshard_after_forward  # remembered for the end of `gathered`
-    # The root (and a vision tower in it) is needed at both ends of a step: keep it gathered.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    model.reshards = False
+    for unit in [*model.model.layers, model]:
+        # the root (and a vision tower in it) is needed at both ends of a step: keep it gathered
+        unit.reshards = reshard_after_forward and unit is not model
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=unit.reshards)
     return model
-
-
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Hold every weight unsharded, as plain tensors in the compute dtype, inside the context.
-
-    A forward there is no collective, so ranks may decode different lengths. The copies are taken at
-    entry: step the optimizer outside, or what you read is stale. Compute no gradients inside.
-    """
-    units = [m for m in model.modules() if isinstance(m, FSDPModule)]  # root first
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.reshard()
-            unit.set_reshard_after_forward(unit.reshards, recurse=False)
 
 
 def units(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """(module, its name with a dot, or "") of what is gathered at once: the root without its
     blocks, then each block; the whole model where it is not sharded."""
-    found = [
-        (m, f"{n}." if n else "") for n, m in model.named_modules() if isinstance(m, FSDPModule)
-    ]
-    return found or [(model, "")]
+    modules = [("", model), *((f"{n}.", m) for n, m in model.named_modules() if n)]
+    return [(m, n) for n, m in modules if isinstance(m, FSDPModule)] or [(model, "")]
 
 
 @contextmanager
@@ -169,26 +144,42 @@ def unsharded(unit: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Hold every weight unsharded, as plain tensors in the compute dtype, inside the context.
+
+    A forward there is no collective, so ranks may decode different lengths. The copies are taken at
+    entry: step the optimizer outside, or what you read is stale. Compute no gradients inside.
+    """
+    sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]  # root first
+    for unit in sharded:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in sharded:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit.reshards, recurse=False)
+
+
 def all_sum(*values: float) -> list[float]:
     """Sum each value over the ranks, in float64 on the CPU; the same list on every rank."""
-    return _reduce(values, dist.ReduceOp.SUM)
+    t = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(t)
+    return t.tolist()
 
 
 def all_max(*values: float) -> list[float]:
     """The largest of each value over the ranks; the same list on every rank."""
-    return _reduce(values, dist.ReduceOp.MAX)
+    t = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(t, op=dist.ReduceOp.MAX)
+    return t.tolist()
 
 
 def all_any(flag: bool) -> bool:
     """True on every rank when it is true on one."""
     return all_max(float(flag))[0] > 0
-
-
-def _reduce(values, op) -> list[float]:
-    t = torch.tensor(values, dtype=torch.float64)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(t, op=op)
-    return t.tolist()
 
 
 def all_gather_objects(value: object) -> list:

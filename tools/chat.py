@@ -19,7 +19,7 @@ import torch
 
 import data
 from core.chat import banned_token_ids, chat_message, opens_thought, stop_token_ids
-from core.images import ImageConfig, num_image_tokens
+from core.images import ImageConfig
 from core.options import exit_on_value_error
 from core.parallel import gathered, init
 from core.slots import ForcedExit
@@ -63,11 +63,11 @@ class Chat:
         world = init(args.device)
         folder = resolve_model_dir(args.model, world)
         self.args, self.tokenizer = args, data.load_tokenizer(folder)
-        cuda, vision = world.device.type == "cuda", ModelConfig.from_dir(folder).vision is not None
-        dtype = torch.bfloat16 if cuda else torch.float32
+        vision = ModelConfig.from_dir(folder).vision is not None
         self.images = ImageConfig.from_dir(folder) if vision else None
-        dtypes = dict(compute_dtype=dtype, master_dtype=dtype)
-        self.model = build_model(folder, world, with_vision=vision, **dtypes)
+        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+        options = dict(with_vision=vision, compute_dtype=dtype, master_dtype=dtype)
+        self.model = build_model(folder, world, **options)
         vocab = self.model.config.vocab_size
         self.model.set_banned_ids(banned_token_ids(self.tokenizer, vocab))
         self.stop, budget = stop_token_ids(self.tokenizer), args.think_budget
@@ -85,15 +85,14 @@ class Chat:
         """The conversation in the model's chat template, with all its images."""
         if self.files and self.images is None:
             raise ValueError(f"{self.args.model}: takes no images")
-        pixels, grids = data.load_images(self.files, self.images)
         chat = [chat_message(m, self.tokenizer) for m in self.messages]
         render = self.tokenizer.apply_chat_template
         text = render(chat, tokenize=False, add_generation_prompt=True)
         tokens = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        sizes = [] if grids is None else grids.tolist()
-        counts = [num_image_tokens(size, self.images.merge_size) for size in sizes]
+        counts = [data.image_token_count(file, self.images) for file in self.files]
         repeats = data.expand_images(tokens, counts, data.image_token_id(self.tokenizer))
-        return data.Prompt(tokens.repeat(repeats).tolist(), pixels, grids)
+        images = data.load_images(self.files, self.images)
+        return data.Prompt(tokens.repeat(repeats).tolist(), *images)
 
     def say(self, text: str, files: list[str]) -> str:
         """Send a message with images, print the answer while it comes, and return it."""
@@ -105,9 +104,11 @@ class Chat:
             prompt = self.prompt()
             if (room := min(a.max_new_tokens, a.context - len(prompt.tokens))) < 1:
                 raise ValueError(f"the conversation is longer than --context {a.context}; /new")
-            how = dict(stop_ids=self.stop, seed=len(self.messages), forced_exit=self.exit)
-            how |= dict(temperature=a.temperature, max_new_tokens=room)
-            answer = self.stream(prompt, SamplingParams(**how))
+            params = SamplingParams(
+                max_new_tokens=room, temperature=a.temperature, stop_ids=self.stop,
+                seed=len(self.messages), forced_exit=self.exit,
+            )  # fmt: skip
+            answer = self.stream(prompt, params)
         except ValueError:
             self.messages, self.files = before
             raise

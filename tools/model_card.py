@@ -16,14 +16,7 @@ from core.options import exit_on_value_error
 from scoring.tables import markdown, percent, read_result, span
 
 STAGES = {"train_sft": "supervised fine-tuning", "train_grpo": "GRPO"}
-HIDDEN = (
-    "script",
-    "out",
-    "model",
-    "data",
-    "resume",
-    "report_to",
-)  # said elsewhere, or of no effect
+HIDDEN = {"script", "out", "model", "data", "resume", "report_to"}  # elsewhere, or of no effect
 
 
 def read(file: Path) -> dict:
@@ -38,21 +31,15 @@ def results(evaluations: list[Path]) -> list[str]:
     parts = []
     for folder in evaluations:
         result = read_result(folder)
-        s = result["settings"]
-        budget = s.get("think_budget")
-        how = [f"{s['samples']} sample(s) a question at temperature {s['temperature']}"]
-        how += [f"at most {s['max_new_tokens']} tokens"]
-        how += [f"thoughts ended by force after {budget}"] if budget else []
-        lines = [
-            [name, str(m["n"]), percent(m["accuracy"]), span(m)]
-            for name, m in result["sets"].items()
-        ]
-        head = [
-            "set",
-            "questions",
-            f"accuracy, % ({next(iter(result['sets'].values()))['metric']})",
-        ]
-        parts += [f"{'; '.join(how)}.", markdown([*head, "95% interval"], lines)]
+        s, sets = result["settings"], result["sets"]
+        how = f"{s['samples']} sample(s) a question at temperature {s['temperature']}; "
+        how += f"at most {s['max_new_tokens']} tokens"
+        if s.get("think_budget"):
+            how += f"; thoughts ended by force after {s['think_budget']}"
+        rows = [[n, str(m["n"]), percent(m["accuracy"]), span(m)] for n, m in sets.items()]
+        metric = next(iter(sets.values()))["metric"]
+        head = ["set", "questions", f"accuracy, % ({metric})", "95% interval"]
+        parts += [f"{how}.", markdown(head, rows)]
     return parts or ["Not evaluated yet: pass `--eval` with the --out of eval.py."]
 
 
@@ -63,13 +50,12 @@ def card(out: Path, evaluations: list[Path]) -> str:
         raise ValueError(f"{out}: not the --out of train_sft.py or train_grpo.py")
     if not (out / "final" / "config.json").is_file():
         raise ValueError(f"{out}: has no final/; run its training command to the end")
-    base, tags = config["model"], ["reasoning"]
+    base = config["model"]
     hub = f"base_model: {base}\n" * (base.count("/") == 1 and not Path(base).exists())
     data = header.get("data") or {}
-    names = data or config["data"]
-    rows = [[f"`{name}`", f"`{str(data.get(name, '–'))[:16]}`"] for name in names]
+    rows = [[f"`{name}`", f"`{data.get(name, '–')[:16]}`"] for name in data or config["data"]]
     settings = [
-        [f"`--{k}`", f"`{json.dumps(v) if not isinstance(v, str) else v}`"]
+        [f"`--{k}`", f"`{v if isinstance(v, str) else json.dumps(v)}`"]
         for k, v in config.items()
         if k not in HIDDEN and v not in ("", None, [], False)
     ]
@@ -77,7 +63,7 @@ def card(out: Path, evaluations: list[Path]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in (header.get("versions") or {}).items() if v)
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{hub}"
-        f"tags: [{', '.join(tags)}]\n---",
+        "tags: [reasoning]\n---",
         f"# {out.name}",
         f"`{base}` after {STAGES[config['script']]} with `{config['script']}.py` on text.",
         "## Results",
@@ -99,14 +85,12 @@ def main(argv: list[str] | None = None) -> None:
         "python -m tools.model_card", None, __doc__, formatter_class=raw
     )
     parser.add_argument("out", type=Path, help="--out of a finished training run")
-    parser.add_argument(
-        "--eval", type=Path, nargs="+", default=[], help="--out of evaluations of it"
-    )
+    parser.add_argument("--eval", type=Path, nargs="+", default=[], help="--out of its evaluations")
     args = parser.parse_args(argv)
     with exit_on_value_error():
-        text = card(args.out, args.eval)
-        (args.out / "final" / "README.md").write_text(text, encoding="utf-8")
-    print(f"{args.out / 'final' / 'README.md'} written; read it, then:")
+        file = args.out / "final" / "README.md"
+        file.write_text(card(args.out, args.eval), encoding="utf-8")
+    print(f"{file} written; read it, then:")
     print(f"hf upload YOUR_NAME/{args.out.name} {args.out / 'final'} .")
 
 
