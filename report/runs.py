@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
 
-from core.vision import load_image
+from core.images import load_image
 from scoring.tables import split_name
 
 STEP_FILES = 24  # rollout files that are opened, evenly spaced
