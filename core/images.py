@@ -171,7 +171,8 @@ class ImageConfig:
                 raise ValueError(f"{field} is {raw[field]!r}, only {value!r} is supported")
         size = raw.get("size") or {}
         limits = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-        given = {k: v for k, v in (limits | raw).items() if k in ImageConfig.__dataclass_fields__}
+        limits |= {k: v for k, v in raw.items() if v is not None}
+        given = {k: v for k, v in limits.items() if k in ImageConfig.__dataclass_fields__}
         if None in (given["min_pixels"], given["max_pixels"]):
             raise ValueError("no min_pixels and max_pixels (Qwen2.5-VL: 3136 and 12845056)")
         return ImageConfig(**{k: tuple(v) if type(v) is list else v for k, v in given.items()})
