@@ -62,8 +62,8 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     try:
         if opened:
             return _upright_rgb(source)
-        with Image.open(source, formats=FORMATS) as image:
-            return _upright_rgb(image)
+        with open(source, "rb") as file:  # by name, Pillow 13 maps a turned TIFF with sides swapped
+            return _upright_rgb(Image.open(file, formats=FORMATS))
     except (ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{name}: {e}") from e
     except Exception as e:  # Pillow's parsers raise nearly anything on foreign bytes
