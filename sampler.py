@@ -16,36 +16,34 @@ Two slots, three samples; • marks a stop token:
 1. A prompt is prefilled once, packed with others; each of its n samples copies its KV.
 2. A token's random number depends on (seed, sample id, position) and nothing else. Neither slots,
    refills nor ranks change what is sampled, up to the rounding of matrix products of other sizes.
-3. Log-probabilities are the trainer's: `model.head_logits`, fp32, after temperature, before top-k
-   and top-p.
+3. Log-probabilities are the trainer's: `model.head_logits`, fp32, after temperature, before top-p.
 4. Forced exit: the paper (arXiv 2505.03981, section 2.1) stops at a length, appends `</think>` and
    generates again; here the tokens are inserted in place, one a step, and never trained on.
 
+Read `generate`, then `Scheduler`, `prefill` and `decode_step`.
+
 Shapes: B running samples, S slots, L layers, C hidden size, Hq / Hkv heads, D head size,
-V vocabulary, P prompt tokens.
+V vocabulary, P prompt tokens, T tokens of packed prompts.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from core.attention import attend
 from core.decode_kernels import Graphs, decode_attend, plan_attention
-from core.fused_decode import FusedBlock, as_one_kernel, decode, exp_and_sum, fuse
-from core.lora import lora_layers, merged_parameters
-from core.parallel import gathered, units, unsharded
+from core.decode_weights import DecodeWeights
+from core.fused_decode import FusedBlock, as_one_kernel, decode, exp_and_sum
 from core.samples import sampled_mask
-from core.slots import ForcedExit, Slots, force_exit
+from core.slots import ForcedExit, Slots, force_exit, number_of_slots
 from core.vision import mrope_positions
 from model import Model, head_logits, rope_cos_sin
 
@@ -57,47 +55,33 @@ class SamplingParams:
     n: int = 1  # samples a prompt
     temperature: float = 1.0  # 0: greedy; its log-probabilities are those at temperature 1
     top_p: float = 1.0  # evaluation only: training must sample from what it scores
-    top_k: int = 0  # 0: off; evaluation only
     max_new_tokens: int = 1024  # inserted tokens count
     stop_ids: Sequence[int] | torch.Tensor = ()  # the stop token is part of the completion
     seed: int = 0
     forced_exit: ForcedExit | None = None
-    banned_ids: Sequence[int] | torch.Tensor | None = None  # None: the model's own `banned_ids`
 
     def __post_init__(self):
-        if min(self.n, self.max_new_tokens) < 1 or min(self.temperature, self.top_k) < 0:
-            raise ValueError(f"{self}: n and max_new_tokens start at 1, temperature and top_k at 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p}: must be in (0, 1]")
+        if min(self.n, self.max_new_tokens) < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"{self}: n and max_new_tokens start at 1, temperature at 0; top_p is in (0, 1]"
+            )
         if (exit := self.forced_exit) is not None:
             # an exit can be delayed while the model is closing, a token a character at most
-            waits, answer = len(exit.close_table) - 1, exit.answer_budget or 1
-            most = self.max_new_tokens - len(exit.tokens) - waits - answer
-            if most < 0:
+            after = len(exit.close_table) - 1 + len(exit.tokens) + (exit.answer_budget or 1)
+            if not 0 <= exit.budget <= (most := self.max_new_tokens - after):
                 raise ValueError(
-                    f"max_new_tokens {self.max_new_tokens}: too few for a forced exit, which takes "
-                    f"{self.max_new_tokens - most} with {answer} of the answer"
-                )
-            if not 0 <= exit.budget <= most:
-                raise ValueError(
-                    f"think_budget {exit.budget}: at most {most}, as max_new_tokens "
-                    f"{self.max_new_tokens} must also hold {len(exit.tokens)} exit tokens and "
-                    f"{answer} of the answer"
+                    f"think_budget {exit.budget}: at most {most}, since exit and answer take up to "
+                    f"{after} of the {self.max_new_tokens} new tokens; raise max_new_tokens"
                 )
 
-    def on(self, device: torch.device, banned_ids: torch.Tensor | None) -> SamplingParams:
-        """The same with lists as tensors on `device`, None for empty ones."""
-
-        def tensor(ids):
-            return torch.as_tensor(list(ids), device=device) if len(ids) else None
-
-        exit = self.forced_exit and replace(
-            self.forced_exit,
-            tokens=tensor(self.forced_exit.tokens),
-            close_table=self.forced_exit.close_table.to(device),
-        )
-        banned = banned_ids if self.banned_ids is None else tensor(self.banned_ids)
-        return replace(self, stop_ids=tensor(self.stop_ids), forced_exit=exit, banned_ids=banned)
+    def on(self, device: torch.device) -> SamplingParams:
+        """The same with lists as tensors on `device`; None for no stop ids."""
+        exit, stop = self.forced_exit, list(self.stop_ids)
+        if exit is not None:
+            tokens = torch.as_tensor(exit.tokens, device=device)
+            exit = replace(exit, tokens=tokens, close_table=exit.close_table.to(device))
+        stop = torch.as_tensor(stop, device=device) if stop else None
+        return replace(self, stop_ids=stop, forced_exit=exit)
 
 
 @dataclass
@@ -152,7 +136,7 @@ def uniform(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 
 def sample_token(
-    logits: torch.Tensor, u: torch.Tensor, top_k: int, top_p: float
+    logits: torch.Tensor, u: torch.Tensor, top_p: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (B, V) fp32, u (B,) in (0, 1) → tokens by inverse CDF, logsumexp(logits), both (B,).
 
@@ -162,9 +146,7 @@ def sample_token(
     top, best = logits.max(-1, True) if cuda else (logits.amax(-1, True), None)  # (B, 1)
     p, mass = as_one_kernel(exp_and_sum, logits, top)  # (B, V), unnormalised; (B, 1)
     lse = (top + mass.log()).squeeze(1)
-    if top_k or top_p < 1:
-        p = truncate(p, top_k, top_p)
-    cdf = p.cumsum(-1)
+    cdf = (nucleus(p, top_p) if top_p < 1 else p).cumsum(-1)
     total = cdf[:, -1:]
     at = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
     token = torch.searchsorted(cdf, at, right=True).clamp_(max=logits.shape[1] - 1)
@@ -173,28 +155,24 @@ def sample_token(
     return token.squeeze(1), lse
 
 
-def truncate(p: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Keep the top_k largest of each row of p (B, V), then the smallest set that holds a share
-    top_p of what is left; the most probable token always stays."""
-    if top_k and top_k < p.shape[1]:
-        p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0)
-    if top_p < 1:
-        ordered, index = p.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of all more probable tokens
-        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
-        p = torch.zeros_like(p).scatter_(1, index, ordered)
-    return p
+def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
+    """p (B, V) with zeros beyond the smallest set of ids that holds a share top_p of each row; the
+    most probable id always stays."""
+    ordered, index = p.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered  # mass of all more probable ids
+    ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
+    return torch.zeros_like(p).scatter_(1, index, ordered)
 
 
-# ------------------------------------------------------------------------------ the decode step
-def sample_next_token(s: Slots, head: torch.Tensor, p: SamplingParams) -> torch.Tensor:
+def sample_next_token(s: Slots, model: Model, p: SamplingParams) -> torch.Tensor:
     """The next token (B,) of every row from its hidden state; records it, its log-probability, and
-    whether it ends the sample. head (V, C); p: from `SamplingParams.on`."""
-    logits = head_logits(s.hidden, head, p.temperature or 1.0, p.banned_ids)  # (B, V) fp32
+    whether it ends the sample. p: from `SamplingParams.on`."""
+    temperature = p.temperature or 1.0
+    logits = head_logits(s.hidden, model.head_weight(), temperature, model.banned_ids)  # (B, V)
     if p.temperature == 0:
         token, lse = logits.argmax(-1), logits.logsumexp(-1)
     else:
-        token, lse = sample_token(logits, uniform(s.key, s.count), p.top_k, p.top_p)
+        token, lse = sample_token(logits, uniform(s.key, s.count), p.top_p)
     forced = None
     if p.forced_exit is not None:
         token, forced = force_exit(s, token, p.forced_exit)
@@ -212,6 +190,7 @@ def sample_next_token(s: Slots, head: torch.Tensor, p: SamplingParams) -> torch.
     return token
 
 
+# ------------------------------------------------------------------------- prefill, decode step
 def block_forward(
     layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attn: Callable
 ) -> torch.Tensor:
@@ -220,6 +199,43 @@ def block_forward(
     q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
     x = x + layer.self_attn.o_proj(attn(q, k, v).flatten(1))
     return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def positions_of(prompt, c) -> tuple[torch.Tensor, int]:
+    """A `data.Prompt`'s positions (3, P), and those of later tokens less their index."""
+    if prompt.grid_thw is None:
+        return torch.arange(len(prompt.tokens)).expand(3, -1), 0
+    ids = dict(image_token_id=c.image_token_id, merge_size=c.vision.spatial_merge_size)
+    return mrope_positions(torch.as_tensor(prompt.tokens), prompt.grid_thw, **ids)
+
+
+def prefill(model: Model, prompts: Sequence) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Prompts packed into one stream → for each its KV (2, L, P, Hkv, D), its last hidden state
+    (C,) after the final norm, and its rope delta (see `Slots`)."""
+    c, decoder, device = model.config, model.model, model.head_weight().device
+    tokens = torch.cat([torch.as_tensor(p.tokens) for p in prompts])  # (T,)
+    positions, deltas = zip(*(positions_of(p, c) for p in prompts))
+    ends = torch.tensor([0, *(len(p.tokens) for p in prompts)]).cumsum(0).int()
+    longest, cu = int(ends.diff().max()), ends.to(device)
+    seen = [p for p in prompts if p.pixel_values is not None]
+    images = [torch.cat([getattr(p, name) for p in seen]) for name in IMAGES] if seen else []
+    x, deepstack = model.embed(tokens.to(device), *images)  # (T, C)
+    cos, sin = rope_cos_sin(torch.cat(positions, dim=1).to(device), c)
+    kv = x.new_empty(2, len(decoder.layers), len(tokens), c.num_key_value_heads, c.head_dim)
+    for i, layer in enumerate(decoder.layers):
+
+        def attn(q, k, v, i=i):
+            kv[0, i], kv[1, i] = k, v
+            return attend(q, k, v, cu, longest, causal=True)
+
+        x = block_forward(layer, x, cos, sin, attn)
+        if i < len(deepstack):
+            x = x.index_add(0, *deepstack[i])
+    last = decoder.norm(x[cu[1:].long() - 1])  # (prompts, C)
+    return list(zip(kv.split(ends.diff().tolist(), dim=2), last, deltas))
+
+
+IMAGES = ("pixel_values", "grid_thw")
 
 
 def decode_step(
@@ -233,7 +249,7 @@ def decode_step(
     """One token for every row of `s`, in place. The host reads no value: a CUDA graph can hold it.
     angles: cos and sin by position, (max_len, D/2) each; bounds: see `plan_attention`; blocks: the
     model's, fused."""
-    x = model.model.embed_tokens(sample_next_token(s, model.head_weight(), p))  # (B, C)
+    x = model.model.embed_tokens(sample_next_token(s, model, p))  # (B, C)
     cos, sin = (a[s.length + s.rope_delta] for a in angles)  # new tokens are text: one position
     plan = plan_attention(s.length, s.kv.shape[3], bounds)
     if blocks is not None:
@@ -253,9 +269,76 @@ def decode_step(
     s.length += 1 - s.done
 
 
+# ---------------------------------------------------------------------------------- one call
+class Scheduler:
+    """The samples of one call: waiting, running in a slot, ended."""
+
+    def __init__(self, slots: Slots, usable: int, prompts, params: SamplingParams, ids):
+        """usable: how many slots hold samples. ids: a number a prompt, see `generate`."""
+        self.slots, self.usable = slots, usable
+        self.prompts, self.params, self.ids = prompts, params, ids
+        self.waiting = deque((i, j) for i in range(len(prompts)) for j in range(params.n))
+        self.prefilled: dict[int, tuple] = {}  # prompt → what `prefill` returns for it
+        self.running: list[Completion | None] = []  # by slot; None: just ended
+        self.lengths: list[int] = []  # by slot: cached tokens, or more after its end
+        self.stop_ids = {int(i) for i in params.stop_ids}
+
+    def admit(self, model: Model, prefill_tokens: int) -> None:
+        """Start waiting samples in free slots, then close the holes that are left. Prompts are
+        prefilled in packs of up to `prefill_tokens`."""
+        s, p, running, new = self.slots, self.params, self.running, []
+        free = [i for i, c in enumerate(running) if c is None]
+        free += range(len(running), self.usable)
+        for slot in free[: len(self.waiting)]:
+            prompt, sample = self.waiting.popleft()
+            if prompt not in self.prefilled:
+                end, room = prompt + 1, prefill_tokens - len(self.prompts[prompt].tokens)
+                while (
+                    end < len(self.prompts) and (room := room - len(self.prompts[end].tokens)) >= 0
+                ):
+                    end += 1
+                self.prefilled |= enumerate(prefill(model, self.prompts[prompt:end]), prompt)
+            kv, hidden, delta = self.prefilled[prompt]
+            if not self.waiting or self.waiting[0][0] != prompt:  # the last to need it
+                del self.prefilled[prompt]
+            length = kv.shape[2]
+            s.kv[:, :, slot, :length], s.hidden[slot] = kv, hidden
+            new.append((slot, length, delta, sample_key(p.seed, self.ids[prompt], sample)))
+            running[slot : slot + 1] = [Completion(prompt, sample, length)]
+            self.lengths[slot : slot + 1] = [length]
+        if new:
+            slots, lengths, deltas, keys = (list(x) for x in zip(*new))
+            s.start(slots, lengths, deltas, p.max_new_tokens, keys)
+        while None in running:
+            hole, last, length = running.index(None), running.pop(), self.lengths.pop()
+            if last is not None:
+                s.move(len(running), hole, length, length - last.prompt_tokens)
+                running[hole], self.lengths[hole] = last, length
+
+    def collect(self) -> list[Completion]:
+        """Take out the samples that ended. The one place where the host waits for the GPU."""
+        s, completions = self.slots, []
+        ended = [i for i, done in enumerate(s.done[: len(self.running)].tolist()) if done]
+        if not ended:
+            return []
+        count, exit_at = s.count[ended].tolist(), s.exit_at[ended].tolist()
+        tokens, logprobs = (t[ended, : max(count)].cpu().numpy() for t in (s.tokens, s.logprobs))
+        for slot, n, exit, t, l in zip(ended, count, exit_at, tokens, logprobs):
+            c, self.running[slot] = self.running[slot], None
+            c.tokens, c.logprobs = t[:n].tolist(), l[:n].copy()
+            if exit >= 0:
+                inserted = min(len(self.params.forced_exit.tokens), n - exit)
+                c.forced_at, c.forced_tokens = exit, inserted
+            stopped = c.tokens[-1] in self.stop_ids and c.mask[-1]
+            c.finish_reason = "forced+" * (exit >= 0) + ("stop" if stopped else "length")
+            s.free(slot, self.lengths[slot])
+            completions.append(c)
+        return completions
+
+
 # ---------------------------------------------------------------------------------- the sampler
 class Sampler:
-    """Weights, KV memory and graphs that outlive a call, and where the current call stands."""
+    """Weights, KV memory and graphs, which outlive a call."""
 
     def __init__(
         self,
@@ -264,116 +347,62 @@ class Sampler:
         max_len: int,
         slots: int | None = None,
         kv_gb: float | None = None,
-        sync_every: int | None = None,
-        prefill_tokens: int | None = None,
         min_rows: int = 1,
     ):
         """max_len: longest prompt + completion. slots: samples decoded at once (256 on CUDA, 64 on
-        CPU if they fit). kv_gb: KV memory, by default 80% of the free GPU memory. sync_every:
-        decode steps between two looks of the host (8 on CUDA, 1 on CPU). prefill_tokens: prompt
-        tokens a prefill pass. min_rows: pad smaller batches; from 16 rows on, CPU matrix products
-        give a row the same bits in every batch. Takes no memory yet."""
+        CPU if they fit). kv_gb: KV memory, by default 80% of the free GPU memory. min_rows: pad
+        smaller batches; from 16 rows on, CPU matrix products give a row the same bits in every
+        batch. Takes no memory yet."""
         if slots is not None and slots < 1:
             raise ValueError(f"slots {slots}: must be at least 1")
         self.model, self.config, self.max_len = model, model.config, max_len
         self.wanted_slots, self.kv_gb, self.min_rows = slots, kv_gb, min_rows
-        self.sync_every, self.prefill_tokens = sync_every, prefill_tokens
-        self.decoder: Model | None = None  # decodes: `model`, or a copy of it
-        self.blocks: list[FusedBlock] | None = None  # the copy's, on a GPU
-        self.angles = self.slots = None
-        self.held = False  # inside `weights`
-        self.graphs: dict[tuple, Graphs] = {}
-        self.stats: dict[str, float] = {}  # of the last call: seconds and tokens
+        cuda = model.head_weight().is_cuda
+        self.sync_every = 8 if cuda else 1  # decode steps between two looks of the host
+        self.prefill_tokens = 16384 if cuda else 1024  # of a pack of prompts
+        self.decoder = DecodeWeights(model, lambda: Model(model.config, model.visual is not None))
+        self.slots: Slots | None = None
+        self.graphs: dict[str, Graphs] = {}  # by the parameters that a recorded step depends on
+        self.stats: dict[str, float] = {}  # of the last call: decode_seconds, decode_tokens
 
-    @property
-    def copies(self) -> bool:
-        """Whether to decode with a copy of the weights: on a GPU, where it is fused and CUDA graphs
-        read it, and with LoRA, whose adapters are merged into it. Else they are used in place."""
-        weight = self.model.model.embed_tokens.weight
-        return weight.is_cuda or any(lora_layers(self.model))
-
-    @contextmanager
-    def weights(self) -> Iterator[None]:
+    def weights(self) -> AbstractContextManager:
         """Hold the weights of a sharded model as they are now, whole, for calls of `generate`.
-
-        Collective at both ends. A copy is made unit by unit, so that never more than one unit is
-        whole beside it; without a copy all are gathered while the context lasts.
-        """
-        if self.copies:
-            self._copy_weights()
-        with nullcontext() if self.copies else gathered(self.model):
-            self.held = True
-            try:
-                yield
-            finally:
-                self.held = False
-
-    @torch.inference_mode(False)  # whose tensors could not be filled again outside it
-    @torch.no_grad()
-    def _copy_weights(self) -> None:
-        for unit, name_of_unit in units(self.model):
-            with unsharded(unit):
-                if self.decoder is None:
-                    self._make_copy(self.model.model.embed_tokens.weight.dtype)
-                copies = dict(self.decoder.named_parameters())
-                for name, p in merged_parameters(unit):
-                    copies[name_of_unit + name].copy_(p)
-
-    def _make_copy(self, dtype: torch.dtype) -> None:
-        """Memory for the copy; dtype: of the gathered weights, which may be smaller than stored."""
-        with torch.device("meta"):
-            self.decoder = Model(self.config, self.model.visual is not None)
-        device = self.model.model.embed_tokens.weight.device
-        self.decoder.to(dtype).to_empty(device=device).requires_grad_(False)
-        if device.type == "cuda":
-            self.blocks = fuse(self.decoder.model.layers)
-
-    def _load_weights(self) -> None:
-        """The weights for a call: those that are held, or the model's where it is whole."""
-        weight = self.model.model.embed_tokens.weight
-        if isinstance(weight, DTensor) and not (self.held and self.copies):
-            raise ValueError("the model is sharded: sample inside `with sampler.weights():`")
-        self.device = weight.device
-        if not self.copies:
-            self.decoder = self.model
-        elif not self.held:
-            self._copy_weights()
+        Collective at both ends."""
+        return self.decoder.held()
 
     def release(self) -> None:
         """Give back all memory: KV cache, copied weights, graphs. The next call takes it again."""
-        self.decoder = self.slots = self.blocks = None
-        self.graphs = {}
+        self.decoder.release()
+        self.slots, self.graphs = None, {}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _allocate(self) -> None:
+    def _allocate(self, weight: torch.Tensor) -> None:
         """The slots: as many as asked for, or as memory allows."""
         if self.slots is not None:
             self.slots.done.fill_(1)
             return
-        c, cuda = self.config, self.device.type == "cuda"
-        dtype = self.decoder.model.embed_tokens.weight.dtype
-        slot_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
-        slot_bytes *= self.max_len
-        budget = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        if self.kv_gb is not None:
-            budget = self.kv_gb * 1e9
-        elif cuda:
-            torch.cuda.empty_cache()
-            budget = 0.8 * torch.cuda.mem_get_info(self.device)[0]
-        fitting, wanted = int(budget / slot_bytes), self.wanted_slots or 1
-        if wanted > fitting:
-            raise ValueError(
-                f"{wanted} slot(s) of {self.max_len} tokens take {wanted * slot_bytes / 1e9:.3g} "
-                f"GB of KV cache; {fitting} would fit in {budget / 1e9:.3g} GB. Lower --slots or "
-                "--max_new_tokens, or raise --kv_gb"
-            )
-        self.usable = self.wanted_slots or min(fitting, 256 if cuda else 64)
-        rows = max(self.usable, self.min_rows)
-        self.slots = Slots.allocate(rows, self.max_len, c, dtype, self.device)
-        positions = torch.arange(self.max_len, device=self.device).expand(3, -1)
-        self.angles = rope_cos_sin(positions, c)  # of every position that a new token can have
-        self.graphs = {}
+        form = self.max_len, self.config, weight.dtype, weight.device
+        self.usable = number_of_slots(self.wanted_slots, self.kv_gb, *form)
+        self.slots = Slots.allocate(max(self.usable, self.min_rows), *form)
+        positions = torch.arange(self.max_len, device=weight.device).expand(3, -1)
+        self.angles = rope_cos_sin(positions, self.config)  # of every position of a new token
+
+    def _check(self, prompts: Sequence, params: SamplingParams) -> None:
+        vocab = self.config.vocab_size
+        for i, prompt in enumerate(prompts):
+            length = len(prompt.tokens)
+            if not length:
+                raise ValueError(f"prompt {i} is empty; it needs at least one token")
+            if length + params.max_new_tokens > self.max_len:
+                raise ValueError(
+                    f"prompt {i}: {length} tokens + max_new_tokens {params.max_new_tokens} exceed "
+                    f"the sampler's max_len {self.max_len}"
+                )
+            if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab:
+                raise ValueError(f"prompt {i}: token ids not in 0 … {vocab - 1}; wrong tokenizer?")
+            if prompt.pixel_values is not None and self.model.visual is None:
+                raise ValueError(f"prompt {i} has images, but the model has no vision tower")
 
     @torch.inference_mode()
     def generate(
@@ -389,38 +418,35 @@ class Sampler:
         """params.n completions of each prompt, ordered by (prompt, sample).
 
         sample_ids: a number a prompt that, with the seed and the sample's index, decides its random
-        numbers; by default its index in this call. on_finish: called as soon as the host sees
-        that a completion ended; on_step: each time it looks (`slots` holds all tokens so far). Uses
-        the model's weights as they are now. Raises ValueError for what can't work before
-        computing anything. On Ctrl-C and when memory runs out, the
-        exception's `completions` holds the finished ones.
+        numbers; by default its index in this call. on_finish: called as soon as the host sees that
+        a completion ended; on_step: each time it looks (`slots` holds all tokens so far). Uses the
+        model's weights as they are now. Raises ValueError for what can't work before computing
+        anything. On Ctrl-C and when memory runs out, the exception's `completions` holds the
+        finished ones.
         """
-        self.sample_ids = range(len(prompts)) if sample_ids is None else sample_ids
+        ids = range(len(prompts)) if sample_ids is None else sample_ids
+        if len(ids) != len(prompts):
+            raise ValueError(f"{len(ids)} sample_ids for {len(prompts)} prompts")
         self._check(prompts, params)
         if not prompts:
             return []
-        self._load_weights()
-        self._allocate()
-        self.prompts, self.params = prompts, params.on(self.device, self.model.banned_ids)
-        self.waiting = deque((i, j) for i in range(len(prompts)) for j in range(params.n))
-        self.prefilled: dict[int, tuple] = {}  # prompt → its KV, last hidden state, rope delta
-        self.running: list[Completion | None] = []  # by slot; None: just ended
-        self.lengths: list[int] = []  # by slot: cached tokens, or more after its end
-        self.stats = dict.fromkeys(("prefill_seconds", "prefill_tokens", "decode_seconds"), 0.0)
-        self.graph = self._graph()
-        finished, begin = [], time.perf_counter()
-        total = len(self.waiting)
+        model = self.decoder.current()
+        self._allocate(model.model.embed_tokens.weight)
+        step = self._step(model, params)
+        call = Scheduler(self.slots, self.usable, prompts, params, ids)
+        finished, total, seconds = [], len(call.waiting), 0.0
         bar = tqdm(total=total, disable=not progress, unit="sample", dynamic_ncols=True)
         try:
             while len(finished) < total:
-                self._admit()
+                call.admit(model, self.prefill_tokens)
                 start = time.perf_counter()
-                for _ in range(self.sync_every or (8 if self.device.type == "cuda" else 1)):
-                    self._step()
+                for _ in range(self.sync_every):
+                    step(call.lengths + [0] * (self.min_rows - len(call.lengths)))
+                    call.lengths = [n + 1 for n in call.lengths]
                 if on_step is not None:
                     on_step()
-                ended = self._collect()
-                self.stats["decode_seconds"] += time.perf_counter() - start
+                ended = call.collect()
+                seconds += time.perf_counter() - start
                 bar.update(len(ended))
                 for completion in ended:
                     finished.append(completion)
@@ -428,163 +454,30 @@ class Sampler:
                         on_finish(completion)
         except (KeyboardInterrupt, torch.OutOfMemoryError) as e:
             if isinstance(e, torch.OutOfMemoryError):
-                gb = self.slots.kv.nbytes / 1e9
-                half = self.usable // 2
                 e.add_note(
-                    f"{self.usable} slots of {self.max_len} tokens are {gb:.3g} GB of KV cache; "
-                    f"--slots {half} halves it"
+                    f"The KV cache of {self.usable} slots of {self.max_len} tokens takes "
+                    f"{self.slots.kv.nbytes / 1e9:.3g} GB; --slots {self.usable // 2} halves it"
                 )
             e.completions = finished
             raise
         finally:
             bar.close()
-            self.prefilled = self.prompts = None
-            self.stats["seconds"] = time.perf_counter() - begin
-            self.stats["decode_tokens"] = sum(len(c.tokens) for c in finished)
+        tokens = sum(len(c.tokens) for c in finished)
+        self.stats = {"decode_seconds": seconds, "decode_tokens": tokens}
         return sorted(finished, key=lambda c: (c.prompt_index, c.sample_index))
 
-    def _check(self, prompts: Sequence, params: SamplingParams) -> None:
-        vocab = self.config.vocab_size
-        if len(self.sample_ids) != len(prompts):
-            raise ValueError(f"{len(self.sample_ids)} sample_ids for {len(prompts)} prompts")
-        for i, prompt in enumerate(prompts):
-            length = len(prompt.tokens)
-            if not length:
-                raise ValueError(f"prompt {i} is empty; it needs at least one token")
-            if length + params.max_new_tokens > self.max_len:
-                raise ValueError(
-                    f"prompt {i}: {length} tokens + max_new_tokens {params.max_new_tokens} exceed "
-                    f"the sampler's max_len {self.max_len}"
-                )
-            if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab:
-                raise ValueError(f"prompt {i}: token ids not in 0 … {vocab - 1}; wrong tokenizer?")
-            if prompt.pixel_values is not None and self.model.visual is None:
-                raise ValueError(
-                    f"prompt {i} has images, but the model was built without its vision tower; "
-                    "build it with with_vision=True"
-                )
+    def _step(self, model: Model, params: SamplingParams) -> Callable[[list[int]], None]:
+        """One decode step, as a function of `Scheduler.lengths`. On CUDA it is recorded once for
+        all calls with the parameters that it depends on."""
+        p = params.on(model.head_weight().device)
 
-    def _graph(self) -> Graphs | None:
-        """The recorded decode step on CUDA; one for each set of parameters that it depends on."""
-        if self.device.type != "cuda":
-            return None
-        p, exit = self.params, self.params.forced_exit
-        lists = (p.stop_ids, p.banned_ids, exit and exit.tokens)
-        lists = tuple(None if x is None else tuple(x.tolist()) for x in lists)
-        key = (p.temperature, p.top_k, p.top_p, *lists)
-        key += (exit.budget, exit.answer_budget) if exit else ()
+        def step(rows: int, bounds: list[int] | None = None) -> None:
+            slots = self.slots.first(rows)
+            decode_step(model, self.angles, slots, p, bounds, self.decoder.blocks)
+
+        if not model.head_weight().is_cuda:
+            return lambda bounds: step(len(bounds), bounds)
+        key = repr((p.temperature, p.top_p, list(params.stop_ids), params.forced_exit))
         if key not in self.graphs:
-
-            def step(rows: int) -> None:
-                decode_step(
-                    self.decoder, self.angles, self.slots.first(rows), p, blocks=self.blocks
-                )
-
             self.graphs[key] = Graphs(step, len(self.slots.done))
-        return self.graphs[key]
-
-    def _prefill(self, first: int) -> None:
-        """Prefill prompts from `first` on: as many as fit in `prefill_tokens`, at least one."""
-        begin, c = time.perf_counter(), self.config
-        room = self.prefill_tokens or (16384 if self.device.type == "cuda" else 1024)
-        end = first + 1
-        room -= len(self.prompts[first].tokens)
-        while end < len(self.prompts) and (room := room - len(self.prompts[end].tokens)) >= 0:
-            end += 1
-        prompts = self.prompts[first:end]
-        tokens = torch.cat([torch.as_tensor(p.tokens) for p in prompts])  # (T,)
-        positions, deltas = zip(*(self._positions(p) for p in prompts))
-        ends = torch.tensor([0, *(len(p.tokens) for p in prompts)]).cumsum(0).int()
-        seen = [p for p in prompts if p.pixel_values is not None]
-        images = [torch.cat([p.pixel_values for p in seen])] if seen else []
-        images += [torch.cat([p.grid_thw for p in seen])] if seen else []
-        m, longest, cu = self.decoder.model, int(ends.diff().max()), ends.to(self.device)
-        x, deepstack = self.decoder.embed(tokens.to(self.device), *images)  # (T, C)
-        x = x.to(self.slots.kv.dtype)
-        cos, sin = rope_cos_sin(torch.cat(positions, dim=1).to(self.device), c)
-        kv = x.new_empty(2, len(m.layers), len(tokens), c.num_key_value_heads, c.head_dim)
-        for i, layer in enumerate(m.layers):
-
-            def attn(q, k, v, i=i):
-                kv[0, i], kv[1, i] = k, v
-                return attend(q, k, v, cu, longest, causal=True)
-
-            x = block_forward(layer, x, cos, sin, attn)
-            if i < len(deepstack):
-                rows, extra = deepstack[i]
-                x = x.index_add(0, rows, extra.to(x.dtype))
-        last = m.norm(x[cu[1:].long() - 1])  # (prompts, C)
-        for i, (a, b) in enumerate(zip(ends.tolist(), ends[1:].tolist())):
-            self.prefilled[first + i] = (kv[:, :, a:b], last[i], deltas[i])
-        self.stats["prefill_seconds"] += time.perf_counter() - begin
-        self.stats["prefill_tokens"] += len(tokens)
-
-    def _positions(self, prompt) -> tuple[torch.Tensor, int]:
-        if prompt.grid_thw is None:
-            return torch.arange(len(prompt.tokens)).expand(3, -1), 0
-        return mrope_positions(
-            torch.as_tensor(prompt.tokens),
-            prompt.grid_thw,
-            image_token_id=self.config.image_token_id,
-            merge_size=self.config.vision.spatial_merge_size,
-        )
-
-    def _admit(self) -> None:
-        """Start waiting samples in free slots, then close the holes that are left."""
-        s, p, running, new = self.slots, self.params, self.running, []
-        free = [i for i, c in enumerate(running) if c is None]
-        free += range(len(running), self.usable)
-        while free and self.waiting:
-            slot, (prompt, sample), free = free[0], self.waiting.popleft(), free[1:]
-            if prompt not in self.prefilled:
-                self._prefill(prompt)
-            kv, hidden, delta = self.prefilled[prompt]  # (2, L, P, Hkv, D), (C,)
-            if sample == p.n - 1:
-                del self.prefilled[prompt]
-            length = kv.shape[2]
-            s.kv[:, :, slot, :length], s.hidden[slot] = kv, hidden
-            new.append((slot, length, delta, sample_key(p.seed, self.sample_ids[prompt], sample)))
-            running[slot : slot + 1] = [Completion(prompt, sample, length)]
-            self.lengths[slot : slot + 1] = [length]
-        if new:
-            slots, lengths, deltas, keys = (list(x) for x in zip(*new))
-            s.start(slots, lengths, deltas, p.max_new_tokens, keys)
-        while None in running:
-            hole, last, length = running.index(None), running.pop(), self.lengths.pop()
-            if last is not None:
-                s.move(len(running), hole, length, length - last.prompt_tokens)
-                running[hole], self.lengths[hole] = last, length
-
-    def _step(self) -> None:
-        rows = len(self.running)
-        if self.graph is not None:
-            self.graph.replay(rows)
-        else:
-            rows = max(rows, self.min_rows)
-            bounds = self.lengths + [0] * (rows - len(self.running))
-            slots, blocks = self.slots.first(rows), self.blocks
-            decode_step(self.decoder, self.angles, slots, self.params, bounds, blocks)
-        self.lengths = [n + 1 for n in self.lengths]
-
-    def _collect(self) -> list[Completion]:
-        """Take out the samples that ended. The one place where the host waits for the GPU."""
-        s, p, rows = self.slots, self.params, len(self.running)
-        done, count, exit_at = s.state[:, :rows].cpu()[[7, 2, 6]].tolist()
-        ended = [i for i in range(rows) if done[i]]
-        if not ended:
-            return []
-        longest = max(count[i] for i in ended)
-        tokens, logprobs = (t[ended, :longest].cpu().numpy() for t in (s.tokens, s.logprobs))
-        stops = set() if p.stop_ids is None else set(p.stop_ids.tolist())
-        completions = []
-        for i, t, l in zip(ended, tokens, logprobs):
-            c, self.running[i] = self.running[i], None
-            c.tokens, c.logprobs = t[: count[i]].tolist(), l[: count[i]].copy()
-            if exit_at[i] >= 0:
-                inserted = min(len(p.forced_exit.tokens), count[i] - exit_at[i])
-                c.forced_at, c.forced_tokens = exit_at[i], inserted
-            stopped = c.tokens[-1] in stops and c.mask[-1]
-            c.finish_reason = "forced+" * (exit_at[i] >= 0) + ("stop" if stopped else "length")
-            s.free(i, self.lengths[i])
-            completions.append(c)
-        return completions
+        return lambda bounds: self.graphs[key].replay(len(bounds))

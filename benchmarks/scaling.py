@@ -189,7 +189,7 @@ class Split:
         for owner, name in (
             (sampler_module, "decode_step"),
             (sampler_module, "sample_next_token"),
-            (Sampler, "_prefill"),
+            (sampler_module, "prefill"),
         ):
             setattr(owner, name, self.timed(name, getattr(owner, name)))
 
@@ -216,7 +216,7 @@ def sampled(sampler: Sampler, split: Split, samples: int, limit: int = LIMIT) ->
     split.seconds.clear(), split.calls.clear()
     cpu, wall = clocked(lambda: out.extend(sampler.generate(prompts, params)))
     tokens, steps, part = sum(len(r.tokens) for r in out), split.calls["decode_step"], split.seconds
-    host = cpu - part["decode_step"] - part["_prefill"]
+    host = cpu - part["decode_step"] - part["prefill"]
     return {
         "cpu": cpu,
         "wall": wall,
@@ -226,7 +226,7 @@ def sampled(sampler: Sampler, split: Split, samples: int, limit: int = LIMIT) ->
         "tok_a_cpu_s": tokens / cpu,
         "tok_a_wall_s": tokens / wall,
         "us_a_step": part["decode_step"] / steps * 1e6,
-        "prefill": part["_prefill"],
+        "prefill": part["prefill"],
         "forward": part["decode_step"] - part["sample_next_token"],
         "choose": part["sample_next_token"],
         "host": host,

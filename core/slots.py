@@ -6,10 +6,13 @@ V vocabulary.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import Sequence
 
 import torch
+
+from core.plan import kv_bytes
 
 
 @dataclass
@@ -77,6 +80,29 @@ class Slots:
         self.hidden[target] = self.hidden[source]
         self.state[:, target] = self.state[:, source]
         self.free(source, length)
+
+
+def number_of_slots(
+    wanted: int | None, kv_gb: float | None, capacity: int, c, dtype, device: torch.device
+) -> int:
+    """How many slots to allocate: those wanted, else as many as the KV memory holds, at most 256 on
+    CUDA and 64 on CPU. Raises ValueError where not even those wanted, or one, would fit."""
+    cuda = device.type == "cuda"
+    slot_bytes = kv_bytes(c, dtype.itemsize) * capacity
+    budget = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if kv_gb is not None:
+        budget = kv_gb * 1e9
+    elif cuda:
+        torch.cuda.empty_cache()
+        budget = 0.8 * torch.cuda.mem_get_info(device)[0]
+    fitting, least = int(budget / slot_bytes), wanted or 1
+    if least > fitting:
+        raise ValueError(
+            f"{least} slot(s) of {capacity} tokens take {least * slot_bytes / 1e9:.3g} GB of KV "
+            f"cache; {fitting} would fit in {budget / 1e9:.3g} GB. Lower --slots or "
+            "--max_new_tokens, or raise --kv_gb"
+        )
+    return wanted or min(fitting, 256 if cuda else 64)
 
 
 # -------------------------------------------------------------------------------- forced exit

@@ -20,12 +20,13 @@ from core import fused_decode
 from core.attention import attend
 from core.chat import banned_token_ids, stop_token_ids
 from core.decode_kernels import Graphs, bucket_of, decode_attend, plan_attention
+from core.decode_weights import DecodeWeights
 from core.slots import ForcedExit, Slots, close_table, exit_positions, force_exit
 from core.vision import mrope_positions
 from core.weights import load_hf
 from data import Prompt
 from model import Model, ModelConfig
-from sampler import Sampler, SamplingParams, sample_key, sample_token, truncate, uniform
+from sampler import Sampler, SamplingParams, Scheduler, nucleus, sample_key, sample_token, uniform
 
 IMAGE, START, END = 302, 300, 301  # ids of tiny_model's configs
 BANNED = [300, 301, 302, 303]
@@ -221,6 +222,14 @@ def test_bf16_weights_and_cache(model):
         assert np.abs(r.logprobs - teacher_forced(model, p, r)).mean() < 0.05
 
 
+def with_(sampler, **attributes):
+    """What a GPU has other values of: `sync_every`, `prefill_tokens`."""
+    for name, value in attributes.items():
+        assert hasattr(sampler, name)
+        setattr(sampler, name, value)
+    return sampler
+
+
 # ---------------------------------------------------------- one sample, however it is batched (4–7)
 MANY = [text_prompt(n, seed=1) for n in (3, 41, 8, 25, 1, 12, 33, 19)]
 PARAMS = SamplingParams(n=8, max_new_tokens=30, stop_ids=range(12), seed=3)
@@ -246,7 +255,9 @@ def together(model):
 def test_samples_do_not_depend_on_slots_refills_or_syncs(model, together, settings):
     """64 samples at once, one by one, through 5 refilled slots, with K = 1, 8, 16: the same
     samples."""
-    assert_same(Sampler(model, max_len=80, **settings).generate(MANY, PARAMS), together)
+    inner = {k: settings.pop(k) for k in ("sync_every", "prefill_tokens") if k in settings}
+    s = with_(Sampler(model, max_len=80, **settings), **inner)
+    assert_same(s.generate(MANY, PARAMS), together)
 
 
 def test_a_sample_alone_is_the_sample_in_a_batch(model, together):
@@ -284,7 +295,7 @@ def _sample_on_rank(world, path, out, copied):
 
     model = parallel.shard(load(path), world, compute_dtype=torch.float32)
     mine = range(world.rank, len(MANY), world.size)
-    s = (Copying if copied else Sampler)(model, max_len=80, slots=10)
+    s = (copying if copied else Sampler)(model, max_len=80, slots=10)
     with pytest.raises(ValueError, match="sharded"):
         s.generate([MANY[0]], PARAMS)
     weight = model.lm_head.weight
@@ -301,14 +312,20 @@ def _sample_on_rank(world, path, out, copied):
     )
 
 
-class Copying(Sampler):
-    """Decodes with a fused copy of the weights, as on a GPU."""
+class FusedCopy(DecodeWeights):
+    """Copies and fuses the weights, as on a GPU."""
 
     copies = True
 
-    def _make_copy(self, dtype):
-        super()._make_copy(dtype)
-        self.blocks = fused_decode.fuse(self.decoder.model.layers)
+    def _make_copy(self, like):
+        super()._make_copy(like)
+        self.blocks = fused_decode.fuse(self.copy.model.layers)
+
+
+def copying(model, **options):
+    s = Sampler(model, **options)
+    s.decoder = FusedCopy(model, s.decoder.build)
+    return s
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -320,12 +337,12 @@ def test_two_ranks_with_sharded_weights_sample_what_one_does(tiny_vl, together, 
     assert_same(sorted(parts, key=lambda r: (r.prompt_index, r.sample_index)), together)
 
 
-class Poisoning(Sampler):
+class Poisoning(Scheduler):
     """Fills what a freed slot still holds with NaN. Its KV must be zero but for position 0, which
     the idle row goes on writing."""
 
-    def _collect(self):
-        ended = super()._collect()
+    def collect(self):
+        ended = super().collect()
         for slot, c in enumerate(self.running):
             if c is None:
                 assert not self.slots.kv[:, :, slot, 1:].any()
@@ -335,9 +352,10 @@ class Poisoning(Sampler):
 
 
 @pytest.mark.parametrize("slots, every", [(5, 1), (5, 8), (64, 8)])
-def test_freed_slots_leave_no_trace(model, together, slots, every):
+def test_freed_slots_leave_no_trace(model, together, slots, every, monkeypatch):
     """A later sample that saw one cached value of the last one would be NaN."""
-    s = Poisoning(model, max_len=80, slots=slots, sync_every=every)
+    monkeypatch.setattr(sampler_module, "Scheduler", Poisoning)
+    s = with_(Sampler(model, max_len=80, slots=slots), sync_every=every)
     for _ in range(2):
         assert_same(s.generate(MANY, PARAMS), together)
 
@@ -532,7 +550,8 @@ def test_forced_exit_in_a_run(model, budget, answer):
     ]  # the second opens <think>
     rollouts = Sampler(model, max_len=64, slots=5).generate(prompts, params)
     assert_same(
-        Sampler(model, max_len=64, slots=12, sync_every=8).generate(prompts, params), rollouts
+        with_(Sampler(model, max_len=64, slots=12), sync_every=8).generate(prompts, params),
+        rollouts,
     )
     reasons = set()
     for r in rollouts:
@@ -645,7 +664,7 @@ def test_sampled_frequencies_follow_the_softmax():
     u = uniform(
         torch.tensor([sample_key(0, i, 0) for i in range(20_000)]), torch.full((20_000,), 5)
     )
-    token, lse = sample_token(logits.expand(20_000, -1), u, 0, 1.0)
+    token, lse = sample_token(logits.expand(20_000, -1), u, 1.0)
     assert torch.allclose(lse, logits.logsumexp(0))
     expected = logits.double().softmax(0) * 20_000
     assert stats.chisquare(token.bincount(minlength=50).numpy(), expected.numpy()).pvalue > 1e-3
@@ -672,32 +691,27 @@ def test_first_tokens_of_a_group_follow_the_model(model):
 def test_impossible_tokens_are_never_taken():
     """At both ends of the interval, with one-hot, banned (-1e30) and -inf logits."""
     assert (
-        sample_token(torch.zeros(1, 2), torch.tensor([0.5]), 0, 1.0)[0].item() == 1
+        sample_token(torch.zeros(1, 2), torch.tensor([0.5]), 1.0)[0].item() == 1
     )  # intervals are open above
     logits = torch.full((6, 9), -1e30)
     logits[:, 4] = 3.0
     logits[3:, 6] = 2.0
     logits[5, 0] = -float("inf")
     for u in (2.0**-24, 0.5, 1 - 2.0**-24):
-        token, _ = sample_token(logits, torch.full((6,), u), 0, 1.0)
+        token, _ = sample_token(logits, torch.full((6,), u), 1.0)
         assert set(token.tolist()) <= {4, 6} and token[:3].tolist() == [4] * 3
 
 
-def test_top_k_and_top_p_keep_what_transformers_keeps():
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
+def test_top_p_keeps_what_transformers_keeps():
+    from transformers import TopPLogitsWarper
 
     logits = torch.randn(40, 100, generator=torch.Generator().manual_seed(1)) * 3
     p = logits.softmax(-1)
-    for k in (1, 5, 100, 1000):
-        assert torch.equal(
-            truncate(p, k, 1.0) > 0, TopKLogitsWarper(min(k, 100))(None, logits) > -float("inf")
-        )
     for share in (0.01, 0.3, 0.9):
-        assert torch.equal(
-            truncate(p, 0, share) > 0, TopPLogitsWarper(share)(None, logits) > -float("inf")
-        )
+        kept = TopPLogitsWarper(share)(None, logits) > -float("inf")
+        assert torch.equal(nucleus(p, share) > 0, kept)
     u = torch.rand(40, generator=torch.Generator().manual_seed(2)).clamp(2e-7, 1 - 2e-7)
-    assert torch.equal(sample_token(logits, u, 1, 1.0)[0], logits.argmax(-1))
+    assert torch.equal(sample_token(logits, u, 1e-6)[0], logits.argmax(-1))
 
 
 def test_temperature_to_zero_is_greedy(model):
@@ -708,7 +722,7 @@ def test_temperature_to_zero_is_greedy(model):
     )
     cold = s.generate(prompts, SamplingParams(temperature=1e-4, max_new_tokens=20))
     assert [r.tokens for r in cold] == [r.tokens for r in greedy]
-    top1 = s.generate(prompts, SamplingParams(top_k=1, max_new_tokens=20))
+    top1 = s.generate(prompts, SamplingParams(top_p=1e-6, max_new_tokens=20))
     assert [r.tokens for r in top1] == [r.tokens for r in greedy]
     assert_same(top1, greedy)  # log-probabilities are those of the whole distribution
 
@@ -756,7 +770,7 @@ def test_a_fused_copy_samples_what_the_model_does(tiny_vl, tmp_path, kind):
     prompts = [text_prompt(9), text_prompt(30), *images]
     params = SamplingParams(n=3, max_new_tokens=24, seed=5)
     expected = Sampler(model, max_len=80, slots=4).generate(prompts, params)
-    s = Copying(model, max_len=80, slots=4)
+    s = copying(model, max_len=80, slots=4)
     assert_same(s.generate(prompts, params), expected)
     with torch.no_grad():  # new weights are copied
         model.model.layers[1].mlp.up_proj.weight.mul_(1.5)

@@ -171,6 +171,7 @@ def fused_as_one(seen) -> None:
 def decode_step(rows: str = "256") -> dict:
     """A whole decode step of the 7B, with its blocks as the model has them, and fused."""
     import sampler
+    from core import fused_decode
     from core.slots import Slots
     from model import rope_cos_sin
 
@@ -182,9 +183,9 @@ def decode_step(rows: str = "256") -> dict:
         model.set_banned_ids([1, 2, 3])
         slots = Slots.allocate(int(rows), 2048, config, torch.bfloat16, world.device)
         angles = rope_cos_sin(torch.arange(2048, device=world.device).expand(3, -1), config)
-        params = sampler.SamplingParams(stop_ids=[5, 6]).on(world.device, model.banned_ids)
+        params = sampler.SamplingParams(stop_ids=[5, 6]).on(world.device)
         for name in ("blocks", "fused"):
-            blocks = sampler.fuse(model.model.layers) if name == "fused" else None
+            blocks = fused_decode.fuse(model.model.layers) if name == "fused" else None
             with fake_cuda.Watch() as seen:
                 fused_as_one(seen)
                 sampler.decode_step(model, angles, slots, params, blocks=blocks)
@@ -205,7 +206,7 @@ def weight_copy() -> dict:
             still_sharded = all(hasattr(p, "to_local") for p in model.parameters())
         with fake_cuda.Watch() as seen, sampler.weights():
             pass
-        copies = list(sampler.decoder.parameters())
+        copies = list(sampler.decoder.copy.parameters())
     return {
         "peak": tracker.get_tracker_snapshot("peak")[world.device]["Total"],
         "shards": sum(p.to_local().nbytes for p in model.parameters()),
