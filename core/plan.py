@@ -1,8 +1,8 @@
 """How much memory a training step takes on each GPU, from the numbers of the model.
 
 Counted, for one rank: its shards of fp32 master weights, gradients and Adam moments; the weights
-gathered in the compute dtype; what each block keeps for its backward pass; and the largest of three
-working sets (output head, backward pass of one block, reduction of the root's gradient). Not
+gathered in the compute dtype; what each block keeps for its backward pass; and the largest of the
+working sets (output head, backward pass of one block, reduction of the root's gradients). Not
 counted: the CUDA context and NCCL (about 1.5 GiB), and what the allocator loses (5 to 10 %, less
 with PYTORCH_ALLOC_CONF=expandable_segments:True).
 
@@ -109,58 +109,88 @@ def block_activations(
     return per_token * tokens
 
 
-def working_sets(c, s: Setting, counts: dict[str, int]) -> dict[str, int]:
-    """Bytes that exist for a moment only, at three moments of which the largest counts.
+def tower_activations(c, tokens: int, recompute: bool, compute_bytes: int) -> tuple[int, int]:
+    """Bytes that a trained vision tower keeps for its backward pass, and those that the backward
+    pass of one of its blocks adds, if all `tokens` are an image's. c: the tower's configuration.
 
-    head: a chunk of logits in fp32 and a copy (its exponentials, or a cast of its gradient), the
-    head's gradient in fp32 and in the compute dtype, and hidden states with theirs. block: backward
-    of the last block: what was recomputed, two MLP-sized and two hidden-sized gradients, its weight
-    gradients, and the fp32 buffer in which the previous ones are being reduced; the head's gradient
-    waits meanwhile. root: gradients of embedding and head on their way.
+    Kept: the patches as they come (fp32) and as they enter, four tensors of each merger, and of a
+    block its input, or without recomputation what autograd asks for.
+    """
+    gated, size, inner = hasattr(c, "fullatt_block_indexes"), c.hidden_size, c.intermediate_size
+    pixels = c.in_channels * c.temporal_patch_size * c.patch_size**2
+    mergers = 1 + len(getattr(c, "deepstack_visual_indexes", ()))
+    block = 10 * size + (4 if gated else 2) * inner  # q, k, v in one product and rotated: 5 sizes
+    kept = c.depth * (size if recompute else block) + 4 * mergers * size
+    patches, b = tokens * c.spatial_merge_size**2, compute_bytes
+    backward = (block - size if recompute else 0) + 2 * inner + size
+    return patches * (kept * b + pixels * (4 + b)), patches * backward * b
+
+
+def working_sets(c, s: Setting, counts: dict[str, int]) -> dict[str, int]:
+    """Bytes that exist for a moment only, at moments of which the largest counts.
+
+    head: a chunk of logits in fp32 with their exponentials, or their gradient in the compute dtype
+    while the head's gradient (fp32) is added to; hidden states, normed, and their gradient. block:
+    backward pass of its MLP: what was recomputed, two gradients of the MLP's size, its input's,
+    down's; the next block, gathered ahead; the head's gradient. In all blocks but the last, one
+    block's activations are gone, and an fp32 buffer holds the gradients that are being reduced.
+    tower: the same of a trained vision tower, while the root's gradients wait. root: its gradients
+    on their way.
     """
     b, matrix = s.compute_bytes, c.vocab_size * c.hidden_size
-    chunk = min(s.logit_rows, s.tokens) * c.vocab_size * 8
-    how = dict(fused=s.fused, ranks=counts["ranks"])
-    recomputed = block_activations(c, s.tokens, "none", b, **how)
-    recomputed -= block_activations(c, s.tokens, s.checkpointing, b, **how)
-    gradients = s.tokens * b * (2 * c.intermediate_size + 2 * c.hidden_size)
-    in_flight = counts["block"] * (4 + b if s.ranks > 1 or b < 4 else b)
+    hidden, how = s.tokens * c.hidden_size * b, dict(fused=s.fused, ranks=counts["ranks"])
+    kept = block_activations(c, s.tokens, s.checkpointing, b, **how)
+    block = block_activations(c, s.tokens, "none", b, **how) - kept + hidden
+    block += s.tokens * b * 2 * c.intermediate_size
     root = counts["embedding"] + counts["head"] + counts["norm"]
     root += counts["vision"] if s.train_vision else 0
+    trained = counts["block"]
     if counts["adapters"]:  # no gradient but the adapters'
-        matrix, root = 0, 0
-        in_flight = in_flight * counts["adapters"] // counts["blocks"]
+        matrix, root, trained = 0, 0, counts["adapters"] // c.num_hidden_layers
         if s.fused:  # of B's product, and scaled; on the CPU a norm's copies are gone by then
-            gradients += s.tokens * b * 2 * c.intermediate_size
-    return {
-        "head": chunk + matrix * (4 + (b if b < 4 else 0)) + 4 * s.tokens * c.hidden_size * b,
-        "block": recomputed + gradients + in_flight + matrix * b,
+            block += s.tokens * b * 2 * c.intermediate_size
+    else:
+        block += c.hidden_size * c.intermediate_size * b + matrix * b
+    if c.num_hidden_layers > 1:
+        block += counts["block"] * b if s.reshard else 0
+        block += max(0, trained * (4 if s.ranks > 1 or b < 4 else 0) - kept)
+    chunk = min(s.logit_rows, s.tokens) * c.vocab_size
+    casts = (b if s.fused else 4 + b) * chunk + 4 * matrix if b < 4 else 0
+    sets = {
+        "head": 4 * (chunk + matrix) + max(4 * chunk, casts) + 3 * hidden,
+        "block": block,
         "root": root * (b + 4),
     }
+    if s.train_vision:
+        recompute = s.checkpointing != "none"
+        sets["tower"] = tower_activations(c.vision, s.tokens, recompute, b)[1] + root * b
+    return sets
 
 
 def plan_step(model: nn.Module, s: Setting) -> dict[str, int]:
     """Bytes on one rank while it trains: each item, and "peak", with the largest working set."""
-    c, counts = model.config, count_parameters(model)
+    c, counts, b = model.config, count_parameters(model), s.compute_bytes
     trained = counts["adapters"] or counts["total"] - (0 if s.train_vision else counts["vision"])
     frozen = counts["total"] - trained if counts["adapters"] else 0  # in the compute dtype
-    blocks = min(2, c.num_hidden_layers) * counts["block"] if s.reshard else counts["blocks"]
-    gathered = counts["total"] - counts["blocks"] + blocks
+    blocks = counts["block"] if s.reshard else counts["blocks"]
     how = dict(fused=s.fused, ranks=counts["ranks"])
-    block = block_activations(c, s.tokens, s.checkpointing, s.compute_bytes, **how)
-    kept = c.num_hidden_layers * block
+    kept = c.num_hidden_layers * block_activations(c, s.tokens, s.checkpointing, b, **how)
     sets = working_sets(c, s, counts)
     plan = {
-        "weights": ((counts["total"] - frozen) * 4 + frozen * s.compute_bytes) // s.shards,
+        "weights": ((counts["total"] - frozen) * 4 + frozen * b) // s.shards,
         "gradients": trained * 4 // s.shards,
         "optimizer": trained * 2 * s.adam_bytes // s.shards,
-        "gathered": gathered * s.compute_bytes,
-        "activations": kept,
-        **{f"working set: {k}": v for k, v in sets.items()},
+        "gathered": (counts["total"] - counts["blocks"] + blocks) * b,
     }
-    steady = sum(plan[k] for k in ("weights", "gradients", "optimizer", "gathered"))
-    # the root's gradient is reduced last, when no block keeps anything any more
-    return {**plan, "peak": steady + max(kept + max(sets["head"], sets["block"]), sets["root"])}
+    steady, tower = sum(plan.values()), 0
+    plan["activations"] = kept
+    if s.train_vision:
+        tower = tower_activations(c.vision, s.tokens, s.checkpointing != "none", b)[0]
+        plan["tower activations"] = tower
+    plan |= {f"working set: {k}": v for k, v in sets.items()}
+    # backward goes from the head to the tower; the root's gradients are reduced last
+    moments = kept + tower + max(sets["head"], sets["block"]), tower + sets.get("tower", 0)
+    return {**plan, "peak": steady + max(*moments, sets["root"])}
 
 
 def fits(plan: dict[str, int], free: int) -> bool:
@@ -175,8 +205,8 @@ def fastest_setting(
     every mode, each with these numbers of tokens; the last of them is taken if none fits. plan:
     `plan_step`, or what counts more.
 
-    The 7B, tokens [16384, 8192]: none with 8,192 (67 GiB) on 8 × 80 GB, matmul with 8,192 (63 GiB)
-    on 4 × 80 GB, full with 8,192 (126 GiB) on 1 × H200.
+    The 7B, tokens [16384, 8192]: none with 8,192 (66 GiB) on 8 × 80 GB, matmul with 8,192 (63 GiB)
+    on 4 × 80 GB, full with 16,384 (127 GiB) on 1 × H200.
     """
     modes = FASTEST_FIRST if s.checkpointing == "auto" else (s.checkpointing,)
     tries = [replace(s, checkpointing=mode, tokens=n) for mode in modes for n in tokens]

@@ -1,19 +1,14 @@
 """The CUDA paths on fake CUDA tensors (tests/helpers/fake_cuda.py): FSDP2's real hooks on rank 0 of
-8,
-the 7B's true widths. Values and speed are not seen here; shapes, memory and waits for the GPU
-are."""
+8, the 7B's true widths. Values and speed are not seen here; shapes, memory and waits for the GPU
+are. Attention's values: tests/test_attention_backends.py."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT
-
-from core import attention, decode_kernels
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("c++") is None,
@@ -23,8 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 def seen_in(case: str, *arguments: str) -> dict:
     """What a case of tests/helpers/fake_cuda_cases.py prints; a process of its own, as torch looks
-    for
-    CUDA once, at import."""
+    for CUDA once, at import."""
     file = ROOT / "tests" / "helpers" / "fake_cuda_cases.py"
     done = subprocess.run(
         [sys.executable, str(file), case, *arguments], capture_output=True, text=True
@@ -38,12 +32,18 @@ def modes():
     return seen_in("modes")
 
 
-@pytest.mark.parametrize("mode, off", [("full", 0.04), ("matmul", 0.03), ("none", 0.05)])
-def test_memory_of_an_sft_step_is_as_planned(modes, mode, off):
-    """torch's memory tracker against core/plan.py. With 3 of 28 layers: what is not per layer weighs
-    more here than in the whole 7B. Of the head the plan counts a chunk's copy that is freed early:
-    3.4% too much here in `full`."""
-    assert modes[mode]["peak"] == pytest.approx(modes[mode]["plan"], rel=off)
+@pytest.mark.parametrize("mode", ["full", "matmul", "none"])
+def test_memory_of_an_sft_step_is_as_planned(modes, mode):
+    """torch's memory tracker against core/plan.py. With 3 of 28 layers, what is not per layer
+    weighs more here than in the whole 7B."""
+    assert modes[mode]["peak"] == pytest.approx(modes[mode]["plan"], rel=0.03)
+
+
+@pytest.mark.parametrize("tower", ["qwen2_5_vl", "qwen3_vl"])
+def test_what_a_trained_vision_tower_keeps_is_as_planned(tower):
+    """One block between patches and merger, 4,096 tokens, by autograd's hook on saved tensors."""
+    seen = seen_in("tower", tower)
+    assert seen["kept"] == pytest.approx(seen["plan"], rel=0.03)
 
 
 def test_memory_of_lora_on_one_gpu_is_as_planned():
@@ -57,9 +57,8 @@ def test_memory_of_lora_on_one_gpu_is_as_planned():
 @pytest.mark.parametrize("mode", ["full", "matmul", "none", "compiled"])
 def test_waits_for_the_gpu_in_an_sft_step(modes, mode):
     """A step of two micro-batches waits for its loss and its gradient norm, and within
-    micro-batches
-    never. It was 6 a micro-batch: max_len and supervised rows were read from the GPU, inputs
-    copied."""
+    micro-batches never. It was 6 a micro-batch: max_len and supervised rows were read from the GPU,
+    inputs copied."""
     waits = modes[mode]["waits"]
     assert sum(waits.values()) == 2 == waits["aten._local_scalar_dense.default"], waits
 
@@ -96,9 +95,8 @@ def test_a_decode_step_waits_for_nothing():
 
 
 def test_kernels_of_a_whole_decode_step():
-    """The 7B at 256 sequences, what is compiled counted as one: 1,000 as the trainer's blocks do
-    it.
-    Nothing in it may wait."""
+    """The 7B at 256 sequences, what is compiled counted as one; a third of what the trainer's
+    blocks would start. Nothing in it may wait."""
     seen = seen_in("decode_step")
     assert seen["fused"]["waits"] == 0
     assert seen["fused"]["kernels"] <= 350 and seen["blocks"]["kernels"] > 1000
@@ -109,9 +107,8 @@ def test_the_samplers_copy_is_gathered_unit_by_unit():
     while sampling, and a copy waits for nothing."""
     seen = seen_in("weight_copy")
     root, blocks = 2 * 544_997_376 + 3584, 4 * 233_057_792
-    assert (
-        seen["sharded"] and seen["dtypes"] == ["torch.bfloat16"] and not any(seen["waits"].values())
-    )
+    assert seen["sharded"] and seen["dtypes"] == ["torch.bfloat16"]
+    assert not any(seen["waits"].values())
     assert seen["copy"] == 2 * (root + blocks)
     beside = seen["peak"] - seen["shards"] - seen["copy"]
     assert beside == pytest.approx(2 * root * (1 + 1 / 8), rel=0.01)
@@ -134,33 +131,8 @@ def test_offloaded_moments_leave_the_gpu():
 
 def test_the_flash_attn_package_on_request():
     """ATTENTION=flash_attn takes its function, and selective checkpointing knows its operator: it
-    was
-    recomputed, because no name matched."""
+    was recomputed, because no name matched."""
     seen = seen_in("flash_attn_package")
     operator = "flash_attn._flash_attn_varlen_forward.default"
     runs = {mode: seen[mode]["attention"][operator] for mode in ("full", "matmul")}
     assert seen["name"] == "flash-attn" and runs == {"full": 2 * 2 * 2, "matmul": 2 * 2}
-
-
-@pytest.mark.parametrize(
-    "value, words", [("flash_attn", "does not import"), ("fast", "must be torch")]
-)
-def test_a_backend_that_is_not_there(value, words):
-    code = "import core.attention"
-    env = {**os.environ, "ATTENTION": value}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode and words in done.stderr
-
-
-def test_fp32_decode_on_a_gpu_equals_the_cpus():
-    """The branch for fp32 on CUDA masks the whole cache; here with CPU tensors."""
-    g = torch.Generator().manual_seed(0)
-    q, lengths = torch.randn(5, 8, 16, generator=g), torch.tensor([0, 3, 63, 64, 99])
-    k, v = torch.randn(2, 5, 100, 2, 16, generator=g)
-    plan = decode_kernels.plan_attention(lengths, 100, lengths.tolist())
-    mask = decode_kernels._mask(lengths + 1, 100)
-    masked = decode_kernels._attend_sdpa(q, k, v, [(0, 5, 100, mask)])
-    assert (masked - decode_kernels.decode_attend(q, k, v, plan)).abs().max() < 2e-6
-    assert attention.backend("cpu", torch.bfloat16) == "SDPA per document"

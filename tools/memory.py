@@ -10,7 +10,7 @@ What is counted, and how: core/plan.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -42,15 +42,7 @@ PUBLISHED = {
     "Qwen3-VL-8B": (4096, 36, 32, 8, 12288, 151936, False, 128),
     "Qwen3-VL-32B": (5120, 64, 64, 8, 25600, 151936, False, 128),
 }
-MACHINES = {  # GPUs, usable GiB of each
-    "1 × 80 GB": (1, 79),
-    "4 × 80 GB": (4, 79),
-    "8 × 80 GB": (8, 79),
-    "1 × H200": (1, 139),
-    "8 × H200": (8, 139),
-}
-COMPARED = ("3B", "7B", "Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen3-VL-8B", "32B", "72B")
-SIZES = {  # of GPUs: 24 and 48 GB as they are with ECC on, so L4 and L40S; the last is two nodes
+MACHINES = {  # GPUs, usable GiB of each: 24 and 48 GB as they are with ECC on, so L4 and L40S
     "1 × 24 GB": (1, 22),
     "1 × 48 GB": (1, 44),
     "1 × 80 GB": (1, 79),
@@ -59,20 +51,30 @@ SIZES = {  # of GPUs: 24 and 48 GB as they are with ECC on, so L4 and L40S; the 
     "4 × 80 GB": (4, 79),
     "8 × 80 GB": (8, 79),
     "16 × 80 GB": (16, 79),
+    "8 × 141 GB": (8, 139),
 }
+DETAILED = ("1 × 80 GB", "4 × 80 GB", "8 × 80 GB", "1 × 141 GB", "8 × 141 GB")
 
 
 def published_config(name: str) -> ModelConfig:
-    """The decoder of a published size by its name, or the config.json of a directory."""
+    """A published size by its name (3B and 7B with their vision tower), or the config.json of a
+    directory."""
     if name not in PUBLISHED:
         return ModelConfig.from_dir(Path(name).parent if name.endswith("config.json") else name)
     keys = (
         "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
         "vocab_size tie_word_embeddings head_dim"
     ).split()
-    kind = "qwen3" if name.startswith("Qwen3") else "qwen2"
-    known = {"model_type": kind, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
-    return ModelConfig.from_dict({**known, **dict(zip(keys, PUBLISHED[name]))})
+    raw = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, **dict(zip(keys, PUBLISHED[name]))}
+    if name not in ("3B", "7B"):
+        raw["model_type"] = "qwen3" if name.startswith("Qwen3") else "qwen2"
+        return ModelConfig.from_dict(raw)
+    tower = {"hidden_size": 1280, "num_heads": 16, "out_hidden_size": raw["hidden_size"]}
+    ids = {"image_token_id": 151655, "vision_start_token_id": 151652}
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    return ModelConfig.from_dict(
+        {"model_type": "qwen2_5_vl", "vision_config": tower, **raw, **ids, **rope}
+    )
 
 
 def meta_model(config: ModelConfig, with_vision: bool = False, lora_rank: int = 0) -> Model:
@@ -84,31 +86,28 @@ def meta_model(config: ModelConfig, with_vision: bool = False, lora_rank: int = 
     return model
 
 
-def machines(plan: dict[str, int]) -> str:
-    """The GPUs that a plan fits on, as a line."""
-    fitting = [f"{gb} GB" for gb in (24, 40, 48, 80, 141) if fits(plan, gb * 10**9)]
-    said = ", ".join(fitting) or "none of 24, 40, 48, 80, 141 GB"
-    return f"  fits GPUs of: {said} (with 8 % and 1.5 GiB to spare)"
-
-
 def hardware_table(model: Model) -> str:
     """Markdown: predicted peak GiB a GPU over machines and modes; struck out: does not fit."""
     out = [
         "| machine | tokens a micro-batch | Adam | full | matmul | none |",
         "|---|---|---|---|---|---|",
     ]
-    for machine, (ranks, usable) in MACHINES.items():
+    for machine in DETAILED:
+        ranks, usable = MACHINES[machine]
         for tokens in (8192, 16384, 32768):
-            for adam in (4, 2):
+            for moments, size in (("fp32", 4), ("bf16", 2)):
                 cells = []
                 for mode in reversed(FASTEST_FIRST):
-                    setting = Setting(ranks, tokens=tokens, adam_bytes=adam, checkpointing=mode)
-                    plan = plan_step(model, setting)
-                    text = f"{plan['peak'] / GIB:.0f}"
-                    cells.append(text if fits(plan, usable * GIB) else f"~~{text}~~")
-                moments = "fp32" if adam == 4 else "bf16"
+                    setting = Setting(ranks, tokens=tokens, adam_bytes=size, checkpointing=mode)
+                    cells.append(cell(plan_step(model, setting), usable))
                 out.append(f"| {machine} | {tokens} | {moments} | {' | '.join(cells)} |")
     return "\n".join(out)
+
+
+def cell(plan: dict[str, int], usable: int, letters: str = "") -> str:
+    """A plan's peak in GiB, with what makes it fit; struck out where it doesn't."""
+    text = f"{plan['peak'] / GIB:.0f}"
+    return f"{text} {letters}".strip() if fits(plan, usable * GIB) else f"~~{text}~~"
 
 
 def cheapest(model: Model, ranks: int, usable: int, grpo: bool) -> str:
@@ -118,36 +117,35 @@ def cheapest(model: Model, ranks: int, usable: int, grpo: bool) -> str:
     lora = count_parameters(model)["adapters"] > 0
     ways = ["", "c"] if lora else ["", "o", "m", "mo", "mc", "moc"] if grpo else ["", "m", "mc"]
     for way in ways:
-        setting = Setting(ranks, tokens=8192 if "c" in way else 16384)
-        setting = replace(setting, adam_bytes=2 if "m" in way else 4)
-        kv_gb = 6.0 if "c" in way else 20.0
+        tokens, adam_bytes = (8192 if "c" in way else 16384), (2 if "m" in way else 4)
+        setting = Setting(ranks, tokens=tokens, adam_bytes=adam_bytes)
         plan = plan_step(model, setting)
         if grpo:
-            offload = "o" in way
-            plan = plan_grpo(model, setting, reference=True, kv_gb=kv_gb, offload_optimizer=offload)
+            more = dict(kv_gb=6.0 if "c" in way else 20.0, offload_optimizer="o" in way)
+            plan = plan_grpo(model, setting, reference=True, **more)
         if fits(plan, usable * GIB):
-            return f"{plan['peak'] / GIB:.0f} {way}".strip()
-    return f"~~{plan['peak'] / GIB:.0f}~~"
+            break
+    return cell(plan, usable, way)
 
 
-def fitting_table(grpo: bool, lora_rank: int) -> str:
-    """Markdown: models of COMPARED over machines of SIZES."""
-    out = [f"| model | {' | '.join(SIZES)} |", "|---" * (len(SIZES) + 1) + "|"]
-    for name in COMPARED:
-        model = meta_model(published_config(name), lora_rank=lora_rank)
-        cells = [cheapest(model, *size, grpo) for size in SIZES.values()]
-        name = name if name.startswith("Qwen") else f"Qwen2.5-VL-{name}"
-        out.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(out)
-
-
-def all_tables(lora_rank: int) -> str:
-    """SFT and GRPO, all weights and LoRA."""
+def fitting_tables(lora_rank: int) -> str:
+    """Markdown: SFT and GRPO, all weights and LoRA, of the sizes up to 72B on MACHINES."""
     parts = []
     for rank in (0, lora_rank):
         for grpo in (False, True):
             how = f"--lora_rank {rank}" if rank else "all weights"
-            parts.append(f"{'GRPO' if grpo else 'SFT'}, {how}:\n\n{fitting_table(grpo, rank)}")
+            out = [
+                f"{'GRPO' if grpo else 'SFT'}, {how}:",
+                "",
+                f"| model | {' | '.join(MACHINES)} |",
+            ]
+            out.append("|---" * (len(MACHINES) + 1) + "|")
+            for name in ("3B", "7B", "Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen3-VL-8B", "32B", "72B"):
+                model = meta_model(published_config(name), lora_rank=rank)
+                cells = [cheapest(model, *machine, grpo) for machine in MACHINES.values()]
+                name = name if name.startswith("Qwen") else f"Qwen2.5-VL-{name}"
+                out.append(f"| {name} | {' | '.join(cells)} |")
+            parts.append("\n".join(out))
     return "\n\n".join(parts)
 
 
@@ -178,27 +176,24 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     with exit_on_value_error():
-        config = parse_config(Config, __doc__, argv)
-        if not config.model:
-            return print(all_tables(config.lora_rank or 32))
-        model = meta_model(published_config(config.model), lora_rank=config.lora_rank)
-        if config.ranks == 0:
+        c = parse_config(Config, __doc__, argv)
+        if not c.model:
+            return print(fitting_tables(c.lora_rank or 32))
+        model = meta_model(published_config(c.model), lora_rank=c.lora_rank)
+        if c.ranks == 0:
             return print(hardware_table(model))
-        setting = Setting(
-            config.ranks,
-            config.replicas,
-            config.tokens,
-            adam_bytes=2 if config.adam_dtype == "bf16" else 4,
-            checkpointing=config.checkpointing,
-            reshard=config.reshard,
+        more = dict(adam_bytes=2 if c.adam_dtype == "bf16" else 4, reshard=c.reshard)
+        setting = Setting(c.ranks, c.replicas, c.tokens, checkpointing=c.checkpointing, **more)
+        plan = plan_step(model, setting)
+        if c.grpo:
+            plan = plan_grpo(model, setting, reference=True, kv_gb=c.kv_gb)
+        print(
+            f"{count_parameters(model)['total']:,} parameters; on each of {c.ranks} GPU(s), "
+            f"{c.tokens} tokens a micro-batch:\n{table(plan)}"
         )
-        if config.grpo:
-            plan = plan_grpo(model, setting, reference=True, kv_gb=config.kv_gb)
-        else:
-            plan = plan_step(model, setting)
-        total = count_parameters(model)["total"]
-        head = f"{total:,} parameters; on each of {config.ranks} GPU(s)"
-        print(f"{head}, {config.tokens} tokens a micro-batch:\n{table(plan)}\n{machines(plan)}")
+        fitting = [f"{gb} GB" for gb in (24, 40, 48, 80, 141) if fits(plan, gb * 10**9)]
+        said = ", ".join(fitting) or "none of 24, 40, 48, 80, 141 GB"
+        print(f"  fits GPUs of: {said} (with 8 % and 1.5 GiB to spare)")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 
+def _no_kernel(*args):
+    raise AssertionError("a fake tensor reached a kernel")
+
+
+# A torch without CUDA would take these apart into small operations; with it each is one kernel
+# that keeps less for the backward pass.
+_kernels = torch.library.Library("aten", "IMPL")
+for _name in ("_fused_rms_norm", "_fused_rms_norm_backward", "silu_backward"):
+    _kernels.impl(_name, _no_kernel, "CUDA")
+
+
 class _Event:
     def __init__(self, *args, **kwargs): ...
     def record(self, *args): ...

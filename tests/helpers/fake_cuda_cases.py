@@ -112,10 +112,54 @@ def sft(mode: str, layers: str = "28", tokens: str = "16384", compiled: str = ""
     }
 
 
+VISION_3 = dict(  # Qwen3-VL's tower with one block
+    depth=1, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=4096,
+    num_position_embeddings=2304, deepstack_visual_indexes=(), patch_size=16,
+    spatial_merge_size=2, temporal_patch_size=2, in_channels=3,
+)  # fmt: skip
+
+
 def modes() -> dict:
     """`sft` in every checkpointing mode, on three layers, and once compiled."""
     out = {mode: sft(mode, "3", "8192") for mode in ("full", "matmul", "none")}
     return {**out, "compiled": sft("matmul", "3", "8192", "compiled")}
+
+
+def tower(kind: str) -> dict:
+    """What one block of a vision tower keeps with patches and merger, by autograd's hook, against
+    the plan of a tower of one block; 4,096 tokens are 16,384 patches."""
+    from core.plan import tower_activations
+    from core.vision import Merger, PatchEmbed, VisionBlock
+    from core.vision3 import Merger3, Vision3Config, Vision3MLP
+
+    if kind == "qwen2_5_vl":
+        c = dataclasses.replace(published_config("7B").vision, depth=1)
+    else:
+        c = Vision3Config(**VISION_3)
+    kept = {}
+
+    def pack(t):
+        if t.shape[-1] != c.hidden_size // c.num_heads // 2:  # the angles, once for all blocks
+            kept[t.untyped_storage()._cdata] = t
+        return t
+
+    with fake_cuda.ranks(1), torch.device("cuda"):
+        if kind == "qwen2_5_vl":
+            layers = [PatchEmbed(c), VisionBlock(c), Merger(c)]
+        else:
+            layers = [PatchEmbed(c, bias=True), VisionBlock(c, torch.nn.LayerNorm, Vision3MLP)]
+            layers.append(Merger3(c, join_first=False))
+        for layer in layers:
+            layer.to(torch.bfloat16).requires_grad_()
+        patches = torch.empty(16384, c.in_channels * c.temporal_patch_size * c.patch_size**2)
+        angles = torch.empty(16384, c.hidden_size // c.num_heads // 2)
+        ends = torch.tensor([0, 16384], dtype=torch.int32)
+        weights = {p.untyped_storage()._cdata for layer in layers for p in layer.parameters()}
+        embed, block, merger = layers
+        with fake_cuda.Watch(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            merger(block(embed(patches), angles, angles, ends, 16384))
+    total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    return {"kept": total + patches.nbytes, "plan": tower_activations(c, 4096, False, 2)[0]}
 
 
 def decode() -> dict:

@@ -1,0 +1,204 @@
+"""Attention's CUDA branch with CPU tensors that say they are on a GPU, and stand-ins for the kernels
+that only a GPU has: FlashAttention's forward and backward pass, as formulas in fp32 with bf16 in and
+out. The arguments, what is saved, and the gradients' way back are the real ones."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_memory import one_block, small
+
+import model
+from core import attention, decode_kernels
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor, and what is computed from it, that takes the branch for CUDA."""
+
+    is_cuda = True
+
+
+def probabilities(q, k, causal, scale, lse=None):
+    """q (n, Hq, D), k (n, Hkv, D) of one document, in fp32 → (Hq, n, n) and their log-sum-exp."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), float("-inf"))
+    lse = scores.logsumexp(-1) if lse is None else lse
+    return (scores - lse[..., None]).exp(), lse
+
+
+def documents(cu_q, cu_k, max_q, max_k):
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and torch.equal(cu_q, cu_k)
+    assert int(cu_q.diff().max()) <= max_q == max_k
+    return [slice(a, b) for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:]) if b > a]
+
+
+def flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None, **rest):
+    """aten::_flash_attention_forward"""
+    window = (rest.pop("window_size_left"), rest.pop("window_size_right"))
+    assert window == ((-1, 0) if causal else (-1, -1)) and not any(rest.values()) and not dropout
+    out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q))
+    for s in documents(cu_q, cu_k, max_q, max_k):
+        p, lse[:, s] = probabilities(q[s], k[s], causal, scale or q.shape[2] ** -0.5)
+        values = v[s].float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        out[s] = torch.einsum("hqk,khd->qhd", p, values).to(q.dtype)
+    return out, lse, torch.empty(0), torch.empty(0), torch.empty(0)
+
+
+def flash_backward(
+    d_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, *_, scale=None, **window
+):
+    """aten::_flash_attention_backward: dS = P (dP - rowsum(dO · O)), from the saved log-sum-exp."""
+    scale, group = scale or q.shape[2] ** -0.5, q.shape[1] // k.shape[1]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for s in documents(cu_q, cu_k, max_q, max_k):
+        p, _ = probabilities(q[s], k[s], causal, scale, lse[:, s])
+        g, keys, values = (x[s].float() for x in (d_out, k, v))
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        dp = torch.einsum("qhd,khd->hqk", g, values)
+        ds = p * (dp - (g * out[s].float()).sum(-1).t()[..., None]) * scale
+        dq[s] = torch.einsum("hqk,khd->qhd", ds, keys).to(q.dtype)
+        for into, parts in (
+            (dk, torch.einsum("hqk,qhd->khd", ds, q[s].float())),
+            (dv, torch.einsum("hqk,qhd->khd", p, g)),
+        ):
+            into[s] = parts.unflatten(1, (-1, group)).sum(2).to(q.dtype)
+    return dq, dk, dv
+
+
+@pytest.fixture
+def kernels():
+    """Counts of the two stand-ins' calls while they are torch's kernels on the CPU."""
+    calls = {"forward": 0, "backward": 0}
+
+    def counted(name, function):
+        def run(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", counted("forward", flash_forward), "CPU")
+    library.impl("_flash_attention_backward", counted("backward", flash_backward), "CPU")
+    yield calls
+    library._destroy()
+
+
+def relative(x, exact) -> float:
+    return ((x.float() - exact.float()).norm() / exact.float().norm()).item()
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(8, 2), (4, 4)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_gradients_in_bf16_equal_sdpa_for_each_document(kernels, causal, heads, kv_heads):
+    """varlen_attn's output, dq, dk and dv against autograd through SDPA in fp32, document by
+    document; as one document they would differ by far more."""
+    g, lengths = torch.Generator().manual_seed(0), [70, 1, 0, 29]
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    shapes = [(100, h, 16) for h in (heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(s, generator=g).bfloat16() for s in shapes)
+    weight = torch.randn(100, heads, 16, generator=g)
+
+    def run(kind, dtype, cu):
+        inputs = [x.to(dtype, copy=True).as_subclass(kind).requires_grad_() for x in (q, k, v)]
+        out = attention.attend(*inputs, cu, 70 if len(cu) > 2 else 100, causal=causal)
+        return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
+
+    exact = run(torch.Tensor, torch.float32, cu)
+    assert kernels == {"forward": 0, "backward": 0}
+    ours, as_one = (run(OnGpu, torch.bfloat16, c) for c in (cu, cu[[0, -1]]))
+    assert kernels == {"forward": 2, "backward": 2}
+    for name, x, y, z in zip(("out", "dq", "dk", "dv"), ours, exact, as_one):
+        assert x.dtype == torch.bfloat16 and relative(x, y) < 6e-3 < 0.2 < relative(z, y), name
+
+
+@pytest.mark.parametrize("mode, runs", [("none", 1), ("matmul", 1), ("full", 2)])
+def test_a_blocks_gradients_through_varlen_attn(kernels, monkeypatch, mode, runs):
+    """All parameters of a decoder block, bf16, under each checkpointing mode: as through SDPA, and
+    the kernel runs again only where everything is recomputed."""
+
+    def on_gpu(q, k, v, *ends, causal):
+        q, k, v = (t.as_subclass(OnGpu) for t in (q, k, v))
+        return attention.attend(q, k, v, *ends, causal=causal).as_subclass(torch.Tensor)
+
+    gradients = []
+    for attend in (attention.attend, on_gpu):
+        monkeypatch.setattr(model, "attend", attend)
+        block, (x, *rest) = one_block(mode, torch.bfloat16, small(), [60, 41, 7])
+        weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        loss = (block(x, *rest) * weight).sum()
+        gradients.append(torch.autograd.grad(loss, [x, *block.parameters()]))
+    assert kernels == {"forward": runs, "backward": 1}
+    assert len(gradients[0]) == 13
+    for ours, sdpa in zip(*reversed(gradients)):
+        assert relative(ours, sdpa) < 2e-2
+
+
+def test_the_flash_attn_packages_function_gets_its_own_arguments(monkeypatch):
+    """A stand-in with the package's signature that computes from what it is given."""
+    seen = []
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+        softmax_scale=None, causal=False, window_size=(-1, -1),
+    ):  # fmt: skip
+        seen.append((max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size))
+        ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        window = dict(window_size_left=-1, window_size_right=0 if causal else -1)
+        return flash_forward(q, k, v, *ends, dropout_p, causal, False, **window)[0]
+
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_attn_varlen_func)
+    q, k, v = torch.randn(3, 30, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cu = torch.tensor([0, 11, 30], dtype=torch.int32)
+    for causal in (True, False):
+        ours = attention.attend(*(x.as_subclass(OnGpu) for x in (q, k, v)), cu, 19, causal=causal)
+        assert relative(ours, attention.attend(q, k, v, cu, 19, causal=causal)) < 6e-3
+    assert seen == [(19, 19, 0.0, None, causal, (-1, -1)) for causal in (True, False)]
+
+
+@pytest.mark.parametrize(
+    "package, capability, version", [(True, 9, 3), (True, 8, 2), (True, 10, 2), (False, 9, 2)]
+)
+def test_flash_attention_3_on_hopper_where_its_package_is(
+    monkeypatch, package, capability, version
+):
+    """Torch is asked for it once, by name, and goes on being called by varlen_attn."""
+    asked, spec = [], attention.importlib.util.find_spec
+    found = {"flash_attn_interface": object() if package else None}
+    monkeypatch.setattr(
+        attention.importlib.util, "find_spec", lambda n: found[n] if n in found else spec(n)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", asked.append)
+    monkeypatch.delenv("ATTENTION", raising=False)
+    name, function = attention._choose_flash()
+    assert asked == ["FA3"] * (version == 3) and function is None
+    assert name == "torch varlen_attn" + " with FlashAttention 3" * (version == 3)
+
+
+@pytest.mark.parametrize(
+    "value, words", [("flash_attn", "does not import"), ("fast", "must be torch")]
+)
+def test_a_backend_that_is_not_there(value, words):
+    command = [sys.executable, "-c", "import core.attention"]
+    env = {**os.environ, "ATTENTION": value}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode and words in done.stderr
+
+
+def test_fp32_decode_on_a_gpu_equals_the_cpus():
+    """The branch for fp32 on CUDA masks the whole cache; here with CPU tensors."""
+    g = torch.Generator().manual_seed(0)
+    q, lengths = torch.randn(5, 8, 16, generator=g), torch.tensor([0, 3, 63, 64, 99])
+    k, v = torch.randn(2, 5, 100, 2, 16, generator=g)
+    plan = decode_kernels.plan_attention(lengths, 100, lengths.tolist())
+    mask = decode_kernels._mask(lengths + 1, 100)
+    masked = decode_kernels._attend_sdpa(q, k, v, [(0, 5, 100, mask)])
+    assert (masked - decode_kernels.decode_attend(q, k, v, plan)).abs().max() < 2e-6
+    assert attention.backend("cpu", torch.bfloat16) == "SDPA per document"
