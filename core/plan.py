@@ -132,7 +132,7 @@ def working_sets(c, s: Setting, counts: dict[str, int]) -> dict[str, int]:
     head: a chunk of logits in fp32 with their exponentials, or their gradient in the compute dtype
     while the head's gradient (fp32) is added to; hidden states, normed, and their gradient. block:
     backward pass of its MLP: what was recomputed, two gradients of the MLP's size, its input's,
-    down's; the next block, gathered ahead; the head's gradient. In all blocks but the last, one
+    down's; the block itself, gathered; the head's gradient. In all blocks but the last, one
     block's activations are gone, and an fp32 buffer holds the gradients that are being reduced.
     tower: the same of a trained vision tower, while the root's gradients wait. root: its gradients
     on their way.
@@ -147,12 +147,10 @@ def working_sets(c, s: Setting, counts: dict[str, int]) -> dict[str, int]:
     trained = counts["block"]
     if counts["adapters"]:  # no gradient but the adapters'
         matrix, root, trained = 0, 0, counts["adapters"] // c.num_hidden_layers
-        if s.fused:  # of B's product, and scaled; on the CPU a norm's copies are gone by then
-            block += s.tokens * b * 2 * c.intermediate_size
     else:
         block += c.hidden_size * c.intermediate_size * b + matrix * b
+    block += counts["block"] * b if s.reshard else 0
     if c.num_hidden_layers > 1:
-        block += counts["block"] * b if s.reshard else 0
         block += max(0, trained * (4 if s.ranks > 1 or b < 4 else 0) - kept)
     chunk = min(s.logit_rows, s.tokens) * c.vocab_size
     casts = (b if s.fused else 4 + b) * chunk + 4 * matrix if b < 4 else 0
@@ -172,7 +170,8 @@ def plan_step(model: nn.Module, s: Setting) -> dict[str, int]:
     c, counts, b = model.config, count_parameters(model), s.compute_bytes
     trained = counts["adapters"] or counts["total"] - (0 if s.train_vision else counts["vision"])
     frozen = counts["total"] - trained if counts["adapters"] else 0  # in the compute dtype
-    blocks = counts["block"] if s.reshard else counts["blocks"]
+    # a block gathered ahead, which one rank alone does not do
+    blocks = counts["block"] * (s.shards > 1) if s.reshard else counts["blocks"]
     how = dict(fused=s.fused, ranks=counts["ranks"])
     kept = c.num_hidden_layers * block_activations(c, s.tokens, s.checkpointing, b, **how)
     sets = working_sets(c, s, counts)

@@ -71,6 +71,15 @@ for _name in ("_fused_rms_norm", "_fused_rms_norm_backward", "silu_backward"):
     _kernels.impl(_name, _no_kernel, "CUDA")
 
 
+def _logsumexp(self: torch.Tensor, dim: int) -> torch.Tensor:
+    """As torch's own does it, with a temporary of the input's size that would not be seen."""
+    top = self.amax(dim, keepdim=True)
+    return (self - top).exp_().sum(dim).log_() + top.squeeze(dim)
+
+
+torch.Tensor.logsumexp = _logsumexp
+
+
 class _Event:
     def __init__(self, *args, **kwargs): ...
     def record(self, *args): ...
