@@ -159,7 +159,7 @@ def working_sets(c, s: Setting, counts: dict[str, int]) -> dict[str, int]:
         "block": block,
         "root": root * (b + 4),
     }
-    if s.train_vision:
+    if s.train_vision and counts["vision"]:
         recompute = s.checkpointing != "none"
         sets["tower"] = tower_activations(c.vision, s.tokens, recompute, b)[1] + root * b
     return sets
@@ -183,7 +183,7 @@ def plan_step(model: nn.Module, s: Setting) -> dict[str, int]:
     }
     steady, tower = sum(plan.values()), 0
     plan["activations"] = kept
-    if s.train_vision:
+    if s.train_vision and counts["vision"]:
         tower = tower_activations(c.vision, s.tokens, s.checkpointing != "none", b)[0]
         plan["tower activations"] = tower
     plan |= {f"working set: {k}": v for k, v in sets.items()}
