@@ -205,7 +205,7 @@ def fastest_setting(
     `plan_step`, or what counts more.
 
     The 7B, tokens [16384, 8192]: none with 8,192 (66 GiB) on 8 × 80 GB, matmul with 8,192 (63 GiB)
-    on 4 × 80 GB, full with 16,384 (127 GiB) on 1 × H200.
+    on 4 × 80 GB, full with 16,384 (126 GiB) on 1 × H200.
     """
     modes = FASTEST_FIRST if s.checkpointing == "auto" else (s.checkpointing,)
     tries = [replace(s, checkpointing=mode, tokens=n) for mode in modes for n in tokens]

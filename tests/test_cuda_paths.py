@@ -95,11 +95,12 @@ def test_a_decode_step_waits_for_nothing():
 
 
 def test_kernels_of_a_whole_decode_step():
-    """The 7B at 256 sequences, what is compiled counted as one; a third of what the trainer's
-    blocks would start. Nothing in it may wait."""
+    """The 7B at 256 sequences, what is compiled counted as one; the trainer's blocks would start
+    far more. Nothing in it may wait."""
     seen = seen_in("decode_step")
     assert seen["fused"]["waits"] == 0
-    assert seen["fused"]["kernels"] <= 350 and seen["blocks"]["kernels"] > 1000
+    fused, blocks = (seen[name]["kernels"] for name in ("fused", "blocks"))
+    assert fused <= 350 and blocks > 1.5 * fused
 
 
 def test_the_samplers_copy_is_gathered_unit_by_unit():
