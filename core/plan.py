@@ -116,10 +116,12 @@ def tower_activations(c, tokens: int, recompute: bool, compute_bytes: int) -> tu
     Kept: the patches as they come (fp32) and as they enter, four tensors of each merger, and of a
     block its input, or without recomputation what autograd asks for.
     """
-    gated, size, inner = hasattr(c, "fullatt_block_indexes"), c.hidden_size, c.intermediate_size
+    size, inner = c.hidden_size, c.intermediate_size
     pixels = c.in_channels * c.temporal_patch_size * c.patch_size**2
-    mergers = 1 + len(getattr(c, "deepstack_visual_indexes", ()))
-    block = 10 * size + (4 if gated else 2) * inner  # q, k, v in one product and rotated: 5 sizes
+    mergers = 1 + len(c.deepstack_visual_indexes)
+    block = (
+        10 * size + (2 if c.is_qwen3 else 4) * inner
+    )  # q, k, v in one product and rotated: 5 sizes
     kept = c.depth * (size if recompute else block) + 4 * mergers * size
     patches, b = tokens * c.spatial_merge_size**2, compute_bytes
     backward = (block - size if recompute else 0) + 2 * inner + size

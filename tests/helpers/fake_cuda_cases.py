@@ -129,13 +129,12 @@ def tower(kind: str) -> dict:
     """What one block of a vision tower keeps with patches and merger, by autograd's hook, against
     the plan of a tower of one block; 4,096 tokens are 16,384 patches."""
     from core.plan import tower_activations
-    from core.vision import Merger, PatchEmbed, VisionBlock
-    from core.vision3 import Merger3, Vision3Config, Vision3MLP
+    from core.vision import Merger, Merger3, PatchEmbed, VisionBlock, VisionConfig
 
     if kind == "qwen2_5_vl":
         c = dataclasses.replace(published_config("7B").vision, depth=1)
     else:
-        c = Vision3Config(**VISION_3)
+        c = VisionConfig(**VISION_3)
     kept = {}
 
     def pack(t):
@@ -144,11 +143,8 @@ def tower(kind: str) -> dict:
         return t
 
     with fake_cuda.ranks(1), torch.device("cuda"):
-        if kind == "qwen2_5_vl":
-            layers = [PatchEmbed(c), VisionBlock(c), Merger(c)]
-        else:
-            layers = [PatchEmbed(c, bias=True), VisionBlock(c, torch.nn.LayerNorm, Vision3MLP)]
-            layers.append(Merger3(c, join_first=False))
+        merger = Merger3(c, join_first=False) if c.is_qwen3 else Merger(c)
+        layers = [PatchEmbed(c), VisionBlock(c), merger]
         for layer in layers:
             layer.to(torch.bfloat16).requires_grad_()
         patches = torch.empty(16384, c.in_channels * c.temporal_patch_size * c.patch_size**2)
