@@ -20,6 +20,8 @@ def load_tokenizer(model_dir: str | Path):
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise ValueError(f"{model_dir}: no such model directory")
+    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ValueError(f"{model_dir}: no tokenizer (tokenizer.json) in this model directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     except Exception as e:  # transformers and tokenizers raise a dozen kinds of exceptions
