@@ -70,7 +70,7 @@ class Maker:
             "options": options,
             "letter": letter,
             "picture": picture.getvalue(),
-            "thought": toy.think(chain, self.rng),
+            "thought": toy.think(chain),
         }
 
     def questions(self) -> list[dict]:

@@ -86,21 +86,12 @@ def test_demo_runs_from_nothing_to_its_report_and_goes_on(tmp_path):
     first = run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch")
     table = json.loads(first.splitlines()[-1])
     assert table["vision_untouched"] is True
-    assert set(table) == {
-        "base",
-        "sft",
-        "grpo",
-        "base-avg5",
-        "sft-avg5",
-        "grpo-avg5",
-        "blind",
-        "vision_untouched",
-    }
-    assert all(set(table[name]) == set(toy.TASKS) for name in ("base", "sft", "grpo"))
-    assert all("forced_exit" in table[name]["image"] for name in ("sft", "grpo"))
+    assert set(table) == {"base", "direct", "sft", "grpo", "blind", "vision_untouched"}
+    assert all(set(table[name]) == set(toy.TASKS[:4]) for name in ("base", "direct", "sft", "grpo"))
+    assert all("exit_accuracy" in table[name]["image"] for name in ("sft", "grpo"))
     out = tmp_path / "demo-0-from-scratch-quick"
     page = (out / "report.html").read_text()
-    assert "SFT + GRPO" in page and "Stage two: GRPO" in page and "avg@5" in page
+    assert "SFT + GRPO" in page and "Stage two: GRPO" in page
     assert "<svg" in (out / "accuracy.svg").read_text()
     made = {
         f: f.stat().st_mtime_ns
@@ -117,8 +108,10 @@ def test_demo_runs_from_nothing_to_its_report_and_goes_on(tmp_path):
         ).splitlines()[-1]
     )
     assert {k: v for k, v in controls.items() if k in table} == table
-    assert set(controls) - set(table) == {"direct", "rl_only", "with_images"}
-    assert "forced_exit" in controls["with_images"]["image"]
+    longer, votes = {"sft-long", "grpo-long"}, {"sft-votes", "grpo-votes"}
+    assert set(controls) - set(table) == {"rl_only", "with_images"} | longer | votes
+    assert "exit_accuracy" in controls["with_images"]["image"]
+    assert "pass@8" in controls["grpo-votes"]["image"]
     assert data_files == {f: f.read_bytes() for f in data_files}  # written again, as they were
     assert made == {f: f.stat().st_mtime_ns for f in made} | {
         f: made[f] for f in made if "data" in f.parts

@@ -1,12 +1,13 @@
 """The miniature: its problems are right, its splits disjoint, its files readable by the scripts."""
 
 import json
-import re
 import shutil
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 import torch
+from sympy.combinatorics import Permutation, PermutationGroup
 
 import data
 import rewards
@@ -20,26 +21,25 @@ from toy.model_files import ASSETS, VOCAB, make_tokenizer, write_model_files
 @pytest.fixture(scope="module")
 def world_dir(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy")
-    world.write_data(
-        world.DataConfig(out=str(out), conversations=300, problems=100, test=20, images=True)
-    )
+    sizes = {"conversations": 300, "problems": 100, "test": 20}
+    world.write_data(world.DataConfig(out=str(out), images=True, **sizes))
     write_model_files(out / "model_files")
     return out
 
 
 def solve(line: str) -> int:
-    """An independent solver: Python's own eval on a line of either format."""
-    line = line.replace("mg", "").replace(" ", "")
+    """An independent solver: read the line in either format, follow the names from the question."""
+    line = line.replace(" ", "").replace(":", "=").replace(",", ";")
     *statements, asked = line.split(";")
-    names: dict = {}
-    pending = [s.split("=") for s in statements]
-    while pending:
-        name, right = pending.pop(0)
-        try:
-            names[name] = eval(right, {"__builtins__": {}}, dict(names))
-        except NameError:
-            pending.append([name, right])
-    return names[asked.rstrip("?")]
+    right = dict(s.split("=") for s in statements)
+
+    def value(name: str) -> int:
+        if right[name].isdigit():
+            return int(right[name])
+        before, operation = right[name]
+        return world.OPERATIONS[operation][value(before)]
+
+    return value(asked.rstrip("?"))
 
 
 @pytest.mark.parametrize("format", [world.PLAIN, world.WARD])
@@ -47,9 +47,14 @@ def test_answers_are_right(format):
     """A wrong gold answer would cap every accuracy and teach the wrong thing."""
     rng = np.random.default_rng(0)
     for _ in range(300):
-        chain = world.draw_chain(rng, int(rng.integers(1, 8)), format)
+        chain = world.draw_chain(rng, int(rng.integers(1, 9)), format)
         assert solve(chain.text) == chain.answer
-        assert all(0 <= v <= 9 for v in chain.values)
+
+
+def test_operations_generate_a_group_that_is_not_solvable():
+    """That makes long chains serial (Barrington 1989); operations that commute would be a sum."""
+    group = PermutationGroup([Permutation(p) for p in world.OPERATIONS.values()])
+    assert group.degree == 10 and not group.is_solvable and group.order() >= 1_814_400  # A10
 
 
 def test_thoughts_are_right_to_the_last_step():
@@ -57,70 +62,70 @@ def test_thoughts_are_right_to_the_last_step():
     rng = np.random.default_rng(1)
     for _ in range(300):
         chain = world.draw_chain(rng, int(rng.choice(world.SIZES)))
-        known, last = {}, None
-        for step in world.think(chain, rng).replace(world.WAIT, ";").split(";"):
-            name, *forms = step.split("=")
-            for form in forms:
-                assert (
-                    eval(form, {"__builtins__": {}}, dict(known))
-                    == chain.values[chain.names.index(name)]
-                ), step
-            known[name], last = int(forms[-1]), int(forms[-1])
-        assert last == chain.answer
+        first, *steps = world.think(chain).split(";")
+        value = int(first.split("=")[1])
+        assert first == f"{chain.names[0]}={chain.values[0]}"
+        for name, step in zip(chain.names[1:], steps, strict=True):
+            shown, (before, operation), after = step.split("=")
+            assert shown == name and int(before) == value
+            value = world.OPERATIONS[operation][value]
+            assert int(after) == value
+        assert value == chain.answer
 
 
-def test_doubts_are_as_frequent_as_stated():
-    """Stage two cures doubts that never end; without them nothing would be left to cure."""
-    rng = np.random.default_rng(2)
-    for size, chance in world.DOUBT.items():
-        doubting = [world.WAIT in world.think(world.draw_chain(rng, size), rng) for _ in range(600)]
-        assert np.mean(doubting) == pytest.approx(chance, abs=0.07)
+def test_the_wards_options_cannot_be_guessed_without_the_operations():
+    """Options that a shortcut solves measure the shortcut. The solver learns from 20,000 problems
+    which answers follow the first digit and the number of statements, and takes the likeliest."""
+    rng = np.random.default_rng(3)
+    seen: dict = defaultdict(Counter)
+    for _ in range(20_000):
+        chain = world.draw_chain(rng, int(rng.choice(world.WARD_SIZES)), world.WARD)
+        seen[chain.values[0], chain.size][chain.answer] += 1
+    right, letters = [], Counter()
+    for _ in range(4_000):
+        chain = world.draw_chain(rng, int(rng.choice(world.WARD_SIZES)), world.WARD)
+        options, letter = world.draw_options(rng, chain)
+        likeliest = max(options, key=lambda o: seen[chain.values[0], chain.size][int(o)])
+        right.append(likeliest == str(chain.answer))
+        letters[letter] += 1
+    assert np.mean(right) == pytest.approx(0.25, abs=0.03)  # standard error 0.007
+    assert max(letters.values()) < 0.28 * 4_000
 
 
 def test_train_and_test_share_no_question(world_dir):
     """A test question that training saw would be remembered, not reasoned about; in either form."""
-    lines = {
-        f.stem: [json.loads(x) for x in f.read_text().splitlines()]
-        for f in world_dir.glob("*.jsonl")
-    }
-    tests = {
-        row["meta"]["line"]
-        for name, rows in lines.items()
-        if name.startswith("test_")
-        for row in rows
-    }
+    files = {f.stem: f.read_text().splitlines() for f in world_dir.glob("*.jsonl")}
+    rows = {name: [json.loads(x) for x in lines] for name, lines in files.items()}
+    tests = {r["meta"]["line"] for name in rows if name.startswith("test_") for r in rows[name]}
     assert len(tests) > 50
-    trained = {row["meta"]["line"] for row in lines["rl"]}
-    for row in lines["sft"] + lines["sft_direct"]:
-        trained.update(re.findall(r"(?:\w=[\w+-]+; *)+\w\?", row["messages"][0]["content"]))
-    trained, tests = (
-        {x.replace(" ", "") for x in s} for s in (trained, tests)
-    )  # another spacing is no other question
+    trained = {row["meta"]["line"] for row in rows["rl"]}
+    for row in rows["sft"] + rows["sft_direct"]:
+        asked = row["messages"][0]["content"]
+        if not asked.startswith("Work out"):
+            trained.add(question_line(asked))
+    # another spacing is no other question
+    trained, tests = ({x.replace(" ", "") for x in s} for s in (trained, tests))
     assert len(trained) > 200 and not tests & trained
     assert all(world.is_test(t) for t in tests) and not any(world.is_test(t) for t in trained)
+
+
+def question_line(prompt: str) -> str:
+    """The line of a text prompt: from its first statement up to the "?" that ends it."""
+    start = min(prompt.index(f"={d};") - 1 for d in "0123456789" if f"={d};" in prompt)
+    return prompt[start : prompt.index("?", start) + 1]
 
 
 def test_same_seed_same_files_and_another_seed_others(tmp_path):
     """Files that differ from run to run make runs incomparable; so does a seed without effect."""
     made = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        world.write_data(
-            world.DataConfig(
-                out=str(tmp_path / name), seed=seed, conversations=20, problems=20, test=3
-            )
-        )
-        made.append(
-            {
-                f.relative_to(tmp_path / name).as_posix(): f.read_bytes()
-                for f in sorted((tmp_path / name).rglob("*"))
-                if f.is_file()
-            }
-        )
+        out, sizes = tmp_path / name, {"conversations": 20, "problems": 20, "test": 3}
+        world.write_data(world.DataConfig(out=str(out), seed=seed, **sizes))
+        files = (f for f in sorted(out.rglob("*")) if f.is_file())
+        made.append({f.relative_to(out).as_posix(): f.read_bytes() for f in files})
     assert made[0] == made[1]
-    assert (
-        made[0]["sft.jsonl"] != made[2]["sft.jsonl"]
-        and made[0]["test_image.jsonl"] != made[2]["test_image.jsonl"]
-    )
+    assert made[0]["sft.jsonl"] != made[2]["sft.jsonl"]
+    assert made[0]["test_image.jsonl"] != made[2]["test_image.jsonl"]
     assert made[0]["img/image-0.png"] != made[2]["img/image-0.png"]
 
 
@@ -130,9 +135,8 @@ def test_files_pass_the_check_of_the_real_scripts(world_dir):
         rows, faults = schema.load_conversations(world_dir / f"{name}.jsonl")
         assert len(rows) == 300 and not faults
         shown = sum(bool(r.get("images")) for r in rows)
-        assert (
-            60 < shown < 160 if name == "sft_images" else shown == 0
-        )  # the method's own data are text only
+        # the method's own data are text only
+        assert 60 < shown < 160 if name == "sft_images" else shown == 0
     for task in world.TASKS:
         rows, faults = schema.load_problems(world_dir / f"test_{task}.jsonl")
         assert len(rows) == 20 and not faults
@@ -159,7 +163,7 @@ def test_tokenizer_gives_every_text_back_and_keeps_common_strings_whole():
     tokenizer = make_tokenizer()
     for text in (
         "a=9;k=a-3;k?",
-        "<think>a=9;wait,a</think><answer>B: 6</answer>",
+        "<think>a=9;k=9#=8</think><answer>B: 6</answer>",
         "naïve ☃ \n\t tab  two",
         "Options:\n\nA: x",
     ):
@@ -208,7 +212,7 @@ def test_one_vision_token_a_glyph(world_dir):
 
 def test_glyphs_differ():
     """Two characters with one picture could not be told apart by any model."""
-    characters = world.PLAIN.names + world.WARD.names + "0123456789=+-;?"
+    characters = world.NAMES + "0123456789=:,;?" + "".join(world.OPERATIONS)
     pictures = {world.draw_glyph(c).tobytes() for c in characters}
     assert len(pictures) == len(characters)
 
@@ -251,7 +255,8 @@ def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
     )
     lengths = (batch.grid_thw[:, 2] // 2).tolist()
     lines = [tokenizer.decode(part) for part in torch.split(ids, lengths)]
-    assert all((solve(line) if line.endswith("?") else eval(line)) in range(10) for line in lines)
+    for line in lines:
+        assert solve(line) in range(10) if line.endswith("?") else line[1] in world.OPERATIONS
     # an exact match of vision tokens and embeddings has no squared error; a shifted one has
     embedding = torch.randn(VOCAB, 16)
     exact, right = base.alignment_loss(embedding[ids], embedding, ids)
@@ -261,39 +266,43 @@ def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
 
 def test_table_reads_what_eval_writes_and_ends_with_one_json_line(tmp_path, capsys):
     """The demo's last line is read by machines; a blind evaluation has image sets only."""
-    figures = {
-        "n": 4,
-        "accuracy": 0.5,
-        "low": 0.1,
-        "high": 0.9,
-        "truncated": 0.25,
-        "tokens_mean": 3.0,
-    }
-    for name, tasks, budgets in (
-        ("sft", world.TASKS, {"64": dict.fromkeys(world.TASKS, {"accuracy": 0.75})}),
-        ("blind", ("image",), {}),
-    ):
-        (tmp_path / f"eval-{name}").mkdir()
-        (tmp_path / f"eval-{name}" / "result.json").write_text(
-            json.dumps({"sets": dict.fromkeys(tasks, figures), "budgets": budgets})
+    shares = {"n": 4, "accuracy": 0.5, "low": 0.1, "high": 0.9}
+    metrics = {**shares, "truncated": 0.25, "unparsed": 0.0, "tokens_mean": 3.0}
+    voted = {**metrics, "pass": {"8": 0.75}, "maj": {"8": 0.25}}
+
+    def write(folder, name, tasks, figures, budgets, right=10):
+        (folder / f"eval-{name}").mkdir(parents=True)
+        result = {"sets": dict.fromkeys(tasks, figures), "budgets": budgets}
+        (folder / f"eval-{name}" / "result.json").write_text(json.dumps(result))
+        samples = ({"task": t, "reward": float(i < right)} for t in tasks for i in range(20))
+        (folder / f"eval-{name}" / "samples.jsonl").write_text(
+            "".join(json.dumps(sample) + "\n" for sample in samples)
         )
-    table.show_table(table.TableConfig(out=[str(tmp_path)]))
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["sft"]["text"] == {**figures, "forced_exit": 0.75} and last["blind"] == {
-        "image": figures
-    }
-    other = tmp_path / "other" / "eval-sft"
-    other.mkdir(parents=True)
-    (other / "result.json").write_text(
-        json.dumps({"sets": {"text": {**figures, "accuracy": 0.7}}, "budgets": {}})
-    )
-    table.show_table(
-        table.TableConfig(out=[str(tmp_path), str(other.parent)])
-    )  # only what both folders have
-    (pooled,) = json.loads(capsys.readouterr().out.splitlines()[-1])["sft"].items()
-    assert pooled[0] == "text" and pooled[1]["each"] == [0.5, 0.7]
-    assert pooled[1]["n"] == 8 and pooled[1]["accuracy"] == 0.6
-    assert 0.27 < pooled[1]["low"] < 0.6 < pooled[1]["high"] < 0.87  # narrower than one seed's
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    exits = {"64": dict.fromkeys(world.TASKS, {**shares, "accuracy": 0.75})}
+    write(one, "sft", world.TASKS, metrics, exits)
+    write(one, "blind", ("image",), metrics, {})
+    write(one, "grpo", ("image",), metrics, {}, right=15)
+    write(one, "sft-votes", ("text",), voted, {})
+    table.show_table(table.TableConfig(out=[str(one)]))
+    *story, line = capsys.readouterr().out.splitlines()
+    last = json.loads(line)
+    expected = {**metrics, "exit_accuracy": 0.75, "exit_low": 0.1, "exit_high": 0.9}
+    assert last["sft"]["text"] == expected and last["blind"] == {"image": metrics}
+    assert last["sft-votes"]["text"] == {**metrics, "pass@8": 0.75, "maj@8": 0.25}
+    told = next(x for x in story if x.startswith("SFT on text, with thoughts"))
+    assert told.split()[-4:] == ["50.0"] * 4
+    # 5 of 20 questions are right only after GRPO: mean 0.25, SE sqrt(0.25 × 0.75 / 19), t 2.093
+    told = next(x for x in story if x.startswith("What GRPO gains"))
+    assert told.rstrip().endswith("+25.0 (4.2 … 45.8)") and told.count("+25.0") == 1
+    write(other, "sft", ("text",), {**metrics, "accuracy": 0.7}, exits)
+    table.show_table(table.TableConfig(out=[str(one), str(other)]))  # only what both folders have
+    pooled = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(pooled) == ["sft"] and list(pooled["sft"]) == ["text"]
+    row = pooled["sft"]["text"]
+    assert row["each"] == [0.5, 0.7] and row["n"] == 8 and row["accuracy"] == pytest.approx(0.6)
+    assert 0.27 < row["low"] < 0.6 < row["high"] < 0.87  # narrower than one seed's
     with pytest.raises(ValueError, match="demo.sh"):
         table.show_table(table.TableConfig(out=[str(tmp_path / "nothing")]))
 
@@ -384,9 +393,8 @@ def test_a_folder_of_something_else_is_refused_untouched(command, tmp_path):
 @pytest.mark.parametrize(
     "config, flag",
     [
-        *((base.BaseConfig, f"--{f} 0") for f in ("steps", "align_steps", "rows", "lr")),
+        *((base.BaseConfig, f"--{f} 0") for f in ("steps", "align_steps", "rows")),
         *((world.DataConfig, f) for f in ("--conversations -5", "--problems 0", "--test 0")),
-        (world.DataConfig, "--replay 1.5"),
     ],
 )
 def test_sizes_out_of_range_are_refused(config, flag, tmp_path, capsys):

@@ -1,7 +1,7 @@
 """The miniature's own commands: the data, the base model and the table of recipes/demo.sh.
 
 python -m toy data --out runs/toy/data             problems, conversations and images, in seconds
-python -m toy base --out runs/toy/base             the base model, 5 to 6 minutes on one core
+python -m toy base --out runs/toy/base             the base model, about 9 minutes on one core
 python -m toy table --out runs/demo-0 runs/demo-1  accuracies with intervals, seeds pooled
 """
 

@@ -1,23 +1,18 @@
 """The miniature's base model: a tiny Qwen2.5-VL that reads text and images and answers at once.
 
-    python -m toy base --out runs/toy/base               5 to 6 minutes on one core
-    python -m toy base --out runs/toy/base --no_align    the ablation: reads as well, sees no words
+It stands for Qwen2.5-VL-Instruct and is no part of the method.
 
-It is to the miniature what Qwen2.5-VL-Instruct is to the paper, and no part of the method: a loop
-of its own around the project's `Model`. Two phases:
+1. Align the vision tower, on lines of random characters: each merged vision token is drawn to the
+   embedding of the character that it shows (`alignment_loss`).
+2. Train tower and decoder on text and image rows of the same exercises: read aloud, find, next, a
+   single operation, answer at once; both formats. The alignment loss stays on. Two in five short
+   questions in text, never in an image, are answered with a thought: too few for greedy decoding,
+   enough for GRPO without SFT to find.
 
-1. Align: the vision tower alone, on lines of random characters. Each merged vision token is drawn
-   to the embedding of the character that it shows (mean squared error + 0.1 × cross-entropy over
-   all characters; `alignment_loss`).
-2. Joint: tower and decoder together, on text and image rows of the same exercises: read aloud,
-   find, next, a single sum, answer at once, choose an option; both formats. The alignment loss
-   stays on.
-
-Stated openly: the alignment uses the characters' labels, which is more than captions give a real
-model. It stands for what large-scale pre-training achieves: a vision token means to the decoder
-what the word means. `--no_align` shows what that is worth: there the tower learns from the same
-labels, by the same losses, but its goal is a fixed rotation of the embeddings. Characters are as
-easy to tell apart, and the decoder has to learn what it sees as a second language.
+The alignment uses the characters' labels, more than captions give a real model. It stands for what
+large-scale pre-training achieves: a vision token means to the decoder what the word means. With
+`--no_align` the tower learns from the same labels by the same losses, but is drawn to a fixed
+rotation of the embeddings: the decoder has to learn what it sees as a second language.
 """
 
 from __future__ import annotations
@@ -42,7 +37,8 @@ from model import Model, ModelConfig
 from toy import world
 from toy.model_files import write_model_files
 
-SIZES = (1, 2, 3, 4, 5, 6)
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
+THINKS = 0.4  # share of text questions with up to three statements that show a thought
 
 
 @dataclass
@@ -52,18 +48,16 @@ class BaseConfig:
     align_steps: int = option(100, "steps of phase 1", ge=1)
     steps: int = option(1500, "steps of phase 2", ge=1)
     rows: int = option(40, "rows a step, half of them with an image", ge=1)
-    lr: float = option(2e-3, "peak learning rate, warmed up, then down a cosine", gt=0)
     align: bool = option(True, "vision tokens' goal: the embeddings; off: a rotation of these")
 
 
-# --------------------------------------------------------------------------------------------- rows
 def base_row(rng: np.random.Generator, image: bool) -> dict:
     """A conversation and its "line"; an image row has the line as a picture in "images"."""
     format = world.WARD if rng.random() < 0.4 else world.PLAIN
     chain = world.draw_from_split(rng, False, SIZES, format)
     line, which = chain.text, rng.random()
     if which < 0.15:
-        line, reply = world.sum_exercise(rng)
+        line, reply = world.single_step(rng)
         user = "Work out: " + ("<image>" if image else line)
     elif which < 0.7:
         ask, reply = world.read_exercise(chain, rng)
@@ -73,6 +67,8 @@ def base_row(rng: np.random.Generator, image: bool) -> dict:
         problem = world.as_problem(chain, "-", "-", rng, choice, "-" if image else None)
         user = data.prompt_text(problem, style="train" if rng.random() < 0.5 else "kind")
         reply = world.final_answer(problem)
+        if not image and chain.size <= 3 and rng.random() < THINKS:
+            reply = f"<think>{world.think(chain)}</think>\n{reply}"
     row = {**world.conversation(user, reply), "line": line}
     return {**row, "images": [world.draw_line(line, rng)]} if image else row
 
@@ -88,16 +84,9 @@ def make_batch(
         for row, (tokens, learned) in zip(rows, data.encode_conversations(rows, tokenizer, images))
     ]
     lines = [row["line"] for row in rows if "images" in row]
-    return data.collate(documents, images), character_ids(lines, tokenizer)
+    return data.collate(documents, images), torch.tensor(tokenizer.encode("".join(lines)))
 
 
-def character_ids(lines: list[str], tokenizer) -> torch.Tensor:
-    """The token of every character of the lines, in order: (characters,)"""
-    known = {c: tokenizer.encode(c)[0] for c in sorted(set("".join(lines)))}
-    return torch.tensor([known[c] for line in lines for c in line])
-
-
-# ----------------------------------------------------------------------------------------- training
 def alignment_loss(
     vision: torch.Tensor, embedding: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
@@ -122,17 +111,15 @@ def goal(model: Model, config: BaseConfig) -> torch.Tensor:
 
 def align(model: Model, optimizer, tokenizer, images: ImageConfig, config: BaseConfig, rng) -> None:
     """Phase 1: the tower alone, on lines of random characters."""
-    characters = list(world.PLAIN.names + world.WARD.names + "0123456789=+-;? ")
+    characters = list(world.NAMES + "0123456789=:,;? " + "".join(world.OPERATIONS))
     for step in range(config.align_steps):
         lines = ["".join(rng.choice(characters, 12)) for _ in range(config.rows)]
         pictures = [world.draw_line(line, rng) for line in lines]
         patches, grids = data.load_images(pictures, images)
-        ids = character_ids(lines, tokenizer)
+        ids = torch.tensor(tokenizer.encode("".join(lines)))  # a token each
         loss, right = alignment_loss(model.visual(patches, grids), goal(model, config), ids)
-        update(optimizer, loss, config.lr * schedule(step, config.align_steps))
-        if (step + 1) % 50 == 0:
-            done = f"align {step + 1}/{config.align_steps}"
-            print(f"{done} | loss {loss.item():.3f} | characters {right:.1%}", flush=True)
+        update(optimizer, loss, schedule(step, config.align_steps))
+        show_progress("align", step + 1, config.align_steps, loss, right)
 
 
 def joint(model: Model, optimizer, tokenizer, images: ImageConfig, config: BaseConfig, rng) -> None:
@@ -146,11 +133,15 @@ def joint(model: Model, optimizer, tokenizer, images: ImageConfig, config: BaseC
         logprobs, _ = model(*packed, targets=b.targets, **images_of_batch)
         language = -logprobs.sum() / (b.targets != -100).sum()
         aligned, right = alignment_loss(seen.pop(), goal(model, config), ids)
-        update(optimizer, language + aligned, config.lr * schedule(step, config.steps))
-        if (step + 1) % 50 == 0:
-            done = f"joint {step + 1}/{config.steps}"
-            print(f"{done} | loss {language.item():.3f} | characters {right:.1%}", flush=True)
+        update(optimizer, language + aligned, schedule(step, config.steps))
+        show_progress("joint", step + 1, config.steps, language, right)
     hook.remove()
+
+
+def show_progress(phase: str, step: int, steps: int, loss: torch.Tensor, right: float) -> None:
+    if step % 50 == 0:
+        done = f"{phase} {step}/{steps} | loss {loss.item():.3f}"
+        print(f"{done} | characters {right:.1%}", flush=True)
 
 
 @torch.no_grad()
@@ -165,8 +156,9 @@ def initialise(model: Model) -> None:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Warm up over 20 steps, then a cosine down to a twentieth."""
-    return min(1.0, (step + 1) / 20) * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * step / steps)))
+    """The learning rate: 2e-3 after 20 steps of warming up, then a cosine to a twentieth."""
+    cosine = 0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * step / steps))
+    return 2e-3 * (min(1.0, (step + 1) / 20) * cosine)
 
 
 def update(optimizer, loss: torch.Tensor, lr: float) -> None:
@@ -179,7 +171,6 @@ def update(optimizer, loss: torch.Tensor, lr: float) -> None:
     optimizer.step()
 
 
-# --------------------------------------------------------------------------------------------- main
 def make_base(config: BaseConfig) -> None:
     """Train the base model; write it, in bf16 as published models are, and its command."""
     torch.manual_seed(config.seed)

@@ -10,7 +10,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data import INSTRUCTIONS
-from toy.world import WAIT
 
 ASSETS = Path(__file__).parent / "assets"
 SPECIAL = "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad".split()
@@ -18,7 +17,7 @@ SYSTEM = "system\nYou are a helpful assistant."
 # strings that are one token each: a character model would spend most of its time on them
 WHOLE = (
     *INSTRUCTIONS.values(),
-    *(SYSTEM, "user\n", "assistant\n", "<think>", "</think>", "<answer>", "</answer>", WAIT),
+    *(SYSTEM, "user\n", "assistant\n", "<think>", "</think>", "<answer>", "</answer>"),
     *(" Options:\n\nA: ", "\nB: ", "\nC: ", "\nD: ", "Read: ", "Find ", "Next ", "Work out: "),
 )
 VOCAB = 320  # a little more than there are tokens, as published vocabularies are padded

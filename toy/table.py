@@ -1,12 +1,9 @@
-"""The table of a demo: accuracy of every evaluation with its 95% interval, then one line of JSON.
-
-python -m toy table --out runs/demo-0                          one seed
-python -m toy table --out runs/demo-0 runs/demo-1 runs/demo-2  several seeds, pooled
-"""
+"""The results of demos, one a seed: accuracies with 95% intervals, the story in ten lines, JSON."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -14,10 +11,28 @@ import torch
 from safetensors.torch import load_file
 
 from core.options import option
-from scoring.stats import wilson
+from scoring.stats import paired_difference, wilson
+from scoring.tables import percent, span, text
 from toy.world import TASKS
 
 Table = dict[str, dict[str, dict]]  # model → test set → metrics
+KEYS = ("n", "accuracy", "low", "high", "truncated", "unparsed", "tokens_mean")
+HEAD = "model,test set,accuracy,95% interval,truncated,unparsed,tokens,forced exit,".split(",")
+STORY = (
+    ("base", "The base answers at once, and that is a guess:"),
+    ("direct", "SFT on text, answers without thoughts, is still a guess:"),
+    ("sft", "SFT on text, with thoughts, lifts text and images:"),
+    ("grpo", "GRPO on text then makes the reasoning better:"),
+    ("blind", "The last model without its images:"),
+)
+GAINS = (
+    ("sft", "direct", "What the thoughts gain (95% interval):"),
+    ("grpo", "sft", "What GRPO gains on the same questions:"),
+)
+REASON = """\
+Why thoughts: composing permutations is serial, and a transformer of constant depth cannot do many
+at once (arXiv 2310.07923); a thought makes each one a look-up (2402.12875, 2305.15408).
+Why images: a vision token means to the decoder what its character means."""
 
 
 @dataclass
@@ -37,11 +52,12 @@ def read_evaluations(folder: str) -> Table:
         name, result = file.parent.name.removeprefix("eval-"), json.loads(file.read_text())
         for task in (t for t in TASKS if t in result["sets"]):
             metrics = result["sets"][task]
-            keys = ("n", "accuracy", "low", "high", "truncated", "tokens_mean")
-            row = {k: round(metrics[k], 4) for k in keys}
+            row = {k: metrics[k] for k in KEYS}
             exits = [budget[task] for budget in result["budgets"].values()]
             if exits:  # the largest budget is the last one
-                row["forced_exit"] = round(exits[-1]["accuracy"], 4)
+                row |= {f"exit_{k}": exits[-1][k] for k in ("accuracy", "low", "high")}
+            for votes in ("pass", "maj"):
+                row |= {f"{votes}@{k}": v for k, v in metrics.get(votes, {}).items()}
             table.setdefault(name, {})[task] = row
     return table
 
@@ -50,47 +66,78 @@ def pool(rows: list[dict]) -> dict:
     """One set's metrics over several seeds: their mean, Wilson's interval of all questions together
     (it leaves out how seeds differ, hence `each`), and every seed's accuracy."""
     shared = [k for k in rows[0] if all(k in r for r in rows)]  # forced exit is not always tried
-    row = {k: round(sum(r[k] for r in rows) / len(rows), 4) for k in shared}
+    row = {k: sum(r[k] for r in rows) / len(rows) for k in shared}
     row["n"] = sum(r["n"] for r in rows)
-    row["low"], row["high"] = (round(x, 4) for x in wilson(row["accuracy"], row["n"]))
+    for prefix in ("", "exit_") if "exit_low" in row else ("",):
+        row[f"{prefix}low"], row[f"{prefix}high"] = wilson(row[f"{prefix}accuracy"], row["n"])
     return row | {"each": [r["accuracy"] for r in rows]}
 
 
+def read_rewards(folders: list[str], name: str) -> dict[str, list[float]]:
+    """test set → rewards of the model `name`, folder by folder in the order of the questions."""
+    rewards = defaultdict(list)
+    for folder in folders:
+        file = Path(folder) / f"eval-{name}" / "samples.jsonl"
+        for sample in map(json.loads, file.open()):
+            rewards[sample["task"]].append(sample["reward"])
+    return rewards
+
+
+def gain(a: list[float], b: list[float]) -> str:
+    """ "+12.5 (9.9 … 15.1)": the paired difference a - b in points, with its 95% interval."""
+    d = paired_difference(a, b)
+    return f"{100 * d.difference:+.1f} ({100 * d.low:.1f} … {100 * d.high:.1f})"
+
+
+def accuracy_line(name: str, task: str, row: dict) -> list[str]:
+    """A line of the large table; accuracies in percent."""
+    exits = [percent(row.get("exit_accuracy"))]
+    if "exit_low" in row:
+        exits.append(span({"low": row["exit_low"], "high": row["exit_high"]}))
+    shares = [percent(row[k], 0) for k in ("truncated", "unparsed")]
+    more = [f"{k} {percent(v)}" for k, v in row.items() if "@" in k]
+    more += [percent(a) for a in row.get("each", ())]
+    line = [name, task, percent(row["accuracy"]), span(row), *shares, f"{row['tokens_mean']:.1f}"]
+    return [*line, " ".join(exits), " ".join(more)]
+
+
+def story(table: Table, folders: list[str]) -> str:
+    """What each step brought on the four main sets, a line a step."""
+    lines = []
+    for name, told in STORY:
+        rows = [table.get(name, {}).get(task) for task in TASKS[:4]]
+        lines.append([told, *(percent(row["accuracy"]) if row else "" for row in rows)])
+    for name, other, told in GAINS:
+        both = set(table.get(name, {})) & set(table.get(other, {}))
+        a, b = (read_rewards(folders, model) if both else {} for model in (name, other))
+        lines.append([told, *(gain(a[t], b[t]) if t in both else "" for t in TASKS[:4])])
+    return text(["accuracy, %", "text", "image", "ward, text", "ward, image"], lines)
+
+
 def show_table(config: TableConfig) -> None:
-    """Print accuracy and 95% interval, share of truncated outputs, tokens, accuracy with forced
-    exit at the largest budget; whether the vision tower is untouched; then all of it as one line of
-    JSON. Of several folders, the models and sets that all of them have."""
+    """Print every accuracy, the story, whether the vision tower is untouched, and all of it as one
+    line of JSON. Of several folders, the models and sets that all of them have."""
     tables = [read_evaluations(folder) for folder in config.out]
     table = tables[0]
     if len(tables) > 1:
-        common: Table = {}
+        table = {}
         for name, tasks in tables[0].items():
             for task in (t for t in tasks if all(t in other.get(name, {}) for other in tables)):
-                common.setdefault(name, {})[task] = pool([other[name][task] for other in tables])
-        table = common
-    head = ("accuracy", "95% interval", "truncated", "tokens", "forced exit")
-    print("{:14}{:12}{:>9}  {:16}{:>10}{:>8}{:>13}".format("model", "test set", *head))
-    for name, tasks in table.items():
-        for task, row in tasks.items():
-            print(
-                f"{name:14}{task:12}{row['accuracy']:9.1%}  {row['low']:6.1%} … {row['high']:6.1%} "
-                f"{row['truncated']:10.0%}{row['tokens_mean']:8.1f}"
-                + (f"{row['forced_exit']:13.1%}" if "forced_exit" in row else "")
-                + "".join(f"  {a:.1%}" for a in row.get("each", ()))
-            )
+                table.setdefault(name, {})[task] = pool([other[name][task] for other in tables])
+    lines = [
+        accuracy_line(name, t, row) for name, tasks in table.items() for t, row in tasks.items()
+    ]
+    print(text(HEAD, lines, left=(0, 1, 7, 8)))
+    print(f"\n{story(table, config.out)}\n{REASON}")
     line: dict = dict(table)
     if config.base and config.final:
         line["vision_untouched"] = same_vision(config.base, config.final)
         print(f"vision tower byte-equal to the base's: {line['vision_untouched']}")
-    print(json.dumps(line))
+    print(json.dumps(line, default=float))
 
 
 def same_vision(one: str | Path, other: str | Path) -> bool:
     """Do two model directories hold the same bytes in every tensor of the vision tower?"""
-    a, b = (
-        {k: v for k, v in load_file(Path(d) / "model.safetensors").items() if "visual." in k}
-        for d in (one, other)
-    )
-    return a.keys() == b.keys() != set() and all(
-        a[k].dtype == b[k].dtype and a[k].view(torch.uint8).equal(b[k].view(torch.uint8)) for k in a
-    )
+    files = (load_file(Path(d) / "model.safetensors") for d in (one, other))
+    a, b = ({k: v.view(torch.uint8) for k, v in f.items() if "visual." in k} for f in files)
+    return a.keys() == b.keys() != set() and all(a[k].equal(b[k]) for k in a)
