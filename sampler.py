@@ -273,11 +273,11 @@ def decode_step(
 class Scheduler:
     """The samples of one call: waiting, running in a slot, ended."""
 
-    def __init__(self, slots: Slots, usable: int, prompts, params: SamplingParams, ids):
-        """usable: how many slots hold samples. ids: a number a prompt, see `generate`."""
+    def __init__(self, slots: Slots, usable: int, prompts, params: SamplingParams, ids, indices):
+        """usable: how many slots hold samples. ids, indices: see `generate`."""
         self.slots, self.usable = slots, usable
         self.prompts, self.params, self.ids = prompts, params, ids
-        self.waiting = deque((i, j) for i in range(len(prompts)) for j in range(params.n))
+        self.waiting = deque((i, j) for i, some in enumerate(indices) for j in some)
         self.prefilled: dict[int, tuple] = {}  # prompt → what `prefill` returns for it
         self.running: list[Completion | None] = []  # by slot; None: just ended
         self.lengths: list[int] = []  # by slot: cached tokens, or more after its end
@@ -411,6 +411,7 @@ class Sampler:
         params: SamplingParams,
         *,
         sample_ids: Sequence[int] | None = None,
+        indices: Sequence[Sequence[int]] | None = None,
         on_finish: Callable[[Completion], None] | None = None,
         on_step: Callable[[], None] | None = None,
         progress: bool = False,
@@ -418,7 +419,8 @@ class Sampler:
         """params.n completions of each prompt, ordered by (prompt, sample).
 
         sample_ids: a number a prompt that, with the seed and the sample's index, decides its random
-        numbers; by default its index in this call. on_finish: called as soon as the host sees that
+        numbers; by default its index in this call. indices: for each prompt, which of its samples
+        to make (at least one), by default 0 … n-1. on_finish: called as soon as the host sees that
         a completion ended; on_step: each time it looks (`slots` holds all tokens so far). Uses the
         model's weights as they are now. Raises ValueError for what can't work before computing
         anything. On Ctrl-C and when memory runs out, the exception's `completions` holds the
@@ -433,7 +435,8 @@ class Sampler:
         model = self.decoder.current()
         self._allocate(model.model.embed_tokens.weight)
         step = self._step(model, params)
-        call = Scheduler(self.slots, self.usable, prompts, params, ids)
+        indices = indices or [range(params.n)] * len(prompts)
+        call = Scheduler(self.slots, self.usable, prompts, params, ids, indices)
         finished, total, seconds = [], len(call.waiting), 0.0
         bar = tqdm(total=total, disable=not progress, unit="sample", dynamic_ncols=True)
         try:

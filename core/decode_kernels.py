@@ -5,9 +5,9 @@
     SDPA                CUDA in fp32: the whole cache under a mask
                         CPU: a few neighbouring sequences a call, as far as the longest of them
 
-Each sequence depends on its own cache alone. FlashAttention splits a sequence into a constant
-number of equal parts of its capacity, whatever the batch, so that a sequence is summed in the same
-order whoever its neighbours are. The CUDA branches have run on fake tensors, and on no GPU yet.
+FlashAttention splits a sequence into a constant number of equal parts of its capacity, whatever the
+batch, so that a sequence is summed in the same order whoever its neighbours are. The CUDA branches
+have run on fake tensors, and on no GPU yet.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ CPU_STEP = 64  # lengths are rounded up to this, so that masked tails stay align
 
 # -------------------------------------------------------------------------------- one decode step
 def plan_attention(length: torch.Tensor, capacity: int, bounds: list[int] | None):
-    """What all layers of one decode step share; an opaque plan for `decode_attend`.
-
-    length (B,): tokens in each sequence's cache, without the new one. capacity: tokens that a
-    cache can hold. bounds: on the CPU, an upper bound of each `length` that the host knows.
-    """
+    """What all layers of one decode step share; an opaque plan for `decode_attend`. length (B,):
+    tokens in each sequence's cache, without the new one. capacity: the most a cache can hold.
+    bounds: on the CPU, an upper bound of each `length` that the host knows."""
     rows = len(length)
     if length.is_cuda:
         edges = torch.arange(rows + 1, dtype=torch.int32, device=length.device)
@@ -62,13 +60,7 @@ def decode_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan) -> to
     # The open window matters. With a causal one FlashAttention 2 neither packs the query heads of
     # a KV head into one tile (the cache would be read 7 times) nor splits the sequence.
     return varlen_attn(
-        q,
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        edges,
-        starts,
-        1,
-        capacity,
+        *(q, k.flatten(0, 1), v.flatten(0, 1), edges, starts, 1, capacity),
         window_size=(-1, -1),
         enable_gqa=q.shape[1] != k.shape[2],
         seqused_k=used,

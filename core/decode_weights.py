@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from core.fused_decode import FusedBlock, fuse
+from core.fused_decode import FusedBlock
 from core.lora import lora_layers, merged_parameters
 from core.parallel import gathered, units, unsharded
 
@@ -78,4 +78,4 @@ class DecodeWeights:
         self.copy = copy.to_empty(device=like.device).requires_grad_(False)
         self.copy.banned_ids = self.model.banned_ids
         if like.is_cuda:
-            self.blocks = fuse(copy.model.layers)
+            self.blocks = [FusedBlock(layer) for layer in copy.model.layers]

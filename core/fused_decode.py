@@ -1,7 +1,6 @@
 """The decoder's step for one new token a sequence with a third of the kernels, for a GPU.
 
-    blocks = fuse(decoder)        # q, k, v and gate, up become one matrix each; their parameters
-                                  # become views of it, so that weights are still filled by name
+    blocks = [FusedBlock(layer) for layer in decoder.layers]
     hidden = decode(blocks, …)    # what `model.Block` computes, up to rounding
 
 At a few hundred sequences a kernel that does nothing but a norm or a rotation takes as long to
@@ -14,7 +13,6 @@ Shapes: B sequences, C hidden size, Hq / Hkv heads, D head size, I MLP size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Callable
 
@@ -26,24 +24,25 @@ from core.attention import apply_rope
 from core.decode_kernels import decode_attend
 
 
-@dataclass
 class FusedBlock:
-    """The weights of one block. Norms on heads and biases are None where the model has none."""
+    """The weights of a block that has memory but need not have values yet: q, k, v and gate, up
+    become one matrix each, and their parameters views of it, so that they are still filled by name.
+    Biases, and norms on heads, are None where the model has none."""
 
-    norm1: torch.Tensor  # (C,)
-    qkv: torch.Tensor  # ((Hq + 2 Hkv) D, C)
-    qkv_bias: torch.Tensor | None
-    q_norm: torch.Tensor | None  # (D,)
-    k_norm: torch.Tensor | None
-    o: torch.Tensor  # (C, Hq D)
-    norm2: torch.Tensor
-    gate_up: torch.Tensor  # (2 I, C)
-    down: torch.Tensor  # (C, I)
+    def __init__(self, layer: nn.Module):
+        a, m = layer.self_attn, layer.mlp
+        qkv = [a.q_proj, a.k_proj, a.v_proj]
+        self.qkv, self.qkv_bias = join(qkv, "weight"), join(qkv, "bias")  # ((Hq + 2 Hkv) D, C)
+        self.q_norm, self.k_norm = (getattr(n, "weight", None) for n in (a.q_norm, a.k_norm))
+        self.gate_up = join([m.gate_proj, m.up_proj], "weight")  # (2 I, C)
+        self.o, self.down = a.o_proj.weight, m.down_proj.weight  # (C, Hq D), (C, I)
+        self.norm1 = layer.input_layernorm.weight
+        self.norm2 = layer.post_attention_layernorm.weight
 
 
+@torch.no_grad()
 def join(parts: list[nn.Linear], name: str) -> torch.Tensor | None:
-    """These layers' weights (or biases) one below the other; each layer keeps a view of its
-    rows."""
+    """These layers' weights (or biases) one below the other; each layer keeps a view."""
     tensors = [getattr(p, name) for p in parts]
     if tensors[0] is None:
         return None
@@ -51,28 +50,6 @@ def join(parts: list[nn.Linear], name: str) -> torch.Tensor | None:
     for part, view in zip(parts, joined.split([len(t) for t in tensors])):
         setattr(part, name, nn.Parameter(view, requires_grad=False))
     return joined
-
-
-@torch.no_grad()
-def fuse(layers: nn.ModuleList) -> list[FusedBlock]:
-    """The blocks of a decoder that has memory but need not have values yet."""
-    blocks = []
-    for layer in layers:
-        a, m = layer.self_attn, layer.mlp
-        qkv, norms = [a.q_proj, a.k_proj, a.v_proj], (a.q_norm, a.k_norm)
-        blocks.append(
-            FusedBlock(
-                layer.input_layernorm.weight,
-                join(qkv, "weight"),
-                join(qkv, "bias"),
-                *(getattr(n, "weight", None) for n in norms),
-                a.o_proj.weight,
-                layer.post_attention_layernorm.weight,
-                join([m.gate_proj, m.up_proj], "weight"),
-                m.down_proj.weight,
-            )
-        )
-    return blocks
 
 
 # ------------------------------------------------------------------ between the matrix products
@@ -114,14 +91,7 @@ def as_one_kernel(function: Callable, *args):
 
 # ----------------------------------------------------------------------------------- the step
 def decode(
-    blocks: list[FusedBlock],
-    norm: nn.Module,
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    cache: torch.Tensor,
-    length: torch.Tensor,
-    plan,
+    blocks: list[FusedBlock], norm: nn.Module, x, cos, sin, cache, length, plan
 ) -> torch.Tensor:
     """x (B, C): embeddings of the new tokens; cos, sin (B, D/2); cache (2, L, B, capacity, Hkv, D),
     into which their keys and values are written at `length` (B,); plan: `plan_attention`'s.

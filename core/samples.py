@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
@@ -73,8 +73,7 @@ class Sample:
         return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-FIELDS = {f.name: f.default is MISSING for f in dataclasses.fields(Sample)}  # name → no default?
-FIELDS["images"] = False
+FIELDS = {f.name for f in dataclasses.fields(Sample)}
 
 
 def sampled_mask(length: int, forced_at: int | None, forced_tokens: int) -> np.ndarray:
@@ -131,9 +130,10 @@ def generate_and_grade(
     params,
     *,
     seeds: Sequence[int],
+    indices: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[Sample], float]:
-    """params.n graded completions of each prompt, in order of (problem, sample); each is graded as
-    soon as it ends, while others still decode.
+    """Graded completions of each prompt, in order of (problem, sample): params.n, or those of its
+    `indices`. Each is graded as soon as it ends, while others still decode.
 
     seeds: one a problem (`problem_seed`). Sample.problem is the problem's index in this call. Also
     returns the seconds waited for grades after the last token. Not a collective; the model's
@@ -148,12 +148,30 @@ def generate_and_grade(
         sample.problem = i
         pending.append((sample, grader.submit(problems[i], sample.text, sample.finish_reason)))
 
-    sampler.generate(prompts, params, sample_ids=seeds, on_finish=grade)
+    sampler.generate(prompts, params, sample_ids=seeds, indices=indices, on_finish=grade)
     decoded = time.perf_counter()
     for sample, future in pending:
         set_grade(sample, future.result())
     samples = sorted((s for s, _ in pending), key=lambda s: (s.problem, s.sample))
     return samples, time.perf_counter() - decoded
+
+
+def deal(problems: int, n: int, world: World) -> list[tuple[int, range]]:
+    """What this rank samples of a step: (problem, its sample indices), in order.
+
+    With 8 problems or more for each rank a group stays together, and its prompt is prefilled once:
+    problem i is rank (i mod size)'s. Of fewer, larger groups each rank takes a part: a problem with
+    long completions would else keep one rank busy and the others waiting. 9 problems × 64 on 8
+    ranks are 8 samples of each problem for every rank, not 128 samples for one and 64 for the
+    others. The same in every run, so results don't depend on timing.
+    """
+    parts = min(n, world.size, -(-8 * world.size // problems))
+    cuts = [n * i // parts for i in range(parts + 1)]
+    share = []
+    for k in range(world.rank, problems * parts, world.size):
+        part = (k + k // parts) % parts  # another one of each problem: parts differ by a sample
+        share.append((k // parts, range(cuts[part], cuts[part + 1])))
+    return share
 
 
 def sample_on_ranks(
@@ -170,11 +188,13 @@ def sample_on_ranks(
     """`generate_and_grade` with every rank doing its share; all samples on every rank, in order of
     (problem, sample). Adds to seconds["sample_s"] and seconds["reward_s"] (grading that was not
     hidden behind decoding). Collective."""
-    mine, begin = list(range(world.rank, len(problems), world.size)), time.perf_counter()
-    share = [[x[i] for i in mine] for x in (problems, prompts, seeds)]
+    begin = time.perf_counter()
+    share = deal(len(problems), params.n, world)
+    mine, indices = [i for i, _ in share], [some for _, some in share]
+    problems, prompts, seeds = ([x[i] for i in mine] for x in (problems, prompts, seeds))
     with sampler.weights():  # whole: no collective while decoding
         samples, waited = generate_and_grade(
-            sampler, grader, tokenizer, *share[:2], params, seeds=share[2]
+            sampler, grader, tokenizer, problems, prompts, params, seeds=seeds, indices=indices
         )
     seconds["sample_s"] += time.perf_counter() - begin - waited
     seconds["reward_s"] += waited
@@ -243,16 +263,11 @@ def read_samples(file: Path, truncated_end: bool = False) -> list[Sample]:
                 break
             try:
                 row = json.loads(line)
-                missing = [
-                    name for name, required in FIELDS.items() if required and name not in row
-                ]
-                if missing:
-                    raise ValueError(f"no {missing[0]}")
                 row["tokens"] = np.array(row["tokens"], np.int32).tolist()
                 if "logprobs" in row:
                     row["logprobs"] = np.array(row["logprobs"], np.float32)
                 samples.append(Sample(**{k: v for k, v in row.items() if k in FIELDS}))
-            except (ValueError, TypeError) as e:
+            except (ValueError, TypeError, KeyError) as e:  # no JSON, no object, a field missing
                 raise ValueError(
                     f"{file}:{number}: not a stored sample ({e}); remove this line to resample it"
                 ) from e

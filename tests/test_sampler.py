@@ -319,7 +319,7 @@ class FusedCopy(DecodeWeights):
 
     def _make_copy(self, like):
         super()._make_copy(like)
-        self.blocks = fused_decode.fuse(self.copy.model.layers)
+        self.blocks = [fused_decode.FusedBlock(layer) for layer in self.copy.model.layers]
 
 
 def copying(model, **options):

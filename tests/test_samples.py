@@ -7,6 +7,7 @@ import pytest
 
 from core.samples import (
     Sample,
+    deal,
     generate_and_grade,
     problem_seed,
     read_samples,
@@ -50,7 +51,7 @@ def test_rows_come_back_as_they_were(tmp_path):
 
 def test_a_line_that_is_no_sample_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text(sample().to_json() + '{"id": "a"}\n')
-    with pytest.raises(ValueError, match=r"x\.jsonl:2: not a stored sample \(no sample\)"):
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: not a stored sample"):
         read_samples(tmp_path / "x.jsonl")
 
 
@@ -83,7 +84,7 @@ class Grader:
 class FakeSampler:
     """Completions that end in any order; the text of a completion is its tokens."""
 
-    def generate(self, prompts, params, sample_ids, on_finish):
+    def generate(self, prompts, params, sample_ids, indices, on_finish):
         for i in reversed(range(len(prompts))):
             for j in range(params.n):
                 tokens = [prompts[i].tokens[0], j, 304]
@@ -123,3 +124,24 @@ def test_seeds_belong_to_the_problem_and_its_position_in_the_stream():
     a, b = {"id": "1", "task": "t"}, {"id": "2", "task": "t"}
     seeds = {problem_seed(p, salt) for p in (a, b) for salt in (0, 1, -1)}
     assert len(seeds) == 6 and all(0 <= k < 2**63 for k in seeds)
+
+
+@pytest.mark.parametrize(
+    "problems, n, ranks, most", [(9, 64, 8, 72), (128, 8, 8, 128), (3, 5, 2, 8), (1, 2, 4, 1)]
+)
+def test_every_sample_is_dealt_to_one_rank(problems, n, ranks, most):
+    """A sample that two ranks made, or none, would be a wrong group. A rank has a problem once, or
+    it would prefill it twice."""
+    shares = [deal(problems, n, SimpleNamespace(rank=r, size=ranks)) for r in range(ranks)]
+    pairs = sorted((i, j) for share in shares for i, some in share for j in some)
+    assert pairs == [(i, j) for i in range(problems) for j in range(n)]
+    assert max(sum(len(some) for _, some in share) for share in shares) == most
+    for share in shares:
+        mine = [i for i, _ in share]
+        assert mine == sorted(set(mine)) and all(some for _, some in share)
+
+
+def test_many_problems_are_dealt_whole():
+    """Round robin: the miniature's figures hang on who shares a batch."""
+    world = SimpleNamespace(rank=1, size=2)
+    assert deal(32, 8, world) == [(i, range(8)) for i in range(1, 32, 2)]

@@ -225,7 +225,8 @@ def decode_step(rows: str = "256") -> dict:
         angles = rope_cos_sin(torch.arange(2048, device=world.device).expand(3, -1), config)
         params = sampler.SamplingParams(stop_ids=[5, 6]).on(world.device)
         for name in ("blocks", "fused"):
-            blocks = fused_decode.fuse(model.model.layers) if name == "fused" else None
+            layers = model.model.layers if name == "fused" else []
+            blocks = [fused_decode.FusedBlock(layer) for layer in layers] or None
             with fake_cuda.Watch() as seen:
                 fused_as_one(seen)
                 sampler.decode_step(model, angles, slots, params, blocks=blocks)
