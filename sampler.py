@@ -42,6 +42,7 @@ from core.attention import attend
 from core.decode_kernels import Graphs, decode_attend, plan_attention
 from core.decode_weights import DecodeWeights
 from core.fused_decode import FusedBlock, as_one_kernel, decode, exp_and_sum
+from core.random_numbers import sample_key, uniform
 from core.samples import sampled_mask
 from core.slots import ForcedExit, Slots, force_exit, number_of_slots
 from core.vision import mrope_positions
@@ -104,37 +105,6 @@ class Completion:
 
 
 # -------------------------------------------------------------------------- sampling one token
-_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
-
-
-def sample_key(seed: int, prompt_id: int, sample_index: int) -> int:
-    """A signed 64-bit number for one sample: splitmix64 over the three numbers."""
-    x = 0
-    for number in (seed, prompt_id, sample_index):
-        x = (x + number + _GOLDEN) % (1 << 64)
-        x = (x ^ x >> 30) * _MIX1 % (1 << 64)
-        x = (x ^ x >> 27) * _MIX2 % (1 << 64)
-        x ^= x >> 31
-    return _signed(x)
-
-
-def uniform(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """(B,) int64 keys and positions → (B,) fp32 in (0, 1), equal on every device: splitmix64."""
-
-    def shifted(x, bits):  # logical shift right; torch's >> carries the sign along
-        return (x >> bits) & ((1 << 64 - bits) - 1)
-
-    x = key + (position + 1) * _signed(_GOLDEN)
-    x = (x ^ shifted(x, 30)) * _signed(_MIX1)
-    x = (x ^ shifted(x, 27)) * _signed(_MIX2)
-    x = x ^ shifted(x, 31)
-    return shifted(x, 41).float() * 2.0**-23 + 2.0**-24  # 23 bits: neither 0 nor 1 can come out
-
-
 def sample_token(
     logits: torch.Tensor, u: torch.Tensor, top_p: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,8 +187,8 @@ def prefill(model: Model, prompts: Sequence) -> list[tuple[torch.Tensor, torch.T
     positions, deltas = zip(*(positions_of(p, c) for p in prompts))
     ends = torch.tensor([0, *(len(p.tokens) for p in prompts)]).cumsum(0).int()
     longest, cu = int(ends.diff().max()), ends.to(device)
-    seen = [p for p in prompts if p.pixel_values is not None]
-    images = [torch.cat([getattr(p, name) for p in seen]) for name in IMAGES] if seen else []
+    seen = [(p.pixel_values, p.grid_thw) for p in prompts if p.pixel_values is not None]
+    images = [torch.cat(tensors) for tensors in zip(*seen)]
     x, deepstack = model.embed(tokens.to(device), *images)  # (T, C)
     cos, sin = rope_cos_sin(torch.cat(positions, dim=1).to(device), c)
     kv = x.new_empty(2, len(decoder.layers), len(tokens), c.num_key_value_heads, c.head_dim)
@@ -233,9 +203,6 @@ def prefill(model: Model, prompts: Sequence) -> list[tuple[torch.Tensor, torch.T
             x = x.index_add(0, *deepstack[i])
     last = decoder.norm(x[cu[1:].long() - 1])  # (prompts, C)
     return list(zip(kv.split(ends.diff().tolist(), dim=2), last, deltas))
-
-
-IMAGES = ("pixel_values", "grid_thw")
 
 
 def decode_step(
@@ -277,7 +244,7 @@ class Scheduler:
         """usable: how many slots hold samples. ids, indices: see `generate`."""
         self.slots, self.usable = slots, usable
         self.prompts, self.params, self.ids = prompts, params, ids
-        self.waiting = deque((i, j) for i, some in enumerate(indices) for j in some)
+        self.waiting = deque((i, j) for i in range(len(prompts)) for j in indices)
         self.prefilled: dict[int, tuple] = {}  # prompt → what `prefill` returns for it
         self.running: list[Completion | None] = []  # by slot; None: just ended
         self.lengths: list[int] = []  # by slot: cached tokens, or more after its end
@@ -337,8 +304,25 @@ class Scheduler:
 
 
 # ---------------------------------------------------------------------------------- the sampler
+def check_prompts(prompts: Sequence, new_tokens: int, max_len: int, model: Model) -> None:
+    """Raise ValueError for what would fail, or go wrong, later."""
+    vocab = model.config.vocab_size
+    for i, prompt in enumerate(prompts):
+        length, fault = len(prompt.tokens), None
+        if not length:
+            fault = "it is empty"
+        elif length + new_tokens > max_len:
+            fault = f"{length} tokens + max_new_tokens {new_tokens} exceed max_len {max_len}"
+        elif not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab:
+            fault = f"token ids not in 0 … {vocab - 1}; wrong tokenizer?"
+        elif prompt.pixel_values is not None and model.visual is None:
+            fault = "it has images, but the model was built without its vision tower"
+        if fault:
+            raise ValueError(f"prompt {i}: {fault}")
+
+
 class Sampler:
-    """Weights, KV memory and graphs, which outlive a call."""
+    """Weights, KV memory and recorded graphs, which outlive a call."""
 
     def __init__(
         self,
@@ -350,9 +334,8 @@ class Sampler:
         min_rows: int = 1,
     ):
         """max_len: longest prompt + completion. slots: samples decoded at once (256 on CUDA, 64 on
-        CPU if they fit). kv_gb: KV memory, by default 80% of the free GPU memory. min_rows: pad
-        smaller batches; from 16 rows on, CPU matrix products give a row the same bits in every
-        batch. Takes no memory yet."""
+        CPU if they fit). kv_gb: KV memory, by default 80% of what is free. min_rows: pad smaller
+        batches; from 16 rows on, CPU matrix products give a row the same bits in every batch."""
         if slots is not None and slots < 1:
             raise ValueError(f"slots {slots}: must be at least 1")
         self.model, self.config, self.max_len = model, model.config, max_len
@@ -363,7 +346,7 @@ class Sampler:
         self.decoder = DecodeWeights(model, lambda: Model(model.config, model.visual is not None))
         self.slots: Slots | None = None
         self.graphs: dict[str, Graphs] = {}  # by the parameters that a recorded step depends on
-        self.stats: dict[str, float] = {}  # of the last call: decode_seconds, decode_tokens
+        self.stats: dict[str, float] = {}  # of the last call
 
     def weights(self) -> AbstractContextManager:
         """Hold the weights of a sharded model as they are now, whole, for calls of `generate`.
@@ -388,22 +371,6 @@ class Sampler:
         positions = torch.arange(self.max_len, device=weight.device).expand(3, -1)
         self.angles = rope_cos_sin(positions, self.config)  # of every position of a new token
 
-    def _check(self, prompts: Sequence, params: SamplingParams) -> None:
-        vocab = self.config.vocab_size
-        for i, prompt in enumerate(prompts):
-            length = len(prompt.tokens)
-            if not length:
-                raise ValueError(f"prompt {i} is empty; it needs at least one token")
-            if length + params.max_new_tokens > self.max_len:
-                raise ValueError(
-                    f"prompt {i}: {length} tokens + max_new_tokens {params.max_new_tokens} exceed "
-                    f"the sampler's max_len {self.max_len}"
-                )
-            if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab:
-                raise ValueError(f"prompt {i}: token ids not in 0 … {vocab - 1}; wrong tokenizer?")
-            if prompt.pixel_values is not None and self.model.visual is None:
-                raise ValueError(f"prompt {i} has images, but the model has no vision tower")
-
     @torch.inference_mode()
     def generate(
         self,
@@ -411,7 +378,7 @@ class Sampler:
         params: SamplingParams,
         *,
         sample_ids: Sequence[int] | None = None,
-        indices: Sequence[Sequence[int]] | None = None,
+        indices: Sequence[int] | None = None,
         on_finish: Callable[[Completion], None] | None = None,
         on_step: Callable[[], None] | None = None,
         progress: bool = False,
@@ -419,54 +386,49 @@ class Sampler:
         """params.n completions of each prompt, ordered by (prompt, sample).
 
         sample_ids: a number a prompt that, with the seed and the sample's index, decides its random
-        numbers; by default its index in this call. indices: for each prompt, which of its samples
-        to make (at least one), by default 0 … n-1. on_finish: called as soon as the host sees that
-        a completion ended; on_step: each time it looks (`slots` holds all tokens so far). Uses the
-        model's weights as they are now. Raises ValueError for what can't work before computing
-        anything. On Ctrl-C and when memory runs out, the exception's `completions` holds the
-        finished ones.
+        numbers; by default its index in this call. indices: make only these samples of a prompt.
+        on_finish: called as soon as the host sees that a completion ended; on_step: each time it
+        looks (`slots` holds all tokens so far). Uses the model's weights as they are now. Raises
+        ValueError for what can't work before computing anything. On Ctrl-C and when memory runs
+        out, the exception's `completions` holds the finished ones.
         """
         ids = range(len(prompts)) if sample_ids is None else sample_ids
+        indices = range(params.n) if indices is None else indices
         if len(ids) != len(prompts):
             raise ValueError(f"{len(ids)} sample_ids for {len(prompts)} prompts")
-        self._check(prompts, params)
+        check_prompts(prompts, params.max_new_tokens, self.max_len, self.model)
         if not prompts:
             return []
         model = self.decoder.current()
         self._allocate(model.model.embed_tokens.weight)
         step = self._step(model, params)
-        indices = indices or [range(params.n)] * len(prompts)
         call = Scheduler(self.slots, self.usable, prompts, params, ids, indices)
-        finished, total, seconds = [], len(call.waiting), 0.0
-        bar = tqdm(total=total, disable=not progress, unit="sample", dynamic_ncols=True)
+        finished, self.stats = [], {"decode_seconds": 0.0, "decode_tokens": 0}
+        options = dict(disable=not progress, unit="sample", dynamic_ncols=True)
         try:
-            while len(finished) < total:
-                call.admit(model, self.prefill_tokens)
-                start = time.perf_counter()
-                for _ in range(self.sync_every):
-                    step(call.lengths + [0] * (self.min_rows - len(call.lengths)))
-                    call.lengths = [n + 1 for n in call.lengths]
-                if on_step is not None:
-                    on_step()
-                ended = call.collect()
-                seconds += time.perf_counter() - start
-                bar.update(len(ended))
-                for completion in ended:
-                    finished.append(completion)
-                    if on_finish is not None:
-                        on_finish(completion)
+            with tqdm(total=len(call.waiting), **options) as bar:
+                while call.waiting or any(call.running):
+                    call.admit(model, self.prefill_tokens)
+                    start = time.perf_counter()
+                    for _ in range(self.sync_every):
+                        step(call.lengths + [0] * (self.min_rows - len(call.lengths)))
+                        call.lengths = [n + 1 for n in call.lengths]
+                    if on_step is not None:
+                        on_step()
+                    ended = call.collect()
+                    self.stats["decode_seconds"] += time.perf_counter() - start
+                    self.stats["decode_tokens"] += sum(len(c.tokens) for c in ended)
+                    bar.update(len(ended))
+                    for completion in ended:
+                        finished.append(completion)
+                        if on_finish is not None:
+                            on_finish(completion)
         except (KeyboardInterrupt, torch.OutOfMemoryError) as e:
             if isinstance(e, torch.OutOfMemoryError):
-                e.add_note(
-                    f"The KV cache of {self.usable} slots of {self.max_len} tokens takes "
-                    f"{self.slots.kv.nbytes / 1e9:.3g} GB; --slots {self.usable // 2} halves it"
-                )
+                gb, half = self.slots.kv.nbytes / 1e9, self.usable // 2
+                e.add_note(f"The KV cache takes {gb:.3g} GB; --slots {half} halves it")
             e.completions = finished
             raise
-        finally:
-            bar.close()
-        tokens = sum(len(c.tokens) for c in finished)
-        self.stats = {"decode_seconds": seconds, "decode_tokens": tokens}
         return sorted(finished, key=lambda c: (c.prompt_index, c.sample_index))
 
     def _step(self, model: Model, params: SamplingParams) -> Callable[[list[int]], None]:

@@ -29,15 +29,14 @@ from torch.nn.attention.varlen import varlen_attn
 def _choose_flash() -> tuple[str, object]:
     """(name for a run's header, the flash-attn package's function or None for varlen_attn). Called
     at import: an import inside a compiled block would break its graph."""
-    wanted = os.environ.get("ATTENTION", "torch")
-    if wanted not in ("torch", "flash_attn"):
-        raise ValueError(f"ATTENTION={wanted}: must be torch or flash_attn")
-    if wanted == "flash_attn":
+    if (wanted := os.environ.get("ATTENTION", "torch")) == "flash_attn":
         try:
             from flash_attn import flash_attn_varlen_func
         except ImportError as e:
             raise ValueError(f"ATTENTION=flash_attn: the package does not import ({e})") from e
         return "flash-attn", flash_attn_varlen_func
+    if wanted != "torch":
+        raise ValueError(f"ATTENTION={wanted}: must be torch or flash_attn")
     installed = importlib.util.find_spec("flash_attn_interface") is not None
     if installed and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
         activate_flash_attention_impl("FA3")  # the same operator of torch, with other kernels
@@ -50,10 +49,7 @@ FLASH_NAME, flash_attn_varlen_func = _choose_flash()
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate each pair (x[j], x[j + D/2]) by its angle, in fp32. x: (T, H, D); cos, sin: (T, D/2).
-    Keeps x's dtype.
-
-    Hugging Face's "rotate half" pairing, not the interleaved one: the pairs are D/2 apart.
-    """
+    Keeps x's dtype. Hugging Face's "rotate half" pairs, D/2 apart, not the interleaved ones."""
     a, b = x.float().chunk(2, dim=-1)  # (T, H, D/2) each
     cos, sin = cos[:, None, :], sin[:, None, :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -130,10 +130,10 @@ def generate_and_grade(
     params,
     *,
     seeds: Sequence[int],
-    indices: Sequence[Sequence[int]] | None = None,
+    indices: Sequence[int] | None = None,
 ) -> tuple[list[Sample], float]:
-    """Graded completions of each prompt, in order of (problem, sample): params.n, or those of its
-    `indices`. Each is graded as soon as it ends, while others still decode.
+    """params.n graded completions of each prompt (or only those of `indices`), in order of
+    (problem, sample); each is graded as soon as it ends, while others still decode.
 
     seeds: one a problem (`problem_seed`). Sample.problem is the problem's index in this call. Also
     returns the seconds waited for grades after the last token. Not a collective; the model's
@@ -156,22 +156,18 @@ def generate_and_grade(
     return samples, time.perf_counter() - decoded
 
 
-def deal(problems: int, n: int, world: World) -> list[tuple[int, range]]:
-    """What this rank samples of a step: (problem, its sample indices), in order.
+def deal(problems: int, n: int, rank: int, ranks: int) -> tuple[range, range]:
+    """What one rank samples of a step of problems × n samples: (problems, samples of each).
 
-    With 8 problems or more for each rank a group stays together, and its prompt is prefilled once:
-    problem i is rank (i mod size)'s. Of fewer, larger groups each rank takes a part: a problem with
-    long completions would else keep one rank busy and the others waiting. 9 problems × 64 on 8
-    ranks are 8 samples of each problem for every rank, not 128 samples for one and 64 for the
-    others. The same in every run, so results don't depend on timing.
+    With 8 problems or more a rank, a group stays together and its prompt is prefilled once: problem
+    i is rank (i mod ranks)'s. Fewer, larger groups are split into equal parts: a problem with long
+    completions would else keep one rank busy and the others waiting. 9 problems × 64 on 8 ranks:
+    8 samples of each problem for every rank, not 128 samples for one and 64 for the others.
     """
-    parts = min(n, world.size, -(-8 * world.size // problems))
-    cuts = [n * i // parts for i in range(parts + 1)]
-    share = []
-    for k in range(world.rank, problems * parts, world.size):
-        part = (k + k // parts) % parts  # another one of each problem: parts differ by a sample
-        share.append((k // parts, range(cuts[part], cuts[part + 1])))
-    return share
+    wanted = min(ranks, -(-8 * ranks // problems))
+    parts = max(p for p in range(1, wanted + 1) if n % p == ranks % p == 0)
+    part, size = rank % parts, n // parts
+    return range(rank // parts, problems, ranks // parts), range(part * size, (part + 1) * size)
 
 
 def sample_on_ranks(
@@ -189,8 +185,7 @@ def sample_on_ranks(
     (problem, sample). Adds to seconds["sample_s"] and seconds["reward_s"] (grading that was not
     hidden behind decoding). Collective."""
     begin = time.perf_counter()
-    share = deal(len(problems), params.n, world)
-    mine, indices = [i for i, _ in share], [some for _, some in share]
+    mine, indices = deal(len(problems), params.n, world.rank, world.size)
     problems, prompts, seeds = ([x[i] for i in mine] for x in (problems, prompts, seeds))
     with sampler.weights():  # whole: no collective while decoding
         samples, waited = generate_and_grade(

@@ -44,15 +44,13 @@ class Slots:
         if device.type == "cpu":  # same dimensions, but each head contiguous: SDPA is faster
             size = (*size[:3], size[4], size[3], size[5])
         kv = torch.zeros(size, dtype=dtype, device=device)  # a masked NaN would still do: 0 · NaN
-        slots_ = cls(
-            torch.zeros(9, slots, dtype=torch.int64, device=device),
-            kv.transpose(3, 4) if device.type == "cpu" else kv,
-            torch.zeros(slots, c.hidden_size, dtype=dtype, device=device),
-            torch.zeros(slots, capacity + 1, dtype=torch.int64, device=device),
-            torch.zeros(slots, capacity + 1, device=device),
-        )
-        slots_.done.fill_(1)
-        return slots_
+        state = torch.zeros(9, slots, dtype=torch.int64, device=device)
+        hidden = torch.zeros(slots, c.hidden_size, dtype=dtype, device=device)
+        logprobs = torch.zeros(slots, capacity + 1, device=device)
+        kv = kv.transpose(3, 4) if device.type == "cpu" else kv
+        made = cls(state, kv, hidden, logprobs.long(), logprobs)
+        made.done.fill_(1)
+        return made
 
     def first(self, rows: int) -> Slots:
         tensors = (self.hidden, self.tokens, self.logprobs)
@@ -60,8 +58,7 @@ class Slots:
 
     def start(self, slots: list[int], lengths, deltas, limit: int, keys) -> None:
         """Set the state of new samples whose KV and hidden state are in place."""
-        zero, one = [0] * len(slots), [1] * len(slots)
-        limits, no_exit = [limit * i for i in one], [-i for i in one]
+        zero, limits, no_exit = ([x] * len(slots) for x in (0, limit, -1))
         values = [lengths, deltas, zero, limits, zero, zero, no_exit, zero, keys]
         self.state[:, slots] = torch.tensor(values, device=self.state.device)
 
@@ -146,10 +143,8 @@ def close_table(pieces: list[str], close: str) -> torch.Tensor:
     for i, piece in enumerate(pieces):
         if not piece:  # says nothing: the state stays
             table[:, i] = torch.arange(len(close) + 1)
-        elif piece[-1] in close or piece[0] in close:  # all other pieces lead to 0
+        elif piece[-1] in close or piece[0] in close or close in piece:  # all others lead to 0
             table[:, i] = torch.tensor([advance(s, piece) for s in range(len(close) + 1)])
-        elif close in piece:
-            table[:, i] = len(close)
     table[-1] = len(close)
     return table
 

@@ -21,12 +21,13 @@ from core.attention import attend
 from core.chat import banned_token_ids, stop_token_ids
 from core.decode_kernels import Graphs, bucket_of, decode_attend, plan_attention
 from core.decode_weights import DecodeWeights
+from core.random_numbers import sample_key, uniform
 from core.slots import ForcedExit, Slots, close_table, exit_positions, force_exit
 from core.vision import mrope_positions
 from core.weights import load_hf
 from data import Prompt
 from model import Model, ModelConfig
-from sampler import Sampler, SamplingParams, Scheduler, nucleus, sample_key, sample_token, uniform
+from sampler import Sampler, SamplingParams, Scheduler, nucleus, sample_token
 
 IMAGE, START, END = 302, 300, 301  # ids of tiny_model's configs
 BANNED = [300, 301, 302, 303]
