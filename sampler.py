@@ -238,7 +238,7 @@ def decode_step(
 
 # ---------------------------------------------------------------------------------- one call
 class Scheduler:
-    """The samples of one call: waiting, running in a slot, ended."""
+    """The samples of one call: which wait, and which runs in which slot."""
 
     def __init__(self, slots: Slots, usable: int, prompts, params: SamplingParams, ids, indices):
         """usable: how many slots hold samples. ids, indices: see `generate`."""
@@ -304,17 +304,19 @@ class Scheduler:
 
 
 # ---------------------------------------------------------------------------------- the sampler
-def check_prompts(prompts: Sequence, new_tokens: int, max_len: int, model: Model) -> None:
+def check_prompts(prompts: Sequence, ids, new_tokens: int, max_len: int, model: Model) -> None:
     """Raise ValueError for what would fail, or go wrong, later."""
+    if len(ids) != len(prompts):
+        raise ValueError(f"{len(ids)} sample_ids for {len(prompts)} prompts")
     vocab = model.config.vocab_size
     for i, prompt in enumerate(prompts):
         length, fault = len(prompt.tokens), None
         if not length:
             fault = "it is empty"
         elif length + new_tokens > max_len:
-            fault = f"{length} tokens + max_new_tokens {new_tokens} exceed max_len {max_len}"
+            fault = f"its {length} tokens + max_new_tokens {new_tokens} exceed max_len {max_len}"
         elif not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab:
-            fault = f"token ids not in 0 … {vocab - 1}; wrong tokenizer?"
+            fault = f"it has token ids not in 0 … {vocab - 1}; wrong tokenizer?"
         elif prompt.pixel_values is not None and model.visual is None:
             fault = "it has images, but the model was built without its vision tower"
         if fault:
@@ -340,25 +342,24 @@ class Sampler:
             raise ValueError(f"slots {slots}: must be at least 1")
         self.model, self.config, self.max_len = model, model.config, max_len
         self.wanted_slots, self.kv_gb, self.min_rows = slots, kv_gb, min_rows
-        cuda = model.head_weight().is_cuda
-        self.sync_every = 8 if cuda else 1  # decode steps between two looks of the host
-        self.prefill_tokens = 16384 if cuda else 1024  # of a pack of prompts
+        # decode steps between two looks of the host; tokens of a pack of prompts
+        self.sync_every, self.prefill_tokens = (
+            (8, 16384) if model.head_weight().is_cuda else (1, 1024)
+        )
         self.decoder = DecodeWeights(model, lambda: Model(model.config, model.visual is not None))
         self.slots: Slots | None = None
         self.graphs: dict[str, Graphs] = {}  # by the parameters that a recorded step depends on
         self.stats: dict[str, float] = {}  # of the last call
 
     def weights(self) -> AbstractContextManager:
-        """Hold the weights of a sharded model as they are now, whole, for calls of `generate`.
-        Collective at both ends."""
+        """Hold a sharded model's present weights for `generate`. Collective at both ends."""
         return self.decoder.held()
 
     def release(self) -> None:
         """Give back all memory: KV cache, copied weights, graphs. The next call takes it again."""
         self.decoder.release()
         self.slots, self.graphs = None, {}
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing happens without CUDA
 
     def _allocate(self, weight: torch.Tensor) -> None:
         """The slots: as many as asked for, or as memory allows."""
@@ -394,9 +395,7 @@ class Sampler:
         """
         ids = range(len(prompts)) if sample_ids is None else sample_ids
         indices = range(params.n) if indices is None else indices
-        if len(ids) != len(prompts):
-            raise ValueError(f"{len(ids)} sample_ids for {len(prompts)} prompts")
-        check_prompts(prompts, params.max_new_tokens, self.max_len, self.model)
+        check_prompts(prompts, ids, params.max_new_tokens, self.max_len, self.model)
         if not prompts:
             return []
         model = self.decoder.current()
