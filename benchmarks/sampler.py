@@ -1,23 +1,18 @@
 """The sampler beside transformers' `generate`: tokens/s on the same random weights, prompts and
 limits, in one run.
 
-    python benchmarks/sampler.py                            # 5M and 50M parameters on one CPU
-    thread
+    python benchmarks/sampler.py                   # 5M and 50M parameters on one CPU thread
     python benchmarks/sampler.py --sizes 0.5b --prompts 4 --new 32 --pairs 3
-    python benchmarks/sampler.py --sizes 7b --device cuda   # decode speed beside the roofline; no
-    pairs
+    python benchmarks/sampler.py --sizes 7b --device cuda   # decode speed beside the roofline
 
 Two loads, 8 samples a prompt. even: prompts of one length, completions all run to the limit: engine
-against engine.
-ragged: prompts of 16 to 200 tokens, and a share of the vocabulary stops, so that lengths are
-geometric with a quarter of
-the limit as their mean, cut at the limit (about the spread of GRPO's rollouts). `generate` gets its
-batches of 64 rows,
-left-padded, with SDPA; the sampler 64 slots. Both draw at temperature 1; ours returns
-log-probabilities too.
+against engine. ragged: prompts of 16 to 200 tokens, and a share of the vocabulary stops, so that
+lengths are geometric with a quarter of the limit as their mean, cut at the limit (about the spread
+of GRPO's rollouts). `generate` gets its batches of 64 rows, left-padded, with SDPA; the sampler 64
+slots. Both sample at temperature 1; ours returns log-probabilities too.
+
 One thread, and seconds are the process's CPU seconds: the wall time of an idle machine, even on a
-busy one. Runs
-alternate, and the ratio is that of each pair. Prints a table and one JSON line.
+busy one. Runs alternate, and the ratio is that of each pair. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -212,16 +207,8 @@ def main() -> None:
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
         print("| " + " | ".join(str(row[c]) for c in columns) + " |")
-    print(
-        json.dumps(
-            {
-                "benchmark": "sampler",
-                "device": args.device,
-                "torch": torch.__version__,
-                "rows": rows,
-            }
-        )
-    )
+    facts = {"benchmark": "sampler", "device": args.device, "torch": torch.__version__}
+    print(json.dumps(facts | {"rows": rows}))
 
 
 if __name__ == "__main__":
