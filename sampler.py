@@ -244,6 +244,7 @@ class Scheduler:
         """usable: how many slots hold samples. ids, indices: see `generate`."""
         self.slots, self.usable = slots, usable
         self.prompts, self.params, self.ids = prompts, params, ids
+        self.ends = np.cumsum([0, *(len(p.tokens) for p in prompts)])  # of prompts laid end to end
         self.waiting = deque((i, j) for i in range(len(prompts)) for j in indices)
         self.prefilled: dict[int, tuple] = {}  # prompt → what `prefill` returns for it
         self.running: list[Completion | None] = []  # by slot; None: just ended
@@ -259,12 +260,9 @@ class Scheduler:
         for slot in free[: len(self.waiting)]:
             prompt, sample = self.waiting.popleft()
             if prompt not in self.prefilled:
-                end, room = prompt + 1, prefill_tokens - len(self.prompts[prompt].tokens)
-                while (
-                    end < len(self.prompts) and (room := room - len(self.prompts[end].tokens)) >= 0
-                ):
-                    end += 1
-                self.prefilled |= enumerate(prefill(model, self.prompts[prompt:end]), prompt)
+                fitting = np.searchsorted(self.ends, self.ends[prompt] + prefill_tokens, "right")
+                pack = self.prompts[prompt : max(prompt + 1, int(fitting) - 1)]
+                self.prefilled |= enumerate(prefill(model, pack), prompt)
             kv, hidden, delta = self.prefilled[prompt]
             if not self.waiting or self.waiting[0][0] != prompt:  # the last to need it
                 del self.prefilled[prompt]
@@ -342,10 +340,9 @@ class Sampler:
             raise ValueError(f"slots {slots}: must be at least 1")
         self.model, self.config, self.max_len = model, model.config, max_len
         self.wanted_slots, self.kv_gb, self.min_rows = slots, kv_gb, min_rows
-        # decode steps between two looks of the host; tokens of a pack of prompts
-        self.sync_every, self.prefill_tokens = (
-            (8, 16384) if model.head_weight().is_cuda else (1, 1024)
-        )
+        cuda = model.head_weight().is_cuda
+        self.sync_every = 8 if cuda else 1  # decode steps between two looks of the host
+        self.prefill_tokens = 16384 if cuda else 1024  # of a pack of prompts
         self.decoder = DecodeWeights(model, lambda: Model(model.config, model.visual is not None))
         self.slots: Slots | None = None
         self.graphs: dict[str, Graphs] = {}  # by the parameters that a recorded step depends on
@@ -403,9 +400,8 @@ class Sampler:
         step = self._step(model, params)
         call = Scheduler(self.slots, self.usable, prompts, params, ids, indices)
         finished, self.stats = [], {"decode_seconds": 0.0, "decode_tokens": 0}
-        options = dict(disable=not progress, unit="sample", dynamic_ncols=True)
         try:
-            with tqdm(total=len(call.waiting), **options) as bar:
+            with tqdm(total=len(call.waiting), disable=not progress, unit="sample") as bar:
                 while call.waiting or any(call.running):
                     call.admit(model, self.prefill_tokens)
                     start = time.perf_counter()
