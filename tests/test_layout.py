@@ -79,7 +79,7 @@ def test_the_repository_names_no_machine_and_no_registry():
     files = files.stdout.split()
     if not files:
         pytest.skip("not a git checkout")
-    pattern = re.compile(r"(?<![\w.])/(?:work|opt)/|\.library|index-url|pypi\.org")
+    pattern = re.compile(r"(?<![\w.])/(?:work|opt)/|(?<!\w)\.library|index-url|pypi\.org")
     found = [
         f"{f}:{i}"
         for f in files
