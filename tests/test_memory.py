@@ -267,7 +267,7 @@ def test_the_peak_of_a_training_step_is_within_5_percent_of_the_plan(
 def test_the_peak_with_a_trained_vision_tower_is_within_5_percent_of_the_plan(world, mode):
     """A micro-batch of images, two tokens of text each; the tower is recomputed."""
     tower = dict(hidden_size=64, out_hidden_size=64, depth=8, intermediate_size=128, num_heads=4)
-    images = dict(image_token_id=300, vision_start_token_id=301, vision=VisionConfig(**tower))
+    images = dict(image_token_id=300, vision=VisionConfig(**tower))
     config = dataclasses.replace(small(), num_hidden_layers=3, **images)
     with torch.device("meta"):
         model = Model(config, with_vision=True)

@@ -70,7 +70,7 @@ def published_config(name: str) -> ModelConfig:
         raw["model_type"] = "qwen3" if name.startswith("Qwen3") else "qwen2"
         return ModelConfig.from_dict(raw)
     tower = {"hidden_size": 1280, "num_heads": 16, "out_hidden_size": raw["hidden_size"]}
-    ids = {"image_token_id": 151655, "vision_start_token_id": 151652}
+    ids = {"image_token_id": 151655}
     rope = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
     return ModelConfig.from_dict(
         {"model_type": "qwen2_5_vl", "vision_config": tower, **raw, **ids, **rope}
