@@ -378,14 +378,18 @@ def test_prompt_of_a_row_has_the_tokens_of_generation(tokenizer):
                 "{{ m.content if loop.last else m.content.split('</think>')[-1] }}",
             ),
             4,
-            "another way",
+            "differently",
         ),
         (
             ("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"),
             2,
             "drops a part of assistant turn 1",
         ),
-        (("{{ '<|im_end|>\n' }}\n{%- endfor", "{{ '\n' }}\n{%- endfor"), 2, "no special token"),
+        (
+            ("{{ '<|im_end|>\n' }}\n{%- endfor", "{{ '\n' }}\n{%- endfor"),
+            2,
+            "without a special token",
+        ),
     ],
 )
 def test_templates_that_cannot_be_trained_on_are_refused(model_dir, change, turns, why):
