@@ -3,17 +3,14 @@
 SFT:   tokenize_files (check all rows, render, mask, cache) → pack_plan → balance → collate
 GRPO and evaluation:   load_problems → render_problem
 
-The schemas of the files are in core/schema.py. Tools: `python -m tools.check FILE…` names every bad
-row, `python -m tools.inspect FILE --model DIR` shows lengths and a loss mask, `python -m convert`
-makes files of these schemas. From the paper (arXiv 2505.03981): the prompts (appendix C), and
-truncation at max_len (appendix B.1). Ours, where it is silent: loss on assistant turns only,
-packing, options as "A: text".
+The schemas of the files are in core/schema.py. `python -m convert` makes such files, and
+`python -m tools.check FILE… --model DIR` names every bad row and shows lengths and a loss mask.
+From the paper (arXiv 2505.03981): the prompts (appendix C), and truncation at max_len (appendix
+B.1). Ours, where it is silent: loss on assistant turns only, packing, options as "A: text".
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +36,7 @@ from core.schema import (  # noqa: F401
     refuse,
     scan,
 )
-from core.token_cache import Cut, Document, TokenizedDataset, cache_key, join_parts, write_parts
+from core.token_cache import Document, TokenizedDataset, build_cache, cache_key
 from core.vision import mrope_positions
 
 IMAGE_PAD = "<|image_pad|>"
@@ -69,14 +66,19 @@ def image_token_id(tokenizer) -> int | None:
     return number if known else None
 
 
-def image_token_count(image: str | Path | Image.Image, config: ImageConfig) -> int:
-    """How many tokens this image, a file or an open one, will take, from its upright size."""
-    size = image.size if isinstance(image, Image.Image) else image_size(image)
-    if isinstance(size, str):
-        raise ValueError(size)
-    height, width = smart_resize(size[1], size[0], config)
-    grid = (1, height // config.patch_size, width // config.patch_size)
-    return num_image_tokens(grid, config.merge_size)
+def image_counts(row: dict, config: ImageConfig | None) -> list[int]:
+    """How many tokens each image of a row, a file or an open one, takes at its upright size."""
+    counts = []
+    for image in row.get("images") or []:
+        if config is None:
+            raise ValueError(f"{image}: this model has no image settings (text-only?)")
+        size = image.size if isinstance(image, Image.Image) else image_size(image)
+        if isinstance(size, str):
+            raise ValueError(size)
+        height, width = smart_resize(size[1], size[0], config)
+        grid = (1, height // config.patch_size, width // config.patch_size)
+        counts.append(num_image_tokens(grid, config.merge_size))
+    return counts
 
 
 def encode_conversations(
@@ -92,8 +94,7 @@ def encode_conversations(
         mine = [np.asarray(next(ids), np.int32) for _ in p]
         tokens = np.concatenate(mine)
         loss_mask = np.repeat([supervised for _, supervised in p], [len(t) for t in mine])
-        counts = [image_token_count(file, images) for file in row.get("images") or []]
-        repeats = expand_images(tokens, counts, pad)
+        repeats = expand_images(tokens, image_counts(row, images), pad)
         yield np.repeat(tokens, repeats), np.repeat(loss_mask, repeats)
 
 
@@ -110,13 +111,9 @@ def tokenize_files(
     """Conversations → tokens and loss mask, made once and kept in cache_dir/<key>.
 
     overlong, for documents of more than max_len tokens: "truncate" keeps the first max_len (as in
-    the paper), "drop", "error". A document that then has nothing to learn, or is cut before the end
-    of its last image, is dropped too. stats counts rows and each reason; stats["faults"] has the
-    text of each bad row's fault. Raises ValueError for bad rows (unless skip_bad_rows) before
+    the paper), "drop", "error". stats counts rows and each reason to drop one; stats["faults"] has
+    the text of each bad row's fault. Raises ValueError for bad rows (unless skip_bad_rows) before
     anything is tokenised, and when nothing is left to learn from.
-
-    After a kill it continues with the first part that is missing. Two processes may make the same
-    cache at once: each part and the whole appear by a rename, and the first one wins.
     """
     if overlong not in ("truncate", "drop", "error"):
         raise ValueError(f"overlong {overlong!r}: choose truncate, drop or error")
@@ -130,30 +127,42 @@ def tokenize_files(
     )
     if not (final / "meta.json").is_file():
         tokenizer = load_tokenizer(model_dir)
+        forbidden, pad = control_tokens(tokenizer), image_token_id(tokenizer)
         good, faults, with_images = 0, [], False
-        for _, _, row, bad in scan(paths, "conversation", control_tokens(tokenizer)):
+        for _, _, row, bad in scan(paths, "conversation", forbidden):
             faults += bad
             good += not bad
             with_images |= not bad and bool(row.get("images"))
         refuse(faults, skip_bad_rows, good)
         images = ImageConfig.from_dir(model_dir) if with_images else None
-        rows = scan(paths, "conversation", control_tokens(tokenizer))
-        cut = Cut(max_len, overlong, image_token_id(tokenizer))
-        parts = final.with_name(f"{final.name}.parts")
-        aside = final.with_name(f"{final.name}.{os.getpid()}.tmp")
-        try:
-            encode = partial(encode_conversations, tokenizer=tokenizer, images=images)
-            number = write_parts(parts, rows, encode, cut, good)
-            join_parts(parts, number, aside, cut.image_token_id, list(map(str, faults)))
-            aside.rename(final)
-        except OSError:
-            if not (final / "meta.json").is_file():  # else another process was first: all is there
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(parts, ignore_errors=True)
+        build_cache(
+            final,
+            scan(paths, "conversation", forbidden),
+            partial(encode_conversations, tokenizer=tokenizer, images=images),
+            partial(reason_to_drop, max_len=max_len, overlong=overlong, pad=pad),
+            max_len=max_len,
+            image_token_id=pad,
+            faults=list(map(str, faults)),
+        )
     dataset = TokenizedDataset(final)
     return dataset, dataset.stats
+
+
+def reason_to_drop(
+    tokens: np.ndarray, loss_mask: np.ndarray, source: str, max_len: int, overlong: str, pad: int
+) -> str | None:
+    """None if the first max_len tokens are a document, else why not. pad: the image token's id; a
+    document that is cut before the end of its last image is dropped."""
+    if len(tokens) > max_len and overlong == "error":
+        raise ValueError(
+            f"{source}: {len(tokens)} tokens, max_len is {max_len}; raise --max_len, or choose "
+            "--overlong truncate or drop"
+        )
+    if len(tokens) > max_len and overlong == "drop":
+        return "dropped_overlong"
+    if pad is not None and pad in tokens[max_len:]:
+        return "dropped_cut_image"
+    return None if loss_mask[1:max_len].any() else "dropped_nothing_to_learn"
 
 
 # ---------------------------------------------------------------------- batches
@@ -311,9 +320,12 @@ def prompt_text(problem: dict, style: str = "kind") -> str:
     return INSTRUCTIONS[style] + images + body
 
 
-def prompt_tokens(problem: dict, tokenizer, counts: list[int], style: str = "kind") -> list[int]:
-    """The prompt of a problem in the model's chat template, its n-th image as counts[n] tokens.
-    Raises ValueError when a text holds one of the tokenizer's own control tokens."""
+def prompt_tokens(
+    problem: dict, tokenizer, images: ImageConfig | None, style: str = "kind"
+) -> list[int]:
+    """The prompt of a problem of `load_problems` in the model's chat template, each image as the
+    tokens that it takes. Raises ValueError when a text holds one of the tokenizer's own control
+    tokens, or the model takes no images."""
     text = prompt_text(problem, style)
     if found := control_tokens(tokenizer).search(text):
         where = f"problem {problem['id']}"
@@ -321,7 +333,8 @@ def prompt_tokens(problem: dict, tokenizer, counts: list[int], style: str = "kin
     turn = [{"role": "user", "content": with_image_parts(text)}]
     rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     tokens = np.asarray(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    return np.repeat(tokens, expand_images(tokens, counts, image_token_id(tokenizer))).tolist()
+    repeats = expand_images(tokens, image_counts(problem, images), image_token_id(tokenizer))
+    return np.repeat(tokens, repeats).tolist()
 
 
 def render_problem(
@@ -331,14 +344,10 @@ def render_problem(
     style: str = "kind",
     loaded: tuple | None = None,
 ) -> Prompt:
-    """A problem of `load_problems` → its prompt in the model's chat template, images preprocessed
-    (or as `loaded` before). style "train" for GRPO, "kind" for evaluation. Raises
-    ValueError when a text holds one of the tokenizer's own control tokens, or an image cannot be
-    used."""
+    """A problem's prompt with its images preprocessed (or as `loaded` before). style: "train" for
+    GRPO, "kind" for evaluation. Raises ValueError as `prompt_tokens`, or for an unusable image."""
     pixels, grids = loaded or load_images(problem.get("images") or [], images)
-    grid_list = [] if grids is None else grids.tolist()
-    counts = [num_image_tokens(grid, images.merge_size) for grid in grid_list]
-    return Prompt(prompt_tokens(problem, tokenizer, counts, style), pixels, grids)
+    return Prompt(prompt_tokens(problem, tokenizer, images, style), pixels, grids)
 
 
 # ----------------------------------------------------------------------------- rollouts as batches

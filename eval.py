@@ -271,8 +271,7 @@ class Engine:
         )  # fmt: skip
 
     def prompt(self, problem: dict) -> list[int]:
-        counts = [data.image_token_count(f, self.images) for f in problem.get("images") or []]
-        return data.prompt_tokens(problem, self.tokenizer, counts, self.c.prompt_style)
+        return data.prompt_tokens(problem, self.tokenizer, self.images, self.c.prompt_style)
 
     def sampler(self, jobs: list[Job], new_tokens: int) -> Sampler:
         """A sampler with room for these jobs on any rank; loads the weights. Collective."""

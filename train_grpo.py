@@ -44,7 +44,6 @@ from core.training import Training, TrainingOptions, trained_on
 from data import (
     Prompt,
     RolloutBatch,
-    image_token_count,
     load_problems,
     load_tokenizer,
     prompt_tokens,
@@ -495,8 +494,7 @@ def load_data(
     lengths, most = [], c.max_prompt_tokens
     bar = tqdm(problems + held_out, "prompt tokens", disable=None if run.world.is_main else True)
     for p in bar:
-        counts = [image_token_count(f, images) for f in p.get("images") or []]
-        lengths.append(len(prompt_tokens(p, tokenizer, counts, c.prompt_style)))
+        lengths.append(len(prompt_tokens(p, tokenizer, images, c.prompt_style)))
     fitting = [p for p, n in zip(problems, lengths) if n <= most]
     if not fitting or max(lengths[len(problems) :], default=0) > most:
         what = "a problem of --eval_data has" if fitting else "all problems have"

@@ -17,35 +17,59 @@ from convert.conversion import convert, download, print_report
 from convert.public import HUB, SPECS
 
 
-def main(argv: list[str]) -> None:
-    if argv[:1] == ["from_samples"]:
-        return from_samples.main(argv[1:])
-    if argv[:1] == ["select"]:
-        return select.main(argv[1:])
-    fetch = argv[:1] == ["download"]
+def parse(argv: list[str]) -> tuple[str, dict]:
+    command = argv[0] if argv[:1] in (["download"], ["from_samples"], ["select"]) else "convert"
+    about = dict(download="", from_samples=from_samples.__doc__, select=select.__doc__)
+    names = {
+        "download": f"data sets: {', '.join(HUB)}",
+        "convert": f"data sets: {', '.join(SPECS)}",
+    }
     parser = argparse.ArgumentParser(
-        prog="python -m convert" + " download" * fetch,
-        description="" if fetch else __doc__,
-        epilog=f"data sets: {', '.join(HUB if fetch else SPECS)}",
+        prog="python -m convert" + (f" {command}" if command != "convert" else ""),
+        description=about.get(command, __doc__),
+        epilog=names.get(command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("name", help="the data set" if fetch else "the data set, or chat")
-    if fetch:
-        parser.add_argument("--out", required=True, help="folder to fill")
-        parser.add_argument("--revision", help="branch, tag or commit (default: the pinned commit)")
+    add = parser.add_argument
+    if command == "download":
+        add("name", help="the data set")
+        add("--out", required=True, help="folder to fill")
+        add("--revision", help="branch, tag or commit (default: the pinned commit)")
+    elif command == "from_samples":
+        add("folder", help="the --out of a finished eval.py")
+        add("--out", required=True, help="the jsonl of conversations to write")
+    elif command == "select":
+        add("file", help="a converted jsonl")
+        add("--out", required=True, help="jsonl to write, beside it for its images")
+        add("--chars", default="0,inf", help="LOW,HIGH characters of a row")
+        add("--samples", default="", help="the --out of an eval.py of this file")
+        add("--solved", default="0,1", help="LOW,HIGH share of right samples")
+        add("--limit", type=int, default=0, help="keep this many rows; 0: all")
+        add("--seed", type=int, default=0, help="which rows --limit takes")
     else:
-        parser.add_argument("src", nargs="+", help="files, folders or zips of the release")
-        parser.add_argument("--out", required=True, help="jsonl to write; images go beside it")
-        parser.add_argument("--limit", type=int, help="keep this many rows, over all subsets")
-        parser.add_argument("--seed", type=int, default=0, help="which sample of --limit rows")
-    args = parser.parse_args(argv[fetch:])
+        add("name", help="the data set, or chat")
+        add("sources", nargs="+", help="files, folders or zips of the release")
+        add("--out", required=True, help="jsonl to write; images go beside it")
+        add("--limit", type=int, help="keep this many rows, over all subsets")
+        add("--seed", type=int, default=0, help="which sample of --limit rows")
+    return command, vars(parser.parse_args(argv[command != "convert" :]))
+
+
+def main(argv: list[str]) -> None:
+    command, args = parse(argv)
     try:
-        if fetch:
-            what = download(args.name, args.out, args.revision)
-            print(f"{args.out}: {what['hub']} at {what['revision']}")
+        if command == "download":
+            what = download(**args)
+            print(f"{args['out']}: {what['hub']} at {what['revision']}")
+        elif command == "from_samples":
+            print(from_samples.from_samples(**args))
+        elif command == "select":
+            info = select.select(**args)
+            rows = f"{info['rows_out']:,} rows of {info['rows_in']:,}"
+            print(f"{args['out']}: {rows}; left out {info['dropped']}")
         else:
-            print_report(convert(args.name, args.src, args.out, args.limit, args.seed), args.out)
+            print_report(convert(**args), args["out"])
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

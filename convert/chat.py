@@ -5,69 +5,38 @@ Alpaca             {"instruction", "input"?, "output", "history"?, "system"?}
 prompt/completion  {"prompt", "completion" or "response"}, texts or lists of messages (TRL)
 OpenAI messages    {"messages": [{"role", "content": text or parts}]}, images also as data: URLs
 
-In jsonl, json, csv or parquet. Images go to files beside the jsonl. An image that no `<image>`
-places comes before the first user turn. Tool calls have no place in the schema: dropped, counted.
+In jsonl, json or parquet. Images go to files beside the jsonl. Images that no `<image>` places
+come before the first user turn. Tool calls have no place in the schema: dropped, counted.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
-from convert.releases import Context, Drop, Row
-from core.formats import chat_format
+from convert.releases import Drop, Row
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 ROLES |= {"model": "assistant", "developer": "system"}
 
 
-def text_and_images(content: Any) -> tuple[str, list[Any]]:
-    """A message's content as text with `<image>` for each image, and the images.
-
-    >>> text_and_images([{"type": "image_url", "image_url": {"url": "a.png"}}, {"text": "What?"}])
-    ('<image>What?', ['a.png'])
-    """
-    if content is None:
-        raise Drop("a turn without content (a tool call?)")
-    if isinstance(content, str):
-        return content, []
-    if not isinstance(content, list):
-        raise Drop("content is neither text nor a list of parts", type(content).__name__)
-    texts, images = [], []
-    for part in content:
-        if isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str)):
-            text = part if isinstance(part, str) else part["text"]
-            if "<image>" in text:
-                raise Drop("literal <image> in a text part")
-            texts.append(text)
-            continue
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("image", "image_url", "input_image"):
-            raise Drop("a content part that is neither text nor image", str(kind or part)[:40])
-        value = part.get("image_url") or part.get("image") or part.get("url") or part.get("path")
-        if isinstance(value, dict) and "url" in value:
-            value = value["url"]
-        texts.append("<image>")
-        images.append(value)  # None: it is in the row's `images`
-    return "".join(texts), images
-
-
 def turns_of(row: Row) -> list[tuple[str, Any]]:
     """(role, content) of each turn, whatever the format calls them."""
-    name = chat_format(row)
-    if name == "Alpaca":
+    turns = row.get("conversations") or row.get("conversation") or row.get("messages")
+    if not turns and "instruction" in row:
         question = "\n\n".join(t for t in (row["instruction"], row.get("input")) if t)
-        before = [
-            turn for pair in row.get("history") or [] for turn in zip(("user", "assistant"), pair)
-        ]
-        return [*before, ("user", question), ("assistant", row["output"])]
-    if name == "prompt/completion":
+        pairs = [*(row.get("history") or []), (question, row["output"])]
+        return [turn for pair in pairs for turn in zip(("user", "assistant"), pair)]
+    if not turns and "prompt" in row:
         reply = row["completion"] if "completion" in row else row["response"]
         sides = (("user", row["prompt"]), ("assistant", reply))
         lists = [[{"role": role, "content": s}] if isinstance(s, str) else s for role, s in sides]
         turns = [turn for side in lists for turn in side or []]
-    else:
-        turns = row.get("conversations") or row.get("conversation") or row["messages"]
+    if not turns:
+        fields = ", ".join(map(str, row))[:200]
+        raise ValueError(f"not a chat format that is known here (fields: {fields}); see --help")
     if isinstance(turns, str):  # a list written as JSON into a column of text
         turns = json.loads(turns)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -77,45 +46,64 @@ def turns_of(row: Row) -> list[tuple[str, Any]]:
     return [(str(t.get("role", t.get("from"))), t.get("content", t.get("value"))) for t in turns]
 
 
-def chat(row: Row, i: int, ctx: Context) -> dict:
+def text_and_images(content: Any) -> tuple[str, list[Any]]:
+    """A message's content as text with `<image>` for each image, and the images; None: an image
+    that the row has in its `images`.
+
+    >>> text_and_images([{"type": "image_url", "image_url": {"url": "a.png"}}, {"text": "What?"}])
+    ('<image>What?', ['a.png'])
+    """
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, list):
+        raise Drop("a turn whose content is neither text nor parts", type(content).__name__)
+    texts, images = [], []
+    for part in content:
+        part = {"text": part} if isinstance(part, str) else part
+        if isinstance(part.get("text"), str):
+            if "<image>" in part["text"]:
+                raise Drop("literal <image> in a text part")
+            texts.append(part["text"])
+        elif part.get("type") in ("image", "image_url", "input_image"):
+            value = next(
+                (part[k] for k in ("image_url", "image", "url", "path") if k in part), None
+            )
+            texts.append("<image>")
+            images.append(value.get("url", value) if isinstance(value, dict) else value)
+        else:
+            raise Drop("a content part that is neither text nor image", str(part.get("type")))
+    return "".join(texts), images
+
+
+def chat(row: Row) -> dict:
     """One row of any of the formats → a row of the conversation schema."""
-    if not {"conversations", "conversation", "messages", "instruction", "prompt"} & row.keys():
-        fields = ", ".join(map(str, row))[:200]
-        raise ValueError(f"not a chat format that is known here (fields: {fields}); see --help")
     messages, images = [], []
     for role, content in turns_of(row):
         role = ROLES.get(role.lower(), role.lower())
         if role not in ("system", "user", "assistant"):
             raise Drop("a turn that is not system, user or assistant", role[:40])
-        text, here = text_and_images(content)
-        images += here
-        if role == "system" and not text.strip():
-            continue
-        messages.append({"role": role, "content": text})
+        text, in_parts = text_and_images(content)
+        images += in_parts
+        if role != "system" or text.strip():
+            messages.append({"role": role, "content": text})
     if row.get("system") and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": str(row["system"])})
     given = row.get("images") or row.get("image") or []
     given = given if isinstance(given, list) else [given]
-    if images and any(image is None for image in images):
+    if images:
         rest = iter(given)
         images = [next(rest, None) if image is None else image for image in images]
     elif given:
         images = given
-        if images and not any("<image>" in m["content"] for m in messages):
+        if not any("<image>" in m["content"] for m in messages):
             first = next((m for m in messages if m["role"] == "user"), None)
             if first is None:
                 raise Drop("images without a user turn")
             first["content"] = "<image>" * len(images) + first["content"]
     made = {"messages": messages}
     if images:
-        made["images"] = [ctx.image(on_disk(image, ctx)) for image in images]
+        made["images"] = [
+            Path(i) if isinstance(i, str) and not re.match("data:|https?:", i) else i
+            for i in images
+        ]
     return made
-
-
-def on_disk(image: Any, ctx: Context) -> Any:
-    """The bytes of a path, absolute or relative to the user's file; anything else as it is."""
-    if isinstance(image, str) and not image.startswith("data:") and len(image) < 1000:
-        for root in ctx.source.roots:
-            if (root / image).is_file():
-                return (root / image).read_bytes()
-    return image

@@ -3,25 +3,27 @@
 What holds for every converted file:
   * a row that cannot be converted is dropped with a reason, and FILE.info.json counts the reasons;
     a row without a field that its release has stops the conversion;
-  * images keep their bytes, are named by their sha256 and lie in images/ beside the jsonl; one
+  * images keep their bytes, are named by their sha256 and are in images/ beside the jsonl; one
     `<image>` per occurrence in reading order, in question and options together;
   * choice answers are letters, options are texts without letters;
-  * what was written is checked as training checks it: a file that it would refuse is not kept;
+  * every row is checked as training checks it: one that it would refuse is dropped too;
   * the same sources give the same bytes.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from convert.public import HUB, SPECS, Spec
-from convert.releases import Context, Drop, Source, file_sha256
-from core.schema import control_tokens, refuse
+from convert.public import HUB, SPECS
+from convert.releases import Drop, Source, image_extension
+from core.schema import FINDINGS, control_tokens
 from tools.check import check_files
 
 
@@ -31,94 +33,122 @@ def convert(
     """Convert `sources` to the jsonl `out`, write the report to `out`.info.json and return it.
 
     Raises ValueError for what the user can fix: unknown name, missing or foreign files, nothing
-    converted, rows that training would refuse. `out` is then left as it was.
+    that could be converted. `out` is then left as it was.
     """
     if name not in SPECS:
         raise ValueError(f"unknown data set {name!r}; there are: {', '.join(SPECS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: must be at least 1")
-    target = Path(out)
-    if target.is_dir():
-        raise ValueError(f"--out {out}: a folder; name the jsonl file to write")
-    if target.resolve() in [Path(s).resolve() for s in sources]:
-        raise ValueError(f"--out {out}: is the source itself; name another file")
+    target = new_file(out, *sources)
     source = Source(sources, SPECS[name].tables)
-    ctx, keep = Context(name, source, target.parent), None
-    if limit is not None:  # a dry pass first: the sample is of the rows that can be converted
-        dry = Context(name, source, None)
-        rows = {key: (i, row.get("subset", "")) for i, key, row in converted(SPECS[name], dry)}
+    run, keep = Conversion(name, source, target.parent), None
+    if limit is not None:  # a pass without images first: the sample is of what can be converted
+        dry = Conversion(name, source, None)
+        rows = {row.get("id", str(i)): (i, row.get("subset", "")) for i, row in dry.rows()}
         chosen = sample_keys({key: subset for key, (_, subset) in rows.items()}, limit, seed)
-        keep, ctx.dropped = {rows[key][0] for key in chosen}, dry.dropped
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"--out {out}: its folder cannot be created ({e.strerror})") from None
-    partial = target.with_name(target.name + ".tmp")
-    try:
-        counts = write_rows((row for _, _, row in converted(SPECS[name], ctx, keep)), partial)
-        if not counts["rows_out"]:
-            why = "; ".join(f"{reason} ({where[0]})" for reason, where in ctx.dropped.items())
+        keep, run.dropped = {rows[key][0] for key in chosen}, dry.dropped
+    kinds, subsets, faults = Counter(), Counter(), []
+
+    def lines() -> Iterator[str]:
+        for _, row in run.rows(keep):
+            kinds[row.get("kind", "conversation")] += 1
+            subsets[row.get("subset", "")] += 1
+            yield json.dumps(row, ensure_ascii=False)
+
+    def check(file: Path) -> None:
+        if not kinds:
+            why = "; ".join(f"{reason} ({where[0]})" for reason, where in run.dropped.items())
             why = why or "the tables are empty"
             raise ValueError(f"no row of {', '.join(sources)} could be converted: {why}")
-        schema = "conversation" if counts["kinds"].keys() == {"conversation"} else "problem"
-        _, refused, faults = check_files([str(partial)], schema)
-        if refused:
-            refuse(faults, False, 0)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    dropped = {r: {"rows": len(w), "examples": w[:3]} for r, w in ctx.dropped.items()}
-    info = dict(name=name, rows_in=ctx.rows_in, rows_expected=SPECS[name].rows, **counts)
-    info |= dict(limit=limit, seed=None if limit is None else seed, dropped=dropped)
-    info |= dict(notes=dict(ctx.notes), images=len(ctx.written), sha256=file_sha256(target))
-    reasons = [re.sub(r" as .*|\d+", "", f.why)[:60] for f in faults]
-    info |= dict(check=dict(Counter(reasons)))
-    info |= dict(download=source_revision(sources), source_files=source.hashes())
-    text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
-    target.with_name(target.name + ".info.json").write_text(text, encoding="utf-8")
+        faults.extend(check_files([str(file)], run.schema)[-1])
+
+    digest = write_lines(target, lines(), check)
+    info = dict(name=name, rows_in=run.rows_in, rows_expected=SPECS[name].rows)
+    info |= dict(rows_out=kinds.total(), kinds=dict(kinds), subsets=dict(sorted(subsets.items())))
+    info |= dict(limit=limit, seed=None if limit is None else seed, notes=dict(run.notes))
+    info["dropped"] = {r: {"rows": len(w), "examples": w[:3]} for r, w in run.dropped.items()}
+    info |= dict(images=len(run.images), sha256=digest, download=source_revision(sources))
+    info["check"] = dict(Counter(re.sub(r" as .*|\d+", "", f.why)[:60] for f in faults))
+    write_info(target, info)
     return info
 
 
-def converted(
-    spec: Spec, ctx: Context, keep: Collection[int] | None = None
-) -> Iterator[tuple[int, str, dict]]:
-    """(number, key, row) of every published row that can be converted; why the others cannot is in
-    ctx.dropped. keep: numbers of the rows to convert, None for all."""
-    seen, forbidden = set(), control_tokens()
-    for i, (table, number, published) in enumerate(ctx.source.rows()):
-        ctx.rows_in = i + 1
-        if keep is not None and i not in keep:
-            continue
-        try:
-            row = spec.convert_row(published, i, ctx)
-            key = row.get("id", str(i))
-            if key in seen:
-                raise Drop("id seen before", key)
-            drop_unusable(row, forbidden)
-        except Drop as drop:
-            where = f"{table} row {number}" + (f": {drop.detail}" if drop.detail else "")
-            ctx.dropped.setdefault(drop.reason, []).append(where)
-            continue
-        except (ValueError, TypeError, AttributeError) as e:
-            raise ValueError(f"{table} row {number}: {e}") from None
-        seen.add(key)
-        yield i, key, row
+class Conversion:
+    """A pass over the rows of a release, and what became of them. folder: where images/ goes; None
+    for a pass that stores no images."""
 
+    def __init__(self, name: str, source: Source, folder: Path | None):
+        self.name, self.source, self.folder = name, source, folder
+        self.rows_in, self.schema = 0, "conversation"
+        self.dropped: dict[str, list[str]] = {}  # reason → where, one entry a row
+        self.notes: Counter[str] = Counter()
+        self.images: set[str] = set()
 
-def drop_unusable(row: dict, forbidden: re.Pattern) -> None:
-    """Raise Drop for texts that publishers have and training refuses."""
-    texts = [m["content"] for m in row.get("messages", ())] or [
-        row["question"],
-        *row.get("options", ()),
-    ]
-    for text in [*texts, row.get("answer", "")]:
-        if found := forbidden.search(str(text)):
-            raise Drop("a control token of the model is in the text", found[0])
-        if not str(text).isascii() and re.search("[\ud800-\udfff]", str(text)):
-            raise Drop("half of a surrogate pair, not a character")
-    tags, images = sum(str(t).count("<image>") for t in texts), len(row.get("images", ()))
-    if tags != images:
-        raise Drop("number of <image> in the text", f"{tags} tags, {images} images")
+    def rows(self, keep: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
+        """(number, row) of every published row that can be converted; why the others cannot is in
+        `dropped`. keep: numbers of the rows to convert, None for all."""
+        seen, forbidden = set(), control_tokens()
+        for i, (where, published) in enumerate(self.source.rows()):
+            self.rows_in = i + 1
+            if keep is not None and i not in keep:
+                continue
+            try:
+                row = SPECS[self.name].convert_row(published)
+                if images := row.get("images"):
+                    row["images"] = [self.store(image) for image in images]
+                if "messages" not in row:
+                    self.schema = "problem"
+                    row |= dict(id=f"{self.name}/{i if row['id'] is None else row['id']}")
+                    row |= dict(task=self.name)
+                    if row["id"] in seen:
+                        raise Drop("id seen before", row["id"])
+                    if images:  # error bars group questions about one image
+                        row["meta"] = row.get("meta", {}) | {"cluster": Path(row["images"][0]).stem}
+                for field, why, _ in FINDINGS[self.schema](row, self.folder or Path(), forbidden):
+                    if self.folder or field != "images":
+                        raise Drop(re.sub(r"\d+", "N", f"{field}: {why}")[:80], why)
+            except Drop as drop:
+                detail = f": {drop.detail}" if drop.detail else ""
+                self.dropped.setdefault(drop.reason, []).append(where + detail)
+                continue
+            except (ValueError, TypeError, AttributeError) as e:
+                raise ValueError(f"{where}: {e}") from None
+            seen.add(row.get("id"))
+            self.notes.update(published.notes)
+            yield i, row
+
+    def store(self, value: Any) -> str:
+        """Store an image under images/ and return its path in the jsonl. value: bytes, a struct of
+        parquet, a data: URL, a name in the release or several to try, or a Path of the user's."""
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path") or value.get("image_path")
+        if not value:
+            raise Drop("image missing")
+        if isinstance(value, Path):  # in a chat file: relative to it, or absolute
+            found = [root / value for root in self.source.roots if (root / value).is_file()]
+            value = found[0].read_bytes() if found else str(value)
+        if isinstance(value, str) and value.startswith("data:"):
+            try:
+                value = base64.b64decode(value.partition("base64,")[2], validate=True)
+            except ValueError:
+                raise Drop("data: URL is not base64", value[:40]) from None
+        if isinstance(value, str) and re.match("https?:", value):
+            raise Drop("image is a web address: download it first", value[:80])
+        if isinstance(value, (str, tuple)):
+            value = self.source.find(*([value] if isinstance(value, str) else value))
+        if self.folder is None:
+            return "images/dry"
+        data = value() if callable(value) else value
+        name = f"images/{hashlib.sha256(data).hexdigest()[:16]}.{image_extension(data)}"
+        target = self.folder / name
+        if name not in self.images:
+            if not (target.is_file() and target.stat().st_size == len(data)):
+                target.parent.mkdir(exist_ok=True)
+                partial = target.with_name(target.name + ".tmp")
+                partial.write_bytes(data)
+                partial.replace(target)
+            self.images.add(name)
+        return name
 
 
 def sample_keys(subsets: dict[str, str], limit: int, seed: int) -> set[str]:
@@ -144,17 +174,42 @@ def sample_keys(subsets: dict[str, str], limit: int, seed: int) -> set[str]:
     return chosen
 
 
-def write_rows(rows: Iterator[dict], path: Path) -> dict:
-    """Write the jsonl; return the numbers of rows, of each kind and subset, and of `<image>`."""
-    kinds, subsets, tags = Counter(), Counter(), 0
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            kinds[row.get("kind", "conversation")] += 1
-            subsets[row.get("subset", "")] += 1
-            tags += len(row.get("images", []))
-    counts = dict(rows_out=kinds.total(), kinds=dict(kinds), subsets=dict(sorted(subsets.items())))
-    return counts | dict(image_tags=tags)
+def new_file(out: str, *sources: str) -> Path:
+    """`out` as a file that can be written; its folder is made. Raises ValueError."""
+    target = Path(out)
+    if target.is_dir():
+        raise ValueError(f"--out {out}: a folder; name the jsonl file to write")
+    if target.resolve() in [Path(s).resolve() for s in sources]:
+        raise ValueError(f"--out {out}: is the source itself; name another file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--out {out}: its folder cannot be created ({e.strerror})") from None
+    return target
+
+
+def write_lines(
+    target: Path, lines: Iterable[str], check: Callable[[Path], None] | None = None
+) -> str:
+    """Write aside, check, rename: the file is whole or as it was. Returns its sha256."""
+    partial = target.with_name(target.name + ".tmp")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        if check:
+            check(partial)
+        with open(partial, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest
+
+
+def write_info(target: Path, info: dict) -> None:
+    """FILE.info.json beside FILE, written last: for the recipes it says that FILE is there."""
+    text = json.dumps(info, indent=1, ensure_ascii=False)
+    write_lines(target.with_name(target.name + ".info.json"), [text])
 
 
 def print_report(info: dict, out: str) -> None:
@@ -193,13 +248,11 @@ def download(name: str, out: str, revision: str | None = None) -> dict:
     try:
         from huggingface_hub import HfApi, snapshot_download
 
-        if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        if not re.fullmatch("[0-9a-f]{40}", revision):
             revision = HfApi().dataset_info(hub, revision=revision or None).sha
         snapshot_download(
             hub, repo_type="dataset", revision=revision, allow_patterns=files, local_dir=out
         )
-    except ImportError:
-        raise ValueError("downloading needs huggingface_hub; pip install it") from None
     except Exception as e:  # no connection, proxy, unknown revision, no permission: hub and httpx
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         raise ValueError(

@@ -1,8 +1,7 @@
 """A part of a converted file, chosen by length and by difficulty.
 
     python -m convert select data/openthoughts.jsonl --out data/part.jsonl --chars 4000,11000
-    python -m convert select data/orz57k.jsonl --out data/part.jsonl --samples OUT --solved
-    0.25,0.75
+    python -m convert select data/orz57k.jsonl --out part.jsonl --samples OUT --solved 0.25,0.75
 
 --chars: characters of all texts of a row (about three to a token in mathematics). --samples: the
 --out of an eval.py of this file with several samples a problem; kept are problems of which a share
@@ -13,22 +12,20 @@ order.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
 
-from convert.conversion import sample_keys
+from convert.conversion import new_file, sample_keys, write_info, write_lines
 from core.samples import read_samples
 
 
 def solved_shares(folder: str) -> dict[str, float]:
     """Problem id → share of its samples with reward 1, of a finished evaluation."""
-    file = Path(folder) / "samples.jsonl"
     if not (Path(folder) / "result.json").is_file():
         raise ValueError(f"--samples {folder}: no result.json: not the --out of a finished eval.py")
     rewards = defaultdict(list)
-    for sample in read_samples(file):
+    for sample in read_samples(Path(folder) / "samples.jsonl"):
         rewards[sample.id].append(sample.reward >= 1)
     return {key: sum(values) / len(values) for key, values in rewards.items()}
 
@@ -51,29 +48,26 @@ def interval(text: str) -> tuple[float, float]:
 def select(
     file: str,
     out: str,
-    chars: str = "",
+    chars: str = "0,inf",
     samples: str = "",
     solved: str = "0,1",
     limit: int = 0,
     seed: int = 0,
 ) -> dict:
     """Write the chosen rows of `file` to `out`, in their order, and counts to `out`.info.json."""
-    target = Path(out)
-    if target.resolve() == Path(file).resolve():
-        raise ValueError(f"--out {out}: is the source itself; name another file")
+    target, info = new_file(out, file), dict(locals())
     lines = [x for x in Path(file).read_text(encoding="utf-8").split("\n") if x]
     shares = solved_shares(samples) if samples else None
+    (low, high), (hard, easy) = interval(chars), interval(solved)
     dropped, kept = {"length": 0, "difficulty": 0, "not asked": 0, "beyond --limit": 0}, {}
-    low, high = interval(chars) if chars else (0, float("inf"))
-    easy, hard = interval(solved)
     for i, line in enumerate(lines):
         row = json.loads(line)
-        share = shares.get(row["id"]) if shares is not None else easy
+        share = shares.get(row["id"]) if samples else hard
         if not low <= characters(row) <= high:
             dropped["length"] += 1
         elif share is None:
             dropped["not asked"] += 1
-        elif not easy <= share <= hard:
+        elif not hard <= share <= easy:
             dropped["difficulty"] += 1
         else:
             kept[f"{i}/{line}"] = line
@@ -83,34 +77,7 @@ def select(
         kept = {key: line for key, line in kept.items() if key in chosen}
     if not kept:
         raise ValueError(f"{file}: no row is left ({dropped})")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".tmp")
-    partial.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
-    partial.replace(target)
-    info = dict(name="select", source=file, chars=chars, samples=samples, solved=solved)
-    info |= dict(limit=limit, seed=seed, rows_in=len(lines), rows_out=len(kept), dropped=dropped)
-    target.with_name(target.name + ".info.json").write_text(json.dumps(info, indent=1) + "\n")
+    write_lines(target, kept.values())
+    info |= dict(rows_in=len(lines), rows_out=len(kept), dropped=dropped)
+    write_info(target, info)
     return info
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert select",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("file", help="a converted jsonl")
-    parser.add_argument("--out", required=True, help="jsonl to write, beside it for its images")
-    parser.add_argument("--chars", default="", help="LOW,HIGH characters of a row")
-    parser.add_argument("--samples", default="", help="the --out of an eval.py of this file")
-    parser.add_argument("--solved", default="0,1", help="LOW,HIGH share of right samples")
-    parser.add_argument("--limit", type=int, default=0, help="keep this many rows; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="which rows --limit takes")
-    args = parser.parse_args(argv)
-    try:
-        info = select(**vars(args))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(
-        f"{args.out}: {info['rows_out']:,} rows of {info['rows_in']:,}; left out {info['dropped']}"
-    )

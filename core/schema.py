@@ -20,13 +20,13 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
 
 from tqdm import tqdm
 
-from core.formats import refuse_other_file, refuse_other_format
 from core.images import image_size
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -38,8 +38,7 @@ CONTROL_TOKENS = tuple(  # Qwen2.5's; those of another tokenizer are refused too
     ).split()
 )
 ROLES = ("system", "user", "assistant")
-KINDS = ("math", "choice", "open")
-ONE_OBJECT = "one JSON object on each line"
+CONVERT = "`python -m convert chat FILE --out NEW.jsonl`"
 Finding = tuple[str, str, str]  # field, why, fix: a Fault that does not know its file and line yet
 
 
@@ -76,17 +75,46 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | Fault]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            empty = False
+            empty, why = False, ""
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                why = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
             except (ValueError, RecursionError) as e:
-                row = Fault(str(path), number, "line", f"not JSON: {e}", ONE_OBJECT)
-            if not isinstance(row, (dict, Fault)):
-                why = f"a JSON {type(row).__name__}, not an object"
-                row = Fault(str(path), number, "line", why, ONE_OBJECT)
-            yield number, row
+                why = f"not JSON: {e}"
+            fix = "one JSON object on each line"
+            yield number, Fault(str(path), number, "line", why, fix) if why else row
     if empty:
         raise ValueError(f"{path}: the file is empty")
+
+
+def refuse_other_file(path: Path, head: bytes) -> None:
+    """Raise ValueError when a file that begins with `head`, some KB, is no jsonl: one line instead
+    of a fault for each of its lines."""
+    for magic, what in (
+        (b"PAR1", f"parquet; convert it with {CONVERT}"),
+        (b"[", f"one JSON list, not one object on each line; convert it with {CONVERT}"),
+        ((b"{\n", b"{\r\n"), "an object over several lines; write each object on one line"),
+        ((b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd"), "compressed; unpack it first"),
+    ):
+        if head.startswith(magic):
+            raise ValueError(f"{path}: {what}")
+    if b"\0" in head:
+        raise ValueError(f"{path}: binary or UTF-16, not jsonl; jsonl is UTF-8 text")
+
+
+def refuse_other_schema(path: str | Path, rows: Sequence[object], schema: str) -> None:
+    """Raise ValueError when all of a file's first rows are of the other schema, or of neither."""
+    rows = [row for row in rows if isinstance(row, dict)]
+    kinds = {("messages" in row, "question" in row) for row in rows}
+    if kinds == {(False, False)}:
+        fields = ", ".join(rows[0])[:200]
+        raise ValueError(
+            f"{path}: of neither schema (no messages, no question; fields: {fields}). {CONVERT} "
+            "reads ShareGPT, Alpaca and prompt/completion"
+        )
+    if kinds == {(schema == "problem", schema == "conversation")}:
+        found = "problems" if schema == "conversation" else "conversations"
+        raise ValueError(f"{path}: a file of {found}, where one of {schema}s is needed")
 
 
 # ---------------------------------------------------------------------- one row
@@ -94,7 +122,7 @@ def text_findings(value: object, field: str, forbidden: re.Pattern) -> Iterator[
     """Of a text that must be there."""
     if not isinstance(value, str):
         why = "missing" if value is None else f"{type(value).__name__} instead of text"
-        yield field, why, "write it as a string"
+        yield field, why, f"write it as a string; for parts of text and images: {CONVERT}"
     elif not value.strip():
         yield field, "empty", "fill it in or remove the row"
     elif found := forbidden.search(value):
@@ -104,19 +132,18 @@ def text_findings(value: object, field: str, forbidden: re.Pattern) -> Iterator[
         yield field, "half of a surrogate pair, not a character", "write the file as UTF-8"
 
 
-def image_findings(images: object, folder: Path, marks: int, optional: bool) -> Iterator[Finding]:
+def image_findings(images: object, folder: Path, tags: int, optional: bool) -> Iterator[Finding]:
     """Of the field `images`, given the number of `<image>` in the text; optional: it may be 0."""
     names = [] if images is None else images
     if not (isinstance(names, list) and all(isinstance(i, str) and i for i in names)):
         yield "images", "not a list of file names", 'as in ["img/1.png"]'
         return
-    if marks != len(names) and not (optional and marks == 0):
-        why = f"{marks} <image> in the text, {len(names)} images"
+    if tags != len(names) and not (optional and tags == 0):
+        why = f"{tags} <image> in the text, {len(names)} images"
         yield "images", why, "one <image> for each image, in order"
     for name in names:
         if name[:5] == "data:" or len(name) > 1000:
-            fix = "`python -m convert chat FILE --out NEW.jsonl` writes images to files"
-            yield "images", f"{name[:40]}… is no file name", fix
+            yield "images", f"{name[:40]}… is no file name", f"{CONVERT} writes images to files"
         elif isinstance(size := image_size(folder / name), str):
             yield "images", size, "a readable file, relative to the jsonl's folder"
 
@@ -128,7 +155,7 @@ def conversation_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Ite
         why = "not a list" if messages else "missing or empty"
         yield "messages", why, "a list of {role, content}"
         return
-    roles, marks = [], 0
+    roles, tags = [], 0
     for i, m in enumerate(messages):
         field = f"messages[{i}]"
         if not isinstance(m, dict):
@@ -145,7 +172,7 @@ def conversation_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Ite
             fix = "images belong to user turns; rewrite the text"
             yield f"{field}.content", "<image> in an assistant turn", fix
         else:
-            marks += here
+            tags += here
     if len(roles) == len(messages) and all(role in ROLES for role in roles):
         if "assistant" not in roles:
             yield "messages", "no assistant turn", "there is nothing to learn from this row"
@@ -153,7 +180,7 @@ def conversation_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Ite
             yield "messages", "begins with the assistant", "a user turn comes before it"
         if "system" in roles[1:]:
             yield "messages", "system turn after the first place", "put it first"
-    yield from image_findings(row.get("images"), folder, marks, optional=False)
+    yield from image_findings(row.get("images"), folder, tags, optional=False)
 
 
 def problem_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator[Finding]:
@@ -167,7 +194,7 @@ def problem_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator
         yield "subset", "not text", "write it as a string"
     if not isinstance(row.get("meta") or {}, dict):
         yield "meta", "not an object", '{"name": value}'
-    if kind not in KINDS:
+    if kind not in ("math", "choice", "open"):
         why = "missing" if kind is None else f"unknown kind {kind!r:.40}"
         yield "kind", why, "math, choice or open"
     if options is not None and not (isinstance(options, list) and 1 <= len(options) <= 26):
@@ -185,8 +212,11 @@ def problem_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator
     elif options and kind in ("math", "open"):
         yield "options", f"given for kind {kind!r}", "only kind 'choice' has options"
     texts = [t for t in [row.get("question"), *(options or [])] if isinstance(t, str)]
-    marks = sum(t.count("<image>") for t in texts)
-    yield from image_findings(row.get("images"), folder, marks, optional=True)
+    tags = sum(t.count("<image>") for t in texts)
+    yield from image_findings(row.get("images"), folder, tags, optional=True)
+
+
+FINDINGS = {"conversation": conversation_findings, "problem": problem_findings}
 
 
 def control_tokens(tokenizer=None) -> re.Pattern:
@@ -205,12 +235,11 @@ def scan(
     A row's image paths become absolute. A problem's id must be new: seeds and resumed evaluations
     use it. Raises ValueError for a missing or empty file, and for one in another format.
     """
-    findings = {"conversation": conversation_findings, "problem": problem_findings}[schema]
     forbidden, seen = forbidden or control_tokens(), {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         folder, rows = Path(path).resolve().parent, read_jsonl(path)
         first = list(islice(rows, 20))  # missing or empty: an error at once
-        refuse_other_format(path, [row for _, row in first], schema)
+        refuse_other_schema(path, [row for _, row in first], schema)
         rows = iter(progress(chain(first, rows), f"checking {Path(path).name}"))
         while batch := list(islice(rows, 256)):
             read_images(batch, folder)
@@ -218,16 +247,18 @@ def scan(
                 if isinstance(row, Fault):
                     yield str(path), line, None, [row]
                     continue
-                faults = [Fault(str(path), line, *f) for f in findings(row, folder, forbidden)]
+                found = [
+                    Fault(str(path), line, *f) for f in FINDINGS[schema](row, folder, forbidden)
+                ]
                 if schema == "problem" and isinstance(row.get("id"), str):
                     if before := seen.get(row["id"]):
                         why = f"{row['id']!r:.80} is already used in {before}"
                         fix = "give every problem its own id"
-                        faults.append(Fault(str(path), line, "id", why, fix))
+                        found.append(Fault(str(path), line, "id", why, fix))
                     seen.setdefault(row["id"], f"{path}:{line}")
-                if not faults and row.get("images"):
+                if not found and row.get("images"):
                     row["images"] = [str(folder / name) for name in row["images"]]
-                yield str(path), line, row, faults
+                yield str(path), line, row, found
 
 
 def read_images(rows: Iterable[tuple[int, dict | Fault]], folder: Path) -> None:
@@ -251,26 +282,18 @@ def refuse(faults: list[Fault], skip_bad_rows: bool, good: int) -> None:
         )
 
 
-def load(paths, schema: str, skip_bad_rows: bool) -> tuple[list[dict], list[Fault]]:
+def load_rows(
+    paths: Sequence[str | Path] | str | Path, schema: str, *, skip_bad_rows: bool = False
+) -> tuple[list[dict], list[Fault]]:
+    """All good rows (image paths absolute), and the faults of the others, which the caller logs.
+    Raises ValueError with the first bad rows unless skip_bad_rows."""
     good, faults = [], []
     for _, _, row, bad in scan(paths, schema):
         faults += bad
-        if not bad:
-            good.append(row)
+        good += [] if bad else [row]
     refuse(faults, skip_bad_rows, len(good))
     return good, faults
 
 
-def load_conversations(
-    paths: Sequence[str | Path] | str | Path, *, skip_bad_rows: bool = False
-) -> tuple[list[dict], list[Fault]]:
-    """All good rows (image paths absolute), and the faults of the others, which the caller logs.
-    Raises ValueError with the first bad rows unless skip_bad_rows."""
-    return load(paths, "conversation", skip_bad_rows)
-
-
-def load_problems(
-    paths: Sequence[str | Path] | str | Path, *, skip_bad_rows: bool = False
-) -> tuple[list[dict], list[Fault]]:
-    """As load_conversations, for the problem schema."""
-    return load(paths, "problem", skip_bad_rows)
+load_conversations = partial(load_rows, schema="conversation")
+load_problems = partial(load_rows, schema="problem")

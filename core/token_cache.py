@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +26,11 @@ from core.schema import Fault, progress
 ROWS_PER_PART = 1024
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json
 special_tokens_map.json chat_template.json chat_template.jinja preprocessor_config.json""".split()
-DROPPED = ("dropped_overlong", "dropped_cut_image", "dropped_nothing_to_learn")
+DROPPED = {  # counts in `stats`, and what they say
+    "dropped_overlong": "dropped for being longer than --max_len",
+    "dropped_nothing_to_learn": "dropped with nothing supervised within --max_len",
+    "dropped_cut_image": "dropped because --max_len cuts an image",
+}
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,8 @@ class TokenizedDataset:
         s = self.stats
         text = f"{s['rows']} rows, {s['documents']} documents of {s['tokens']} tokens, "
         text += f"{s['supervised']} of them supervised"
-        for name, what in (
-            ("truncated", "truncated at --max_len"),
-            ("bad_rows", "bad rows skipped"),
-            ("dropped_overlong", "dropped for being longer than --max_len"),
-            ("dropped_nothing_to_learn", "dropped with nothing supervised within --max_len"),
-            ("dropped_cut_image", "dropped because --max_len cuts an image"),
-        ):
-            text += f"; {s[name]} {what}" if s[name] else ""
-        return text
+        counts = {"truncated": "truncated at --max_len", "bad_rows": "bad rows skipped", **DROPPED}
+        return text + "".join(f"; {s[name]} {what}" for name, what in counts.items() if s[name])
 
     def get(self, i: int) -> Document:
         at, images = slice(self.offsets[i], self.offsets[i + 1]), self.images.get(int(i), [])
@@ -101,60 +99,60 @@ def cache_key(
     return digest.hexdigest()[:20]
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What happens to documents of more than max_len tokens."""
-
-    max_len: int
-    overlong: str  # truncate | drop | error
-    image_token_id: int | None
-
-    def dropped(self, tokens: np.ndarray, loss_mask: np.ndarray, source: str) -> str | None:
-        """None: the first max_len tokens are a document. Else the count that it goes to."""
-        if len(tokens) > self.max_len:
-            if self.overlong == "error":
-                raise ValueError(
-                    f"{source}: {len(tokens)} tokens, max_len is {self.max_len}; raise --max_len, "
-                    "or choose --overlong truncate or drop"
-                )
-            if self.overlong == "drop":
-                return "dropped_overlong"
-            if self.image_token_id is not None and self.image_token_id in tokens[self.max_len :]:
-                return "dropped_cut_image"
-        return None if loss_mask[1 : self.max_len].any() else "dropped_nothing_to_learn"
-
-
-def write_parts(
-    folder: Path,
+def build_cache(
+    final: Path,
     rows: Iterator[tuple[str, int, dict | None, list[Fault]]],
     encode: Callable[[list[dict]], Iterator[tuple[np.ndarray, np.ndarray]]],
-    cut: Cut,
-    total: int,
-) -> int:
-    """Tokenise checked rows (see `scan`) ROWS_PER_PART at a time, each part into a file of its own;
-    parts that exist are kept. encode: rows → (tokens, loss_mask) of each. Returns how many parts.
+    keep: Callable[[np.ndarray, np.ndarray, str], str | None],
+    *,
+    max_len: int,
+    **meta,
+) -> None:
+    """Make the cache directory `final` from checked rows (see `scan`). After a kill it continues
+    with the first part that is missing. Two processes may make the same one at once: each part and
+    the whole appear by a rename, and the first one wins.
+
+    encode: rows → (tokens, loss_mask) of each. keep(tokens, loss_mask, source) → None for a
+    document, cut to max_len, else the name of the count that it goes to. meta: for meta.json.
     """
+    parts = final.with_name(f"{final.name}.parts")
+    aside = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+    try:
+        number = write_parts(parts, rows, encode, keep, max_len)
+        join_parts(parts, number, aside, **meta)
+        aside.rename(final)
+    except OSError:
+        if not (final / "meta.json").is_file():  # else another process was first: all is there
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def write_parts(folder: Path, rows, encode, keep, max_len: int) -> int:
+    """Tokenise ROWS_PER_PART rows at a time, each part into a file of its own; parts that exist are
+    kept. Returns how many there are."""
     folder.mkdir(parents=True, exist_ok=True)
-    bar = progress(None, "tokenising", total)
+    bar = progress(None, "tokenising")
     for number in count():
         batch = list(islice(rows, ROWS_PER_PART))
         part = folder / f"{number:06d}.npz"
+        bar.update(len(batch))
         if not batch:
             return number
-        good = [(file, line, row) for file, line, row, bad in batch if not bad]
-        bar.update(len(good))
         if part.is_file():
             continue
+        good = [(file, line, row) for file, line, row, bad in batch if not bad]
         stats = Counter(rows=len(batch), bad_rows=len(batch) - len(good))
         index, kept, masks, rest = [], [], [], []
         for (file, line, row), (tokens, loss_mask) in zip(good, encode([row for *_, row in good])):
-            reason = cut.dropped(tokens, loss_mask, f"{file}:{line}")
+            reason = keep(tokens, loss_mask, f"{file}:{line}")
             stats[reason or "documents"] += 1
             if reason:
                 continue
-            stats["truncated"] += len(tokens) > cut.max_len
-            kept.append(tokens[: cut.max_len])
-            masks.append(loss_mask[: cut.max_len])
+            stats["truncated"] += len(tokens) > max_len
+            kept.append(tokens[:max_len])
+            masks.append(loss_mask[:max_len])
             index.append((len(kept[-1]), int(masks[-1][1:].sum()), line))
             rest.append((file, row.get("images") or []))
         aside = folder / f"{number:06d}.{os.getpid()}.tmp.npz"
@@ -168,7 +166,9 @@ def write_parts(
         aside.rename(part)
 
 
-def join_parts(parts: Path, number: int, out: Path, pad: int | None, faults: list[str]) -> None:
+def join_parts(
+    parts: Path, number: int, out: Path, image_token_id: int | None, faults: list[str]
+) -> None:
     """Parts 0 … number-1 → tokens.bin, loss_mask.bin, index.npy, meta.json in the folder `out`."""
     out.mkdir(parents=True)
     stats, index, sources, images = Counter(), [], [], {}
@@ -188,14 +188,13 @@ def join_parts(parts: Path, number: int, out: Path, pad: int | None, faults: lis
     if not sources:
         raise ValueError(
             f"no document has anything to learn within max_len ({dict(stats)}); raise --max_len, "
-            "or look at the rows with `python -m tools.inspect`"
+            "or look at the rows with `python -m tools.check FILE --model DIR`"
         )
-    table, names = np.concatenate(index), sorted(set(sources))
-    numbers = {name: i for i, name in enumerate(names)}
-    table = np.column_stack([table, [numbers[name] for name in sources]]).astype(np.int64)
+    names, numbers = np.unique(sources, return_inverse=True)
+    table = np.column_stack([np.concatenate(index), numbers]).astype(np.int64)
     totals = dict(tokens=int(table[:, 0].sum()), supervised=int(table[:, 1].sum()), faults=faults)
     stats = dict.fromkeys(("documents", "truncated", *DROPPED), 0) | stats | totals
-    meta = dict(stats=stats, files=names, images=images, image_token_id=pad)
+    meta = dict(stats=stats, files=names.tolist(), images=images, image_token_id=image_token_id)
     meta["data_hash"] = "".join(digest.hexdigest()[:32] for digest in digests)
     np.save(out / "index.npy", table)
     (out / "meta.json").write_text(json.dumps(meta))

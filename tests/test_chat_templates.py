@@ -42,7 +42,7 @@ def test_the_supervised_tokens_follow_the_very_prompt_of_generation(case, reply)
     start, end = np.flatnonzero(mask)[[0, -1]]
     assert mask[start : end + 1].all()
     problem = {"id": "1", "kind": "math", "question": "What is 2 + 2?"}
-    assert tokens[:start].tolist() == data.prompt_tokens(problem, tokenizer, [], "plain")
+    assert tokens[:start].tolist() == data.prompt_tokens(problem, tokenizer, None, "plain")
     trained = tokenizer.decode(tokens[start : end + 1])
     whole = tokenizer.decode(tokens)
     assert trained.endswith(ANSWER.replace("\n", "") + "<|im_end|>") or trained.endswith(

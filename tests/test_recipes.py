@@ -25,6 +25,7 @@ from convert import from_samples, public, releases
 from convert.__main__ import main as convert_main
 from core import schema
 from core.images import ImageConfig
+from core.samples import Sample
 from toy import table as toy_table
 from toy import world as toy
 
@@ -259,7 +260,7 @@ def test_direct_rows_hold_the_question_and_the_boxed_answer_alone():
             {"from": "assistant", "value": reply},
         ]
     )
-    assert [m["content"] for m in public.openthoughts_direct(row, 0, None)["messages"]] == [
+    assert [m["content"] for m in public.openthoughts_direct(row)["messages"]] == [
         "Half of 1?",
         "<answer>\n\\frac{1}{2}\n</answer>",
     ]
@@ -270,6 +271,7 @@ def sample(**changes) -> dict:
     return {
         "id": "q",
         "sample": 0,
+        "tokens": [1],
         "prompt": "6·7?",
         "text": "<think>six sevens</think>\n<answer>42</answer>",
         "finish_reason": "stop",
@@ -294,7 +296,7 @@ def sample(**changes) -> dict:
 )
 def test_what_a_student_must_not_learn_is_left_out(changes, reason):
     """Wrong, cut or broken traces in the data teach exactly that."""
-    made = from_samples.as_conversation(sample(**changes), False)
+    made = from_samples.as_conversation(Sample(**sample(**changes)), False)
     assert isinstance(made, str) and reason in made
 
 
@@ -309,7 +311,7 @@ def test_what_a_student_must_not_learn_is_left_out(changes, reason):
 def test_kept_samples_have_the_form_of_the_first_stage(text, open_thought):
     """QwQ's template opens the thought in the prompt, so its text has no <think>; other teachers
     box their answers."""
-    made = from_samples.as_conversation(sample(text=text), open_thought)
+    made = from_samples.as_conversation(Sample(**sample(text=text)), open_thought)
     assert made["messages"] == [
         {"role": "user", "content": "6·7?"},
         {"role": "assistant", "content": "<think>\nsix sevens\n</think>\n<answer>\n42\n</answer>"},
@@ -321,17 +323,14 @@ def test_from_samples_reads_an_evaluation_and_counts(tmp_path, capsys):
         sample(),
         sample(sample=1),
         sample(sample=2, text="<think>b</think><answer>42</answer>"),
-        sample(sample=3, text="<think>c</think><answer>42</answer>"),
         sample(id="r", reward=0.0),
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "config.json").write_text('{"open_thought": false}')
-    convert_main(
-        ["from_samples", str(tmp_path), "--out", str(tmp_path / "traces.jsonl"), "--most", "2"]
-    )
+    convert_main(["from_samples", str(tmp_path), "--out", str(tmp_path / "traces.jsonl")])
     said = capsys.readouterr().out
     assert "2 samples of 1 problems kept" in said and "1 not: the same as another" in said
-    assert "1 not: beyond 2 of its problem" in said and "1 not: wrong" in said
+    assert "1 not: wrong" in said
     good, faults = data.load_conversations(tmp_path / "traces.jsonl")
     assert len(good) == 2 and not faults
 
@@ -355,9 +354,9 @@ def test_from_samples_names_what_is_missing(tmp_path):
         from_samples.from_samples(str(tmp_path), str(tmp_path / "x"))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "samples.jsonl").write_text(
-        json.dumps({"id": "q", "sample": 0, "prompt": "", "text": ""}) + "\n"
+        json.dumps({k: v for k, v in sample().items() if k != "lenient"}) + "\n"
     )
-    with pytest.raises(ValueError, match="samples.jsonl:1: not graded"):
+    with pytest.raises(ValueError, match="samples.jsonl: not graded"):
         from_samples.from_samples(str(tmp_path), str(tmp_path / "x"))
 
 

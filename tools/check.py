@@ -1,8 +1,11 @@
-"""Name every bad row before training: `python -m tools.check FILE… [--model DIR --max_len N]`.
+"""Look at data before training: `python -m tools.check FILE… [--model DIR --max_len N --row I]`.
 
 Reads whole files of either schema and names every fault with line, field and fix: what training
 refuses (core/schema.py), and what it would silently learn from: exact duplicates, empty thoughts,
 unclosed tags, golds that no answer can match, rows longer than --max_len. Exit code 1 if any.
+
+With --model also the lengths in that model's tokens, and one good row as the model sees it with
+its loss mask. A problem is its training prompt, with nothing supervised.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import sys
 from itertools import islice
 from typing import Iterator, Sequence
 
+import numpy as np
+
 import data
 import rewards
 from core.images import ImageConfig
 from core.schema import Fault, Finding, control_tokens, read_jsonl, scan
 
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
+QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
 
 def schema_of(path: str) -> str:
@@ -69,26 +75,27 @@ def gold_findings(row: dict) -> Iterator[Finding]:
         yield "answer", f"does not equal itself: {why}", "fix the gold; no answer could earn reward"
 
 
-def row_lengths(
-    rows: Sequence[dict], schema: str, tokenizer, images: ImageConfig | None
-) -> list[int]:
-    """Tokens of each row: the whole conversation, or a problem's training prompt."""
-    if schema == "conversation":
-        return [len(tokens) for tokens, _ in data.encode_conversations(rows, tokenizer, images)]
-    return [len(data.render_problem(row, tokenizer, images, "train").tokens) for row in rows]
-
-
-def image_config(model_dir: str | None, rows: Sequence[dict]) -> ImageConfig | None:
-    with_images = model_dir and any(row.get("images") for row in rows)
-    return ImageConfig.from_dir(model_dir) if with_images else None
+def encode(rows: list[dict], tokenizer, model_dir: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, loss_mask) of each row of either schema."""
+    with_images = any(row.get("images") for row in rows)
+    images = ImageConfig.from_dir(model_dir) if with_images else None
+    if "messages" in rows[0]:
+        return list(data.encode_conversations(rows, tokenizer, images))
+    prompts = [np.array(data.prompt_tokens(row, tokenizer, images, "train")) for row in rows]
+    return [(tokens, np.zeros(len(tokens), bool)) for tokens in prompts]
 
 
 def check_files(
-    paths: Sequence[str], schema: str, model_dir: str | None = None, max_len: int | None = None
+    paths: Sequence[str],
+    schema: str,
+    model_dir: str | None = None,
+    max_len: int | None = None,
+    number: int = 0,
 ) -> tuple[int, int, list[Fault]]:
-    """Rows, rows that training refuses, and all faults of files that have one schema."""
+    """Rows, rows that training refuses, and all faults of files that have one schema. With
+    model_dir it prints lengths, and the good row `number` (from 0)."""
     tokenizer = data.load_tokenizer(model_dir) if model_dir else None
-    faults, seen, n, refused = [], {}, 0, 0
+    faults, seen, n, refused, lengths, shown = [], {}, 0, 0, [], ""
     rows = scan(paths, schema, control_tokens(tokenizer))
     while batch := list(islice(rows, 256)):
         n += len(batch)
@@ -101,19 +108,54 @@ def check_files(
                 faults.append(Fault(file, line, "row", f"says the same as {first}", "remove one"))
             findings = tag_findings(row) if schema == "conversation" else gold_findings(row)
             faults += [Fault(file, line, *f) for f in findings]
-        if max_len and good:
-            rows_alone = [row for *_, row in good]
-            images = image_config(model_dir, rows_alone)
-            lengths = row_lengths(rows_alone, schema, tokenizer, images)
-            for (file, line, _), length in zip(good, lengths):
-                if length > max_len:
-                    why, fix = f"{length} tokens, max_len is {max_len}", "see --overlong"
-                    faults.append(Fault(file, line, "row", why, fix))
+        encoded = (
+            encode([row for *_, row in good], tokenizer, model_dir) if model_dir and good else []
+        )
+        for (file, line, _), (tokens, mask) in zip(good, encoded):
+            if max_len and len(tokens) > max_len:
+                why, fix = f"{len(tokens)} tokens, max_len is {max_len}", "see --overlong"
+                faults.append(Fault(file, line, "row", why, fix))
+            if len(lengths) == number:
+                shown = (
+                    f"\n{file}:{line}, supervised text in ⟦ ⟧:\n{marked(tokens, mask, tokenizer)}"
+                )
+            lengths.append((len(tokens), mask.sum()))
+    if lengths:
+        print_lengths(np.array(lengths), schema, max_len)
+        print(shown)
     return n, refused, sorted(faults, key=lambda f: (paths.index(f.file), f.line))
 
 
+def print_lengths(lengths: np.ndarray, schema: str, max_len: int | None) -> None:
+    """lengths (N, 2): tokens of each row, and how many are supervised."""
+    for name, values in zip(("tokens", "supervised"), lengths.T[: 1 + (schema == "conversation")]):
+        found = np.percentile(values, QUANTILES).round().astype(int)
+        shown = "  ".join(f"{q}%: {v}" for q, v in zip(QUANTILES, found))
+        print(f"{name:<11}{shown}  mean: {values.mean():.0f}")
+    if max_len:
+        tokens = lengths[:, 0]
+        longer, kept = tokens > max_len, np.minimum(tokens, max_len).sum() / tokens.sum()
+        print(
+            f"max_len {max_len}: {longer.sum()} rows are longer ({longer.mean():.1%}); "
+            f"truncating them keeps {kept:.1%} of all tokens"
+        )
+
+
+def marked(tokens: np.ndarray, mask: np.ndarray, tokenizer) -> str:
+    """Text of a row, supervised text in ⟦ ⟧; long pieces lose their middle."""
+    ends = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
+    out = []
+    for a, b in zip(ends, ends[1:]):
+        text = tokenizer.decode(tokens[a:b])
+        text = re.sub(r"(<\|image_pad\|>)+", lambda m: f"<|image_pad|> × {m[0].count('|>')}", text)
+        if (more := len(text) - 2000) > 0:
+            text = f"{text[:1000]}\n… {more} characters …\n{text[-1000:]}"
+        out.append(f"⟦{text}⟧" if mask[a] else text)
+    return "".join(out)
+
+
 def check(
-    paths: Sequence[str], model_dir: str | None = None, max_len: int | None = None
+    paths: Sequence[str], model_dir: str | None = None, max_len: int | None = None, number: int = 0
 ) -> list[Fault]:
     """Print every fault of the files, then what they add up to; returns them."""
     if max_len is not None and max_len < 1:
@@ -125,7 +167,7 @@ def check(
     found = []
     for schema in sorted(set(schemas)):
         mine = [p for p, s in zip(paths, schemas) if s == schema]
-        rows, refused, faults = check_files(mine, schema, model_dir, max_len)
+        rows, refused, faults = check_files(mine, schema, model_dir, max_len, number)
         for fault in faults:
             print(fault)
         print(
@@ -144,11 +186,12 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="+", help="jsonl files of either schema")
-    parser.add_argument("--model", help="model directory, for its control tokens and --max_len")
+    parser.add_argument("--model", help="model directory: its control tokens, lengths, a loss mask")
     parser.add_argument("--max_len", type=int, help="name rows of more tokens")
+    parser.add_argument("--row", type=int, default=0, help="which good row to show, from 0")
     args = parser.parse_args(argv)
     try:
-        if check(args.files, args.model, args.max_len):
+        if check(args.files, args.model, args.max_len, args.row):
             raise SystemExit(1)
     except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
