@@ -1,12 +1,13 @@
-# Sourced by the recipes: where things are, and one function for each kind of step. Every step looks first whether it is
-# done, so a recipe that was stopped is started again with the same command and goes on where it was.
+# Sourced by the recipes: where things are, and one function for each kind of step. A step that is
+# done is skipped, so a recipe that was stopped resumes when you rerun the same command.
 #
-#   NPROC=8        GPUs of this node                 MODEL=…   the model to start from (hub id or directory)
-#   RUNS=runs      runs and evaluations go here      DATA=data converted jsonl, RAW=data/raw the releases
-#   LORA=32        train adapters of this rank instead of all weights: a 7B on one GPU (docs/memory.md)
+#   NPROC=8        GPUs of this node
+#   MODEL=…        the model to start from (hub id or directory)
+#   RUNS=runs      runs and evaluations; DATA=data: converted jsonl; RAW=data/raw: the releases
+#   LORA=32        train adapters of this rank: a 7B on one GPU (docs/memory.md)
 #   SFT= RL= EVAL= flags added to every train_sft.py, train_grpo.py, eval.py
-#   NNODES=2 NODE_RANK=0|1 MASTER=host:29500         more nodes: the same command on each, on a shared file system
-#   SMOKE=1        the same lines with tiny weights (of MODEL's architecture) and a few made-up rows, on CPU in minutes
+#   NNODES=2 NODE_RANK=0|1 MASTER=host:29500         the same command on each node, on a shared disk
+#   SMOKE=1        tiny weights (of MODEL's architecture) and a few made-up rows, on CPU in minutes
 #   VENV=none      use the python on the PATH; else .venv is made and filled on first use
 set -euo pipefail
 if [ $# != 0 ]; then  # a recipe takes no arguments: --help prints its head and starts nothing
@@ -22,11 +23,14 @@ if [ "$SMOKE" = 1 ]; then
     NPROC=${NPROC:-1} RUNS=${RUNS:-runs/smoke} WANTED=${MODEL:-}
     RAW=$RUNS/raw DATA=$RUNS/data MODEL=$RUNS/base TEACHER=$RUNS/base NEJM=$RUNS/releases/nejm
     THINK=24 STEPS=2
-    SFT_FLAGS=(--device cpu --max_len 768 --pack_len 1024 --batch_tokens 2048 --epochs 1 --checkpointing none)
-    GRPO_FLAGS=(--device cpu --steps $STEPS --prompts 4 --group 2 --max_new_tokens 48 --slots 4 --graders 1)
-    EVAL_FLAGS=(--device cpu --limit 2 --max_new_tokens 48 --answer_budget 12 --min_pixels 0 --max_pixels 0 --slots 32
+    SFT_FLAGS=(--device cpu --max_len 768 --pack_len 1024 --batch_tokens 2048 --epochs 1
+               --checkpointing none)
+    GRPO_FLAGS=(--device cpu --steps $STEPS --prompts 4 --group 2 --max_new_tokens 48 --slots 4
                 --graders 1)
-    [ "$NODE_RANK" != 0 ] || [ -d "$MODEL" ] || python recipes/smoke_data.py write "$RUNS" "$WANTED"
+    EVAL_FLAGS=(--device cpu --limit 2 --max_new_tokens 48 --answer_budget 12 --min_pixels 0
+                --max_pixels 0 --slots 32 --graders 1)
+    [ "$NODE_RANK" != 0 ] || [ -d "$MODEL" ] ||
+        python recipes/smoke_data.py write "$RUNS" "$WANTED"
     until [ -d "$MODEL" ]; do sleep 1; done
 else
     NPROC=${NPROC:-8} RUNS=${RUNS:-runs} RAW=${RAW:-data/raw} DATA=${DATA:-data}
@@ -42,8 +46,8 @@ show() { echo "+ $*"; "$@"; }
 
 launch() {  # launch SCRIPT FLAGS…: one process a GPU, on all nodes
     if [ "$NNODES" != 1 ]; then
-        show torchrun --nproc_per_node="$NPROC" --nnodes="$NNODES" --node_rank="$NODE_RANK" --rdzv_backend=c10d \
-            --rdzv_endpoint="$MASTER" "$@"
+        show torchrun --nproc_per_node="$NPROC" --nnodes="$NNODES" --node_rank="$NODE_RANK" \
+            --rdzv_backend=c10d --rdzv_endpoint="$MASTER" "$@"
     elif [ "$NPROC" != 1 ]; then
         show torchrun --standalone --nproc_per_node="$NPROC" "$@"
     else
@@ -51,14 +55,16 @@ launch() {  # launch SCRIPT FLAGS…: one process a GPU, on all nodes
     fi
 }
 
-data() {  # data NAME FLAGS…: DATA/NAME.jsonl from the published release; on more nodes the first makes it
-    local name=$1 out=$DATA/$1.jsonl; shift
-    [ ! -f "$out.info.json" ] || return 0  # written last
-    if [ "$NODE_RANK" != 0 ]; then until [ -f "$out.info.json" ]; do sleep 10; done; return; fi
-    local release=$name
-    case $name in openthoughts_direct) release=openthoughts ;; medqa_train) release=medqa ;;
-        geometry3k_test) release=geometry3k ;; esac
-    local raw=$RAW/$release
+converted() {  # converted FILE: is it there? Only the first node makes it, the others wait for it
+    if [ "$NODE_RANK" != 0 ]; then until [ -f "$1.info.json" ]; do sleep 10; done; fi
+    [ -f "$1.info.json" ]  # written last
+}
+
+data() {  # data NAME FLAGS…: DATA/NAME.jsonl from the published release
+    local name=$1 release=$1 raw out=$DATA/$1.jsonl; shift
+    ! converted "$out" || return 0
+    case $name in openthoughts_direct | medqa_train | geometry3k_test) release=${name%_*} ;; esac
+    raw=$RAW/$release
     if [ "$name" = nejm ]; then
         raw=$NEJM  # copyrighted: the user's own files
     elif [ ! -f "$raw/download.json" ]; then  # written last
@@ -69,40 +75,51 @@ data() {  # data NAME FLAGS…: DATA/NAME.jsonl from the published release; on m
     show python -m convert "$name" "$raw" --out "$out" "$@"
 }
 
-pick() {  # pick FROM NAME FLAGS…: DATA/NAME.jsonl, a part of DATA/FROM.jsonl by length or difficulty
+pick() {  # pick FROM NAME FLAGS…: DATA/NAME.jsonl, the rows of DATA/FROM.jsonl that FLAGS select
     local from=$1 out=$DATA/$2.jsonl; shift 2
-    [ ! -f "$out.info.json" ] || return 0
-    if [ "$NODE_RANK" != 0 ]; then until [ -f "$out.info.json" ]; do sleep 10; done; return; fi
-    show python -m convert select "$DATA/$from.jsonl" --out "$out" "$@"
+    converted "$out" || show python -m convert select "$DATA/$from.jsonl" --out "$out" "$@"
 }
 
 trained() { [ "$(cat "$RUNS/$1/status" 2>/dev/null)" = finished ]; }
 
 sft() {  # sft NAME FLAGS…: train_sft.py into RUNS/NAME
     local name=$1; shift
-    trained "$name" || launch train_sft.py --out "$RUNS/$name" "${SFT_FLAGS[@]}" "${LORA_FLAGS[@]}" "$@" ${SFT:-}
+    trained "$name" || launch train_sft.py --out "$RUNS/$name" \
+        "${SFT_FLAGS[@]}" "${LORA_FLAGS[@]}" "$@" ${SFT:-}
 }
 
 grpo() {  # grpo NAME FLAGS…: train_grpo.py into RUNS/NAME
     local name=$1; shift
-    trained "$name" || launch train_grpo.py --out "$RUNS/$name" "${GRPO_FLAGS[@]}" "${LORA_FLAGS[@]}" "$@" ${RL:-}
+    trained "$name" || launch train_grpo.py --out "$RUNS/$name" \
+        "${GRPO_FLAGS[@]}" "${LORA_FLAGS[@]}" "$@" ${RL:-}
 }
 
 evaluate() {  # evaluate NAME FLAGS…: eval.py into RUNS/eval/NAME
     local name=$1; shift
-    [ -f "$RUNS/eval/$name/result.json" ] || launch eval.py --out "$RUNS/eval/$name" "${EVAL_FLAGS[@]}" "$@" ${EVAL:-}
+    [ -f "$RUNS/eval/$name/result.json" ] ||
+        launch eval.py --out "$RUNS/eval/$name" "${EVAL_FLAGS[@]}" "$@" ${EVAL:-}
 }
 
-both_protocols() {  # both_protocols NAME MODEL OTHER|- FILES…: greedy, and 5 samples at 0.3; compared with OTHER's
-    local name=$1 model=$2 other=$3; shift 3
-    local against=()
+both_protocols() {  # both_protocols NAME MODEL OTHER|- FILES…: greedy, and 5 samples at 0.3
+    local name=$1 model=$2 other=$3 against=(); shift 3
+    local flags=(--model "$model" --data "$@" --think_budget $THINK)
     [ "$other" = - ] || against=(--compare "$RUNS/eval/${other}_greedy")
-    evaluate "${name}_greedy" --model "$model" --data "$@" --think_budget $THINK "${against[@]}"
+    evaluate "${name}_greedy" "${flags[@]}" "${against[@]}"
     [ "$other" = - ] || against=(--compare "$RUNS/eval/${other}_avg5")
-    evaluate "${name}_avg5" --model "$model" --data "$@" --think_budget $THINK --samples 5 --temperature 0.3 "${against[@]}"
+    evaluate "${name}_avg5" "${flags[@]}" --samples 5 --temperature 0.3 "${against[@]}"
 }
 
-benchmarks() {  # benchmarks NAME…: make each and print its file; NEJM only where NEJM=folder names the user's files
+compare() {  # compare PAPER_NAME=EVALUATION…: beside the paper's tables, under both protocols
+    [ "$NODE_RANK" = 0 ] || return 0
+    local protocol pair runs
+    for protocol in greedy avg5; do
+        runs=()
+        for pair in "$@"; do runs+=("${pair%%=*}=$RUNS/eval/${pair#*=}_$protocol"); done
+        show python results/compare.py "${runs[@]}"
+    done
+}
+
+benchmarks() {  # benchmarks NAME…: make each and print its file; NEJM only if the user has it
     local name limit
     for name in "$@"; do
         if [ "$name" = nejm ] && [ -z "${NEJM:-}" ]; then
@@ -110,7 +127,7 @@ benchmarks() {  # benchmarks NAME…: make each and print its file; NEJM only wh
             continue
         fi
         limit=()
-        [ "$name" != omnimedvqa ] || limit=(--limit 1000)  # the paper's 1,000 are not published: ours are by hash
+        [ "$name" != omnimedvqa ] || limit=(--limit 1000)  # the paper's 1,000 are not published
         data "$name" "${limit[@]}" >&2
         echo "$DATA/$name.jsonl"
     done

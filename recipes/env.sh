@@ -1,13 +1,15 @@
 # Sourced by the scripts: activate .venv, made and filled on first use. $1: the requirements file.
-# A stamp holds the file's checksum, so that a second run starts at once and a changed pin is installed.
+# A stamp holds the file's checksum: a second run starts at once, a changed pin is installed.
 [ -d .venv ] || python3 -m venv .venv
 . .venv/bin/activate
 stamp=".venv/$1.installed"
 want=$(cat requirements.txt "$1" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
     echo "installing $1 into .venv (a few minutes, once)"
-    pip install --quiet --disable-pip-version-check torch==2.13.0  # first and alone: other packages' ranges pull more
+    # torch first and alone: the ranges of other packages would pull more
+    pip install --quiet --disable-pip-version-check torch==2.13.0
     pip install --quiet --disable-pip-version-check -r "$1"
     echo "$want" > "$stamp"
 fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # one thread a process: ranks that share cores slow each other down
+# one thread a process: ranks that share cores slow each other down
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

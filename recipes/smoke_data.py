@@ -17,6 +17,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 
@@ -30,28 +31,7 @@ ROWS = 3  # of each table
 SHIPPED = ROOT / "toy" / "assets"
 
 
-# ---------------------------------------------------------------------- writing
-def write_parquet(path: Path, rows: list[dict]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
-def write_text(path: Path, rows: list, lines: bool = True) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows))
-
-
-def write_zip(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-
-
-# ---------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------- rows as they are published
 class Maker:
     """Random chains as questions with options, and as pictures."""
 
@@ -59,287 +39,165 @@ class Maker:
         self.rng = np.random.default_rng(seed)
 
     def question(self) -> dict:
-        """text, answer, options, letter, picture (png bytes) of one chain; its thought."""
+        """text, answer, options, letter, gold (its text), picture of one chain; its thought."""
         chain = toy.draw_chain(self.rng, 3)
         options, letter = toy.draw_options(self.rng, chain)
         picture = io.BytesIO()
         toy.draw_line(chain.text, self.rng).save(picture, "PNG")
-        return {
-            "text": chain.text,
-            "answer": str(chain.answer),
-            "options": options,
-            "letter": letter,
-            "picture": picture.getvalue(),
-            "thought": toy.think(chain),
-        }
+        said = dict(text=chain.text, answer=str(chain.answer), thought=toy.think(chain))
+        said |= dict(options=options, letter=letter, gold=options[LETTERS.index(letter)])
+        return said | dict(picture={"bytes": picture.getvalue(), "path": "x.png"})
 
-    def questions(self) -> list[dict]:
-        return [self.question() for _ in range(ROWS)]
+    def rows(self, form, times: int = 1) -> list:
+        """form(question, number) of ROWS questions, or that many times as many."""
+        return [form(self.question(), i) for i in range(ROWS * times)]
 
 
 def lettered(q: dict, count: int = 4) -> dict[str, str]:
     """Options by letter, filled up to `count`."""
-    return dict(
-        zip(
-            LETTERS, [*q["options"], *(f"{i}mg" for i in range(10, 10 + count - len(q["options"])))]
-        )
-    )
+    more = [f"{i}mg" for i in range(10, 10 + count - len(q["options"]))]
+    return dict(zip(LETTERS, [*q["options"], *more]))
 
 
-def embedded(q: dict) -> dict:
-    return {"bytes": q["picture"], "path": "x.png"}
+def openthoughts(q: dict, i: int) -> dict:
+    thought, solution = f"\n\n{q['thought']}\n\n", f"\n\n\\boxed{{{q['answer']}}}\n\n"
+    trace = f"<|begin_of_thought|>{thought}<|end_of_thought|>\n\n"
+    trace += f"<|begin_of_solution|>{solution}<|end_of_solution|>"
+    turns = [{"from": "user", "value": q["text"]}, {"from": "assistant", "value": trace}]
+    return {"system": "-", "conversations": turns}
 
 
-def medqa_row(q: dict, count: int) -> dict:
-    return {
-        "question": q["text"],
-        "answer": lettered(q, count)[q["letter"]],
-        "options": lettered(q, count),
-        "meta_info": "step1",
-        "answer_idx": q["letter"],
-    }
+def orz57k(q: dict, i: int) -> list[dict]:
+    gold = {"from": "assistant", "ground_truth": {"value": q["answer"]}}
+    return [{"from": "human", "value": q["text"]}, gold]
 
 
-def write_text_releases(out: Path, make: Maker) -> None:
-    """OpenThoughts, Orz, GSM8K, MMLU-Pro, MedQA in both forms."""
-    thoughts = [
-        {
-            "system": "-",
-            "conversations": [
-                {"from": "user", "value": q["text"]},
-                {
-                    "from": "assistant",
-                    "value": f"<|begin_of_thought|>\n\n{q['thought']}\n\n<|end_of_thought|>\n\n"
-                    f"<|begin_of_solution|>\n\n\\boxed{{{q['answer']}}}\n\n<|end_of_solution|>",
-                },
-            ],
-        }
-        for _ in range(8)
-        for q in make.questions()
-    ]
-    write_parquet(out / "openthoughts/data/train-00000-of-00001.parquet", thoughts)
-    write_text(
-        out / "orz57k/orz_math_57k_collected.json",
-        [
-            [
-                {"from": "human", "value": q["text"]},
-                {"from": "assistant", "ground_truth": {"value": q["answer"]}},
-            ]
-            for _ in range(3)
-            for q in make.questions()
-        ],
-        lines=False,
-    )
-    write_parquet(
-        out / "gsm8k/main/test-00000-of-00001.parquet",
-        [
-            {"question": q["text"], "answer": f"{q['thought']}\n#### {q['answer']}"}
-            for q in make.questions()
-        ],
-    )
-    write_parquet(
-        out / "mmlu_pro/data/test-00000-of-00001.parquet",
-        [
-            {
-                "question_id": i,
-                "question": q["text"],
-                "options": q["options"],
-                "answer": q["letter"],
-                "answer_index": LETTERS.index(q["letter"]),
-                "cot_content": "",
-                "category": "health" if i % 2 else "math",
-                "src": "smoke",
-            }
-            for i, q in enumerate(make.questions())
-        ],
-    )
-    for name, count in (("medqa", 5), ("medqa_4ops", 4)):
-        test, train = (
-            "".join(json.dumps(medqa_row(q, count)) + "\n" for q in make.questions())
-            for _ in range(2)
-        )
-        if count == 5:
-            write_zip(
-                out / name / "data_clean.zip",
-                {
-                    "data_clean/questions/US/test.jsonl": test.encode(),
-                    "data_clean/questions/US/train.jsonl": train.encode(),
-                },
-            )
-        else:
-            (out / name).mkdir(parents=True, exist_ok=True)
-            (out / name / "phrases_no_exclude_test.jsonl").write_text(test)
+def gsm8k(q: dict, i: int) -> dict:
+    return {"question": q["text"], "answer": f"{q['thought']}\n#### {q['answer']}"}
 
 
-def write_image_releases(out: Path, make: Maker) -> None:
-    """MMMU, MMMU-Pro, MMStar, MathVista, MathVision."""
+def mmlu_pro(q: dict, i: int) -> dict:
+    row = dict(question_id=i, question=q["text"], options=q["options"], answer=q["letter"])
+    return row | dict(category="health" if i % 2 else "math")
+
+
+def medqa(q: dict, count: int) -> dict:
+    row = dict(question=q["text"], answer=q["gold"], options=lettered(q, count))
+    return row | dict(answer_idx=q["letter"], meta_info="step1")
+
+
+def mmmu(q: dict, id: str) -> dict:
+    row = dict(id=id, question="<image 1>", options=str(q["options"]), answer=q["letter"])
+    return row | dict(image_1=q["picture"], question_type="multiple-choice")
+
+
+def mmstar(q: dict, i: int) -> dict:
+    options = ", ".join(f"{k}: {v}" for k, v in lettered(q).items())
+    row = dict(index=i, question=f"Which? \nOptions: {options}", answer=q["letter"])
+    return row | dict(image=q["picture"]["bytes"], category="math")
+
+
+def mathvista(q: dict, i: int) -> dict:
+    row = dict(pid=str(i), question="Which?", unit=None, precision=None, metadata={"task": "sums"})
+    row |= dict(decoded_image=q["picture"], image="images/x.png")
+    if i:
+        more = dict(choices=q["options"], answer=q["gold"], answer_type="text")
+        return row | more | dict(question_type="multi_choice")
+    more = dict(choices=None, answer=q["answer"], answer_type="integer")
+    return row | more | dict(question_type="free_form")
+
+
+def mathvision(q: dict, i: int) -> dict:
+    row = dict(id=str(i), question="Which? <image1>", decoded_image=q["picture"], subject="sums")
+    return row | dict(options=q["options"] if i else [], answer=q["letter"] if i else q["answer"])
+
+
+def geometry3k(q: dict, i: int) -> dict:
+    images = [q["picture"]] * (1 if i else 2)  # the first problem has two
+    problem = "<image>" * len(images) + "Find x."
+    return {"problem": problem, "answer": q["answer"], "images": images}
+
+
+def medxpertqa(q: dict, i: int) -> dict:
+    options = lettered(q, 5)
+    row = dict(id=f"MM-{i}", question=f"Which?\nAnswer Choices: {options}", options=options)
+    return row | dict(label=q["letter"], images=[f"MM-{i}.png"], medical_task="Diagnosis")
+
+
+def omnimedvqa(q: dict, i: int) -> dict:
+    row = dict(dataset="Chest", question_id=f"chest_{i}", question="Which?", gt_answer=q["gold"])
+    row |= dict(image_path=f"Images/Chest/{i}.png", modality_type="CT")
+    return row | {f"option_{k}": v for k, v in lettered(q).items()}
+
+
+def nejm(q: dict, i: int) -> dict:
+    row = dict(image_id=f"IC{i}", date=f"2020010{i + 1}", question="Which?")
+    options = {f"option_{k}": v for k, v in lettered(q, 5).items()}
+    return row | dict(correct_answer=q["letter"]) | options
+
+
+def releases(make: Maker) -> Iterator[tuple[str, list | bytes | dict]]:
+    """(file, content) of every release: rows of a table, bytes of an image, members of a zip."""
+    yield "openthoughts/data/train-0.parquet", make.rows(openthoughts, 8)
+    yield "orz57k/orz_math_57k_collected.json", make.rows(orz57k, 3)
+    yield "gsm8k/main/test-0.parquet", make.rows(gsm8k)
+    yield "mmlu_pro/data/test-0.parquet", make.rows(mmlu_pro)
+    splits = {s: make.rows(lambda q, i: medqa(q, 5)) for s in ("train", "test")}
+    members = {f"data_clean/questions/US/{s}.jsonl": rows for s, rows in splits.items()}
+    yield "medqa/data_clean.zip", members
+    yield "medqa_4ops/phrases_no_exclude_test.jsonl", make.rows(lambda q, i: medqa(q, 4))
+    both = []
     for subject in ("Pharmacy", "Math"):
-        write_parquet(
-            out / f"mmmu/{subject}/validation-00000-of-00001.parquet",
-            [
-                {
-                    "id": f"validation_{subject}_{i}",
-                    "question": "<image 1>",
-                    "options": str(q["options"]),
-                    "image_1": embedded(q),
-                    "answer": q["letter"],
-                    "question_type": "multiple-choice",
-                    "topic_difficulty": "Easy",
-                }
-                for i, q in enumerate(make.questions())
-            ],
-        )
-    write_parquet(
-        out / "mmmu_pro/standard (10 options)/test-00000-of-00001.parquet",
-        [
-            {
-                "id": f"test_{subject}_{i}",
-                "question": "<image 1>",
-                "options": str(q["options"]),
-                "image_1": embedded(q),
-                "answer": q["letter"],
-                "subject": subject,
-                "topic_difficulty": "Easy",
-            }
-            for subject in ("Pharmacy", "Math")
-            for i, q in enumerate(make.questions())
-        ],
-    )
-    write_parquet(
-        out / "mmstar/mmstar.parquet",
-        [
-            {
-                "index": i,
-                "question": "Which? \nOptions: "
-                + ", ".join(f"{k}: {v}" for k, v in lettered(q).items()),
-                "image": q["picture"],
-                "answer": q["letter"],
-                "category": "math",
-                "l2_category": "sums",
-            }
-            for i, q in enumerate(make.questions())
-        ],
-    )
-    write_parquet(
-        out / "mathvista/data/testmini-00000-of-00001.parquet",
-        [
-            {
-                "pid": str(i),
-                "question": "Which?",
-                "choices": q["options"] if i else None,
-                "unit": None,
-                "precision": None,
-                "answer": q["options"][LETTERS.index(q["letter"])] if i else q["answer"],
-                "question_type": "multi_choice" if i else "free_form",
-                "answer_type": "text" if i else "integer",
-                "decoded_image": embedded(q),
-                "image": "images/x.png",
-                "metadata": {"task": "sums", "language": "english"},
-            }
-            for i, q in enumerate(make.questions())
-        ],
-    )
-    write_parquet(
-        out / "mathvision/data/test-00000-of-00001.parquet",
-        [
-            {
-                "id": str(i),
-                "question": "Which? <image1>",
-                "options": q["options"] if i else [],
-                "answer": q["letter"] if i else q["answer"],
-                "decoded_image": embedded(q),
-                "image": "images/x.jpg",
-                "level": 1,
-                "subject": "arithmetic",
-            }
-            for i, q in enumerate(make.questions())
-        ],
-    )
-
-
-def write_geometry_release(out: Path, make: Maker) -> None:
-    """Geometry3K; the first problem has two images."""
+        rows = make.rows(lambda q, i, subject=subject: mmmu(q, f"validation_{subject}_{i}"))
+        yield f"mmmu/{subject}/validation-0.parquet", rows
+        both += make.rows(lambda q, i, subject=subject: mmmu(q, f"test_{subject}_{i}"))
+    yield "mmmu_pro/standard (10 options)/test-0.parquet", both
+    yield "mmstar/mmstar.parquet", make.rows(mmstar)
+    yield "mathvista/data/testmini-0.parquet", make.rows(mathvista)
+    yield "mathvision/data/test-0.parquet", make.rows(mathvision)
     for split in ("train", "test"):
-        rows = []
-        for i, q in enumerate(make.questions()):
-            count = 1 if i else 2
-            row = {"problem": "<image>" * count + "Find x.", "answer": q["answer"]}
-            rows.append(row | {"images": [embedded(q)] * count})
-        write_parquet(out / f"geometry3k/data/{split}-00000-of-00001.parquet", rows)
+        yield f"geometry3k/data/{split}-0.parquet", make.rows(geometry3k)
+    pictures = [make.question()["picture"]["bytes"] for _ in range(ROWS)]
+    yield "medxpertqa_mm/MM/test.jsonl", make.rows(medxpertqa)
+    images = {f"images/MM-{i}.png": picture for i, picture in enumerate(pictures)}
+    yield "medxpertqa_mm/images.zip", images
+    members = {f"OmniMedVQA/Images/Chest/{i}.png": picture for i, picture in enumerate(pictures)}
+    members["OmniMedVQA/QA_information/Open-access/Chest.json"] = make.rows(omnimedvqa)
+    yield "omnimedvqa/OmniMedVQA.zip", members
+    yield "nejm/image_challenge.json", make.rows(nejm)
+    for i, picture in enumerate(pictures):
+        yield f"nejm/images/IC{i}.png", picture
 
 
-def write_medical_releases(out: Path, make: Maker) -> None:
-    """MedXpertQA-MM, OmniMedVQA, NEJM."""
-    chosen = make.questions()
-    rows = [
-        {
-            "id": f"MM-{i}",
-            "question": f"Which? Answer Choices: {lettered(q, 5)}",
-            "options": lettered(q, 5),
-            "label": q["letter"],
-            "images": [f"MM-{i}.png"],
-            "medical_task": "Diagnosis",
-        }
-        for i, q in enumerate(chosen)
-    ]
-    write_text(out / "medxpertqa_mm/MM/test.jsonl", rows)
-    write_zip(
-        out / "medxpertqa_mm/images.zip",
-        {f"images/MM-{i}.png": q["picture"] for i, q in enumerate(chosen)},
-    )
-    chosen = make.questions()
-    rows = [
-        {
-            "dataset": "Chest",
-            "question_id": f"chest_{i}",
-            "question_type": "Modality",
-            "question": "Which?",
-            "gt_answer": q["options"][LETTERS.index(q["letter"])],
-            "image_path": f"Images/Chest/{i}.png",
-            "modality_type": "CT",
-            **{f"option_{k}": v for k, v in lettered(q).items()},
-        }
-        for i, q in enumerate(chosen)
-    ]
-    write_zip(
-        out / "omnimedvqa/OmniMedVQA.zip",
-        {
-            "OmniMedVQA/QA_information/Open-access/Chest.json": json.dumps(rows).encode(),
-            **{f"OmniMedVQA/Images/Chest/{i}.png": q["picture"] for i, q in enumerate(chosen)},
-        },
-    )
-    chosen = make.questions()
-    write_text(
-        out / "nejm/image_challenge.json",
-        [
-            {
-                "image_id": f"IC{i}",
-                "date": f"2020010{i + 1}",
-                "question": "Which?",
-                "correct_answer": q["letter"],
-                **{f"option_{k}": v for k, v in lettered(q, 5).items()},
-            }
-            for i, q in enumerate(chosen)
-        ],
-        lines=False,
-    )
-    (out / "nejm/images").mkdir()
-    for i, q in enumerate(chosen):
-        (out / f"nejm/images/IC{i}.png").write_bytes(q["picture"])
+def file_bytes(name: str, content: list | bytes | dict) -> bytes:
+    """The content as a file of the kind that its name says."""
+    if isinstance(content, bytes):
+        return content
+    if name.endswith(".jsonl"):
+        return "".join(json.dumps(row) + "\n" for row in content).encode()
+    if name.endswith(".json"):
+        return json.dumps(content).encode()
+    file = io.BytesIO()
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(file, "w") as archive:
+            for member, inside in content.items():
+                archive.writestr(member, file_bytes(member, inside))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), file)
+    return file.getvalue()
 
 
 # ---------------------------------------------------------------------- model and teacher
-def write_base(out: Path) -> None:
+def write_base(folder: Path) -> None:
     """The shipped miniature base, or random weights in the same architecture."""
-    aside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
     if list(SHIPPED.glob("*.safetensors")):
-        shutil.copytree(SHIPPED, aside)
-        aside.rename(out)
+        shutil.copytree(SHIPPED, folder)
         return
-    write_model_files(aside)
-    write_random_weights(aside)
-    aside.rename(out)
+    write_model_files(folder)
+    write_random_weights(folder)
 
 
 def write_random_weights(folder: Path, prefixes: dict[str, str] | None = None) -> None:
@@ -358,72 +216,48 @@ def write_random_weights(folder: Path, prefixes: dict[str, str] | None = None) -
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_qwen3_vl(out: Path) -> None:
+def write_qwen3_vl(folder: Path) -> None:
     """A random Qwen3-VL, tied as the 2B and 4B are, with the miniature's tokenizer."""
-    aside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    write_model_files(aside)
-    old = json.loads((aside / "config.json").read_text())
-    tower = {
-        k: old["vision_config"][k] for k in ("depth", "hidden_size", "num_heads", "in_channels")
-    }
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    config = {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": "qwen3_vl",
-        "tie_word_embeddings": True,
-        **{k: v for k, v in old.items() if k.endswith("token_id")},
-        "text_config": {
-            "model_type": "qwen3_vl_text",
-            **{k: old[k] for k in (*sizes, "num_key_value_heads", "vocab_size", "rms_norm_eps")},
-            "head_dim": 48,
-            "rope_theta": 5000000,
-            "rope_scaling": {"rope_type": "default", "mrope_section": [10, 8, 6]},
-        },
-        "vision_config": {
-            "model_type": "qwen3_vl",
-            **tower,
-            "intermediate_size": 128,
-            "out_hidden_size": old["hidden_size"],
-            "hidden_act": "gelu_pytorch_tanh",
-            "patch_size": 16,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": [0, 1],
-        },
-    }
-    images = {
-        "size": {"shortest_edge": 32 * 32, "longest_edge": 80 * 32 * 32},
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "image_processor_type": "Qwen2VLImageProcessorFast",
-        "processor_class": "Qwen3VLProcessor",
-    }
-    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (aside / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
-    write_random_weights(aside, {"model": "model.language_model", "visual": "model.visual"})
-    aside.rename(out)
+    write_model_files(folder)
+    old = json.loads((folder / "config.json").read_text())
+    sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size".split()
+    text = {k: old[k] for k in (*sizes, "num_key_value_heads", "rms_norm_eps")}
+    text |= dict(model_type="qwen3_vl_text", head_dim=48, rope_theta=5000000)
+    text["rope_scaling"] = {"rope_type": "default", "mrope_section": [10, 8, 6]}
+    tower = ("depth", "hidden_size", "num_heads", "in_channels")
+    vision = {k: old["vision_config"][k] for k in tower} | dict(intermediate_size=128)
+    vision |= dict(model_type="qwen3_vl", out_hidden_size=old["hidden_size"])
+    vision |= dict(hidden_act="gelu_pytorch_tanh", patch_size=16, temporal_patch_size=2)
+    vision |= dict(spatial_merge_size=2, num_position_embeddings=2304)
+    vision |= dict(deepstack_visual_indexes=[0, 1])
+    config = dict(architectures=["Qwen3VLForConditionalGeneration"], model_type="qwen3_vl")
+    config |= {k: v for k, v in old.items() if k.endswith("token_id")}
+    config |= dict(tie_word_embeddings=True, text_config=text, vision_config=vision)
+    images = dict(size={"shortest_edge": 32 * 32, "longest_edge": 80 * 32 * 32})
+    images |= dict(patch_size=16, temporal_patch_size=2, merge_size=2)
+    images |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, processor_class="Qwen3VLProcessor")
+    images |= dict(image_processor_type="Qwen2VLImageProcessorFast")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
+    write_random_weights(folder, {"model": "model.language_model", "visual": "model.visual"})
 
 
 def write(folder: Path, model: str = "") -> None:
     """Everything; the model last, so that a folder with a model is whole."""
-    releases, make = folder / "releases", Maker()
-    shutil.rmtree(releases, ignore_errors=True)
-    write_text_releases(releases, make)
-    write_image_releases(releases, make)
-    write_geometry_release(releases, make)
-    write_medical_releases(releases, make)
-    for release in releases.iterdir():
+    top = folder / "releases"
+    shutil.rmtree(top, ignore_errors=True)
+    for name, content in releases(Maker()):
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_bytes(file_bytes(name, content))
+    for release in top.iterdir():
         if release.name != "nejm":  # that one is the user's own folder
-            (release / "download.json").write_text(
-                json.dumps({"name": release.name, "hub": "made up"})
-            )
-    (write_qwen3_vl if "Qwen3-VL" in model else write_base)(folder / "base")
-    print(f"{folder}: base and {len(list(releases.iterdir()))} releases of {ROWS} rows and more")
+            note = json.dumps({"name": release.name, "hub": "made up"})
+            (release / "download.json").write_text(note)
+    aside = folder / "base.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    (write_qwen3_vl if "Qwen3-VL" in model else write_base)(aside)
+    aside.rename(folder / "base")
+    print(f"{folder}: base and {len(list(top.iterdir()))} releases of {ROWS} rows and more")
 
 
 def teach(out: Path, problems: Path) -> None:
@@ -439,7 +273,7 @@ def teach(out: Path, problems: Path) -> None:
         row["finish_reason"] = "stop"
         reward = rewards.reward(problem, row["text"], "stop")
         row.update(reward=reward.score, answer=reward.answer, status=reward.status)
-    write_text(out / "samples.jsonl", rows)
+    (out / "samples.jsonl").write_bytes(file_bytes("samples.jsonl", rows))
     right = sum(row["reward"] for row in rows)
     print(f"{out}: {len(rows)} samples rewritten, {right:.0f} of them right")
 

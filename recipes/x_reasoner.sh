@@ -1,24 +1,28 @@
 #!/usr/bin/env bash
-# X-Reasoner from Qwen2.5-VL-7B-Instruct: data, supervised fine-tuning, GRPO, evaluation beside the paper's tables.
+# X-Reasoner from Qwen2.5-VL-7B-Instruct: data, supervised fine-tuning, GRPO, and evaluation beside
+# the paper's tables.
 #
-#   bash recipes/x_reasoner.sh              8 GPUs of 80 GB; stopped at any point, the same command goes on
-#   SMOKE=1 bash recipes/x_reasoner.sh      every line of it with tiny weights and made-up rows, on CPU in minutes
+#   bash recipes/x_reasoner.sh              8 GPUs of 80 GB; rerun it to resume
+#   SMOKE=1 bash recipes/x_reasoner.sh      every line with tiny weights, on CPU in minutes
 #
-# Other machines (memory by arithmetic: 16 bytes a parameter for weights, gradients and AdamW in fp32, sharded over the
-# GPUs, and while sampling the whole model in bf16 on each; not measured). The gradient does not depend on the number of
-# GPUs, only the time does:
+# Other machines, by arithmetic (docs/memory.md), not measured. The gradient does not depend on the
+# number of GPUs, only the time does:
 #   4 x 80 GB    NPROC=4
-#   2 x 80 GB    NPROC=2 SFT="--adam_dtype bf16" RL="--adam_dtype bf16 --offload_optimizer --micro_tokens 8192"
-#   1 x 80 GB    NPROC=1 LORA=32: adapters instead of all weights (1 x 48 GB: RL="--kv_gb 6 --micro_tokens 8192" too);
-#                all weights of the 3B: NPROC=1 MODEL=Qwen/Qwen2.5-VL-3B-Instruct
-#                within a weekend: recipes/weekend.sh; what fits where: docs/memory.md
-#   2 nodes      NNODES=2 NODE_RANK=0|1 MASTER=first-host:29500, the same command on both, on a shared file system
-# Today's models, 2B, 4B, 8B or 32B, the same way: MODEL=Qwen/Qwen3-VL-4B-Instruct (its KV cache takes 2.6 times the memory).
+#   2 x 80 GB    NPROC=2 SFT="--adam_dtype bf16"
+#                RL="--adam_dtype bf16 --offload_optimizer --micro_tokens 8192"
+#   1 x 80 GB    NPROC=1 LORA=32: adapters instead of all weights; or all weights of the 3B:
+#                NPROC=1 MODEL=Qwen/Qwen2.5-VL-3B-Instruct; within a weekend: recipes/weekend.sh
+#   1 x 48 GB    NPROC=1 LORA=32 RL="--kv_gb 6 --micro_tokens 8192"
+#   2 nodes      NNODES=2 NODE_RANK=0|1 MASTER=first-host:29500, the same command on both, on a
+#                shared file system
+# Newer models, 2B to 32B: MODEL=Qwen/Qwen3-VL-4B-Instruct (its KV cache takes 2.6 times as much).
 # A smaller set of benchmarks: BENCHMARKS="gsm8k mmmu_pro"; a part of each: EVAL="--limit 300".
-# The paper spent 8 h on 8 or 32 A100 (it says both) for SFT and 56 h on 32 A100 for GRPO; RL="--steps 100" is a start.
-# What it leaves open, and what is done here: results/README.md.
+# The paper spent 8 h on 8 or 32 A100 (it says both) for SFT and 56 h on 32 A100 for GRPO;
+# RL="--steps 100" is a start. What it leaves open, and what is done here: results/README.md.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-BENCHMARKS=${BENCHMARKS:-gsm8k mmlu_pro mmmu mmmu_pro mmstar mathvista mathvision medqa medqa_4ops medxpertqa_mm omnimedvqa nejm}
+all="gsm8k mmlu_pro mmmu mmmu_pro mmstar mathvista mathvision"
+all+=" medqa medqa_4ops medxpertqa_mm omnimedvqa nejm"
+BENCHMARKS=${BENCHMARKS:-$all}
 
 data openthoughts
 data orz57k
@@ -30,8 +34,4 @@ grpo x_reasoner --model "$RUNS/sft/final" --data "$DATA/orz57k.jsonl"
 both_protocols base "$MODEL" - $files
 both_protocols sft "$RUNS/sft/final" base $files
 both_protocols x_reasoner "$RUNS/x_reasoner/final" base $files
-
-[ "$NODE_RANK" = 0 ] || exit 0
-e=$RUNS/eval
-show python results/compare.py base=$e/base_greedy sft=$e/sft_greedy x_reasoner=$e/x_reasoner_greedy
-show python results/compare.py base=$e/base_avg5 sft=$e/sft_avg5 x_reasoner=$e/x_reasoner_avg5
+compare base=base sft=sft x_reasoner=x_reasoner

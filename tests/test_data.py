@@ -985,7 +985,7 @@ def test_a_file_in_another_format_is_refused_with_the_command(row, lines, tmp_pa
     "content, why",
     [
         (b"PAR1\0\0", "parquet; convert it"),
-        (b"\x93NUMPY\x01\0\n" * 6000, "binary, not jsonl"),
+        (b"\x93NUMPY\x01\0\n" * 6000, "binary or UTF-16, not jsonl"),
         (json.dumps([SHAREGPT]).encode(), "one JSON list"),
         (b"\x1f\x8b\x08", "compressed"),
         ("{}".encode("utf-16"), "UTF-16"),

@@ -195,7 +195,7 @@ def recipe_sets() -> list[str]:
     text = "\n".join(p.read_text() for p in RECIPES)
     named = (
         re.findall(r"^data (\w+)", text, re.M)
-        + " ".join(re.findall(r"BENCHMARKS:-([\w ]+)", text)).split()
+        + " ".join(re.findall(r"(?:BENCHMARKS:-|\ball\+?=\")([\w ]+)", text)).split()
     )
     return sorted(set(named))
 
@@ -203,7 +203,7 @@ def recipe_sets() -> list[str]:
 def test_made_up_releases_have_the_published_forms(tmp_path, monkeypatch):
     """The recipes' converters must meet in smoke mode what they will meet in earnest: a folder for
     each set."""
-    monkeypatch.setattr(smoke_data, "write_base", lambda out: None)
+    monkeypatch.setattr(smoke_data, "write_base", Path.mkdir)
     smoke_data.write(tmp_path)
     assert len(recipe_sets()) == 18
     for name in recipe_sets():
@@ -225,23 +225,11 @@ def test_the_train_and_test_splits_of_medqa_are_read_apart(tmp_path):
     """Both lie in one zip: reading the wrong one would train on the test set."""
 
     def row(q):
-        return (
-            json.dumps(
-                {
-                    "question": q,
-                    "answer": "1",
-                    "options": dict(zip("ABCDE", "12345")),
-                    "answer_idx": "A",
-                    "meta_info": "step1",
-                }
-            )
-            + "\n"
-        )
+        options = dict(zip("ABCDE", "12345"))
+        return {"question": q, "answer": "1", "options": options, "answer_idx": "A"}
 
-    smoke_data.write_zip(
-        tmp_path / "data_clean.zip",
-        {f"data_clean/questions/US/{s}.jsonl": row(s).encode() for s in ("train", "dev", "test")},
-    )
+    splits = {f"data_clean/questions/US/{s}.jsonl": [row(s)] for s in ("train", "dev", "test")}
+    (tmp_path / "data_clean.zip").write_bytes(smoke_data.file_bytes("data_clean.zip", splits))
     for name, split in (("medqa", "test"), ("medqa_train", "train")):
         convert.convert(name, [str(tmp_path)], str(tmp_path / "out.jsonl"))
         assert [p["question"] for p in data.load_problems(tmp_path / "out.jsonl")[0]] == [split]
@@ -339,7 +327,7 @@ def test_images_of_kept_samples_are_found_from_the_new_file(tmp_path):
     """The new jsonl may lie in another folder than the problems: its paths count from there."""
     (tmp_path / "problems/img").mkdir(parents=True)
     image = tmp_path / "problems/img/1.png"
-    image.write_bytes(smoke_data.Maker().question()["picture"])
+    image.write_bytes(smoke_data.Maker().question()["picture"]["bytes"])
     (tmp_path / "samples.jsonl").write_text(
         json.dumps(sample(prompt="What? <image>", images=[str(image)])) + "\n"
     )

@@ -116,9 +116,8 @@ def check_files(
                 why, fix = f"{len(tokens)} tokens, max_len is {max_len}", "see --overlong"
                 faults.append(Fault(file, line, "row", why, fix))
             if len(lengths) == number:
-                shown = (
-                    f"\n{file}:{line}, supervised text in ⟦ ⟧:\n{marked(tokens, mask, tokenizer)}"
-                )
+                shown = f"\n{file}:{line}, supervised text in double brackets:\n"
+                shown += marked(tokens, mask, tokenizer)
             lengths.append((len(tokens), mask.sum()))
     if lengths:
         print_lengths(np.array(lengths), schema, max_len)
