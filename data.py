@@ -141,6 +141,7 @@ def tokenize_files(
             partial(encode_conversations, tokenizer=tokenizer, images=images),
             partial(reason_to_drop, max_len=max_len, overlong=overlong, pad=pad),
             max_len=max_len,
+            files=list(map(str, paths)),
             image_token_id=pad,
             faults=list(map(str, faults)),
         )

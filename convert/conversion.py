@@ -44,9 +44,9 @@ def convert(
     run, keep = Conversion(name, source, target.parent), None
     if limit is not None:  # a pass without images first: the sample is of what can be converted
         dry = Conversion(name, source, None)
-        rows = {row.get("id", str(i)): (i, row.get("subset", "")) for i, row in dry.rows()}
-        chosen = sample_keys({key: subset for key, (_, subset) in rows.items()}, limit, seed)
-        keep, run.dropped = {rows[key][0] for key in chosen}, dry.dropped
+        rows = {row.get("id", str(i)): i for i, row in dry.rows()}
+        keep = {rows[key] for key in sample_keys(rows, limit, seed)}
+        run.dropped = dry.dropped
     kinds, subsets, faults = Counter(), Counter(), []
 
     def lines() -> Iterator[str]:
@@ -98,8 +98,8 @@ class Conversion:
                     row["images"] = [self.store(image) for image in images]
                 if "messages" not in row:
                     self.schema = "problem"
-                    row |= dict(id=f"{self.name}/{i if row['id'] is None else row['id']}")
-                    row |= dict(task=self.name)
+                    id = i if row["id"] is None else row["id"]
+                    row |= dict(id=f"{self.name}/{id}", task=self.name)
                     if row["id"] in seen:
                         raise Drop("id seen before", row["id"])
                     if images:  # error bars group questions about one image
@@ -151,27 +151,10 @@ class Conversion:
         return name
 
 
-def sample_keys(subsets: dict[str, str], limit: int, seed: int) -> set[str]:
-    """`limit` keys, in proportion to their subsets (largest remainder), in a subset by sha256 of
-    "seed/key": whatever the order of the rows. subsets: key → subset.
-
-    >>> len(sample_keys({"a": "x", "b": "x", "c": "x", "d": "y"}, 3, 0) - {"d"})  # 2.25, 0.75
-    2
-    """
-    groups: dict[str, list[str]] = {}
-    for key, subset in subsets.items():
-        groups.setdefault(subset, []).append(key)
-    limit = min(limit, len(subsets))
-    share = {subset: limit * len(keys) / len(subsets) for subset, keys in groups.items()}
-    take = {subset: int(x) for subset, x in share.items()}
-    by_remainder = sorted(share, key=lambda subset: (take[subset] - share[subset], subset))
-    for subset in by_remainder[: limit - sum(take.values())]:
-        take[subset] += 1
-    chosen = set()
-    for subset, keys in groups.items():
-        keys.sort(key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
-        chosen.update(keys[: take[subset]])
-    return chosen
+def sample_keys(keys: Iterable[str], limit: int, seed: int) -> set[str]:
+    """`limit` keys by the sha256 of "seed/key": the same ones whatever the order of the rows."""
+    by_hash = sorted(keys, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+    return set(by_hash[:limit])
 
 
 def new_file(out: str, *sources: str) -> Path:
@@ -228,9 +211,9 @@ def print_report(info: dict, out: str) -> None:
 def source_revision(paths: list[str]) -> dict | None:
     """What `download` wrote beside the sources: the hub's name and the commit."""
     for path in map(Path, paths):
-        for folder in (path, *path.resolve().parents[:3]):
-            if (folder / "download.json").is_file():
-                return json.loads((folder / "download.json").read_text(encoding="utf-8"))
+        for note in (path / "download.json", path.parent / "download.json"):
+            if note.is_file():
+                return json.loads(note.read_text(encoding="utf-8"))
     return None
 
 

@@ -72,7 +72,7 @@ def select(
         else:
             kept[f"{i}/{line}"] = line
     if limit:
-        chosen = sample_keys(dict.fromkeys(kept, ""), limit, seed)
+        chosen = sample_keys(kept, limit, seed)
         dropped["beyond --limit"] = len(kept) - len(chosen)
         kept = {key: line for key, line in kept.items() if key in chosen}
     if not kept:

@@ -104,7 +104,6 @@ def build_cache(
     rows: Iterator[tuple[str, int, dict | None, list[Fault]]],
     encode: Callable[[list[dict]], Iterator[tuple[np.ndarray, np.ndarray]]],
     keep: Callable[[np.ndarray, np.ndarray, str], str | None],
-    *,
     max_len: int,
     **meta,
 ) -> None:
@@ -113,12 +112,12 @@ def build_cache(
     the whole appear by a rename, and the first one wins.
 
     encode: rows → (tokens, loss_mask) of each. keep(tokens, loss_mask, source) → None for a
-    document, cut to max_len, else the name of the count that it goes to. meta: for meta.json.
+    document, cut to max_len, else the name of the count that it goes to. meta: see `join_parts`.
     """
     parts = final.with_name(f"{final.name}.parts")
     aside = final.with_name(f"{final.name}.{os.getpid()}.tmp")
     try:
-        number = write_parts(parts, rows, encode, keep, max_len)
+        number = write_parts(parts, rows, encode, keep, max_len, meta["files"])
         join_parts(parts, number, aside, **meta)
         aside.rename(final)
     except OSError:
@@ -129,7 +128,7 @@ def build_cache(
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def write_parts(folder: Path, rows, encode, keep, max_len: int) -> int:
+def write_parts(folder: Path, rows, encode, keep, max_len: int, files: list[str]) -> int:
     """Tokenise ROWS_PER_PART rows at a time, each part into a file of its own; parts that exist are
     kept. Returns how many there are."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +143,7 @@ def write_parts(folder: Path, rows, encode, keep, max_len: int) -> int:
             continue
         good = [(file, line, row) for file, line, row, bad in batch if not bad]
         stats = Counter(rows=len(batch), bad_rows=len(batch) - len(good))
-        index, kept, masks, rest = [], [], [], []
+        index, kept, masks, images = [], [], [], {}
         for (file, line, row), (tokens, loss_mask) in zip(good, encode([row for *_, row in good])):
             reason = keep(tokens, loss_mask, f"{file}:{line}")
             stats[reason or "documents"] += 1
@@ -153,48 +152,47 @@ def write_parts(folder: Path, rows, encode, keep, max_len: int) -> int:
             stats["truncated"] += len(tokens) > max_len
             kept.append(tokens[:max_len])
             masks.append(loss_mask[:max_len])
-            index.append((len(kept[-1]), int(masks[-1][1:].sum()), line))
-            rest.append((file, row.get("images") or []))
+            if row.get("images"):
+                images[len(index)] = row["images"]
+            index.append((len(kept[-1]), int(masks[-1][1:].sum()), line, files.index(file)))
         aside = folder / f"{number:06d}.{os.getpid()}.tmp.npz"
         np.savez(
             aside,
             tokens=np.concatenate([np.zeros(0, np.int32), *kept]),
             loss_mask=np.concatenate([np.zeros(0, bool), *masks]),
-            index=np.array(index, np.int64).reshape(-1, 3),
-            rest=json.dumps([rest, stats]),
+            index=np.array(index, np.int64).reshape(-1, 4),
+            rest=json.dumps([images, stats]),
         )
         aside.rename(part)
 
 
-def join_parts(
-    parts: Path, number: int, out: Path, image_token_id: int | None, faults: list[str]
-) -> None:
-    """Parts 0 … number-1 → tokens.bin, loss_mask.bin, index.npy, meta.json in the folder `out`."""
+def join_parts(parts: Path, number: int, out: Path, faults: list[str], **meta) -> None:
+    """Parts 0 … number-1 → tokens.bin, loss_mask.bin, index.npy, meta.json in the folder `out`.
+    meta: files, the names that the index counts, and image_token_id."""
     out.mkdir(parents=True)
-    stats, index, sources, images = Counter(), [], [], {}
+    stats, index, images = Counter(), [np.zeros((0, 4), np.int64)], {}
     digests = hashlib.sha256(), hashlib.sha256()
     with open(out / "tokens.bin", "wb") as tokens, open(out / "loss_mask.bin", "wb") as masks:
         for n in range(number):
             with np.load(parts / f"{n:06d}.npz") as part:
-                rest, counts = json.loads(str(part["rest"]))
-                images |= {len(sources) + i: paths for i, (_, paths) in enumerate(rest) if paths}
-                sources += [file for file, _ in rest]
+                with_images, counts = json.loads(str(part["rest"]))
+                before = sum(map(len, index))
+                images |= {before + int(i): paths for i, paths in with_images.items()}
                 stats.update(counts)
                 index.append(part["index"])
                 arrays = part["tokens"], part["loss_mask"]
                 for file, array, digest in zip((tokens, masks), arrays, digests):
                     digest.update(array.tobytes())
                     file.write(array.tobytes())
-    if not sources:
+    table = np.concatenate(index)
+    if not len(table):
         raise ValueError(
             f"no document has anything to learn within max_len ({dict(stats)}); raise --max_len, "
             "or look at the rows with `python -m tools.check FILE --model DIR`"
         )
-    names, numbers = np.unique(sources, return_inverse=True)
-    table = np.column_stack([np.concatenate(index), numbers]).astype(np.int64)
     totals = dict(tokens=int(table[:, 0].sum()), supervised=int(table[:, 1].sum()), faults=faults)
     stats = dict.fromkeys(("documents", "truncated", *DROPPED), 0) | stats | totals
-    meta = dict(stats=stats, files=names.tolist(), images=images, image_token_id=image_token_id)
+    meta |= dict(stats=stats, images=images)
     meta["data_hash"] = "".join(digest.hexdigest()[:32] for digest in digests)
     np.save(out / "index.npy", table)
     (out / "meta.json").write_text(json.dumps(meta))

@@ -606,14 +606,14 @@ def test_omnimedvqa_reads_the_zip_and_finds_the_gold_among_two_to_four_options(t
     )
 
 
-def test_a_sample_is_in_proportion_seeded_and_independent_of_file_order(tmp_path):
+def test_a_sample_is_seeded_and_independent_of_file_order(tmp_path):
     """Prevents a subset that is only the first file, changes between machines, or drags all images
     along."""
     rows = [omnimedvqa_row(i, modality_type="CT" if i % 4 else "MRI") for i in range(40)]
     one = omnimedvqa_zip(tmp_path / "one.zip", {"a": rows[:25], "b": rows[25:]}, 40)
     two = omnimedvqa_zip(tmp_path / "two.zip", {"a": rows[30:], "b": rows[:30]}, 40)
     out, info = run("omnimedvqa", one, tmp_path, limit=12, seed=3)
-    assert info["subsets"] == {"CT": 9, "MRI": 3} and info["images"] == 12
+    assert info["rows_out"] == info["images"] == 12
     assert len(list((tmp_path / "out/images").iterdir())) == 12
     assert (info["limit"], info["seed"], info["rows_in"]) == (12, 3, 40)
     first = {r["id"] for r in out}
