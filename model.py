@@ -283,7 +283,7 @@ def resolve_model_dir(name: str, world: World) -> Path:
         raise ValueError(f"--model {name}: a run directory; its model is {path / 'final'}")
     if path.is_dir():
         return path
-    if path.parent.is_dir() or name.count("/") != 1:
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"--model {name}: no such directory (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
 

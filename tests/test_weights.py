@@ -178,12 +178,18 @@ def test_a_mistyped_directory_is_not_looked_for_in_the_hub(world, name):
         resolve_model_dir(name, world)
 
 
-def test_a_mistyped_directory_beside_others_is_not_looked_for_either(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("hub"))
+def test_a_hub_id_beside_a_directory_named_like_its_owner_is_downloaded(
+    world, tmp_path, monkeypatch
+):
+    """With a folder Qwen/ of models, MODEL=Qwen/Qwen3-VL-4B-Instruct was refused as a mistyped
+    directory; one that is neither here nor there is still named as such."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "toy").mkdir()
-    with pytest.raises(ValueError, match="--model toy/asset: no such directory .a hub id"):
-        resolve_model_dir("toy/asset", world)
+    (tmp_path / "Qwen").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **k: f"cache/{name}")
+    assert str(resolve_model_dir("Qwen/Qwen3", world)) == "cache/Qwen/Qwen3"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: 1 / 0)
+    with pytest.raises(ValueError, match="no such directory, and it could not be downloaded"):
+        resolve_model_dir("Qwen/typo", world)
 
 
 def test_a_run_or_a_checkpoint_for_a_model_is_told_where_the_model_is(world, tmp_path):
