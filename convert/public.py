@@ -177,30 +177,22 @@ def mmlu_pro(row: Row) -> dict:
     options, letter, subset = option_texts(row["options"]), row["answer"], row["category"]
     while options[-1:] == ["N/A"] and letter != LETTERS[len(options) - 1]:
         options.pop()
-        row.notes.append("N/A padding removed from the options")
-    if LETTERS.find(letter) != row.get("answer_index", LETTERS.find(letter)):
-        row.notes.append("answer_index disagrees with the answer's letter (the letter is kept)")
     more = dict(subset=subset, health=subset == "health" or None)
     return problem(row, row["question_id"], row["question"], letter, options, **more)
 
 
 def medqa(row: Row, expected: int) -> dict:
     """Published with five options and with four, under the same fields: the number is checked."""
-    options, letter = option_texts(row["options"]), text_of(row["answer_idx"], "the answer")
+    options, more = option_texts(row["options"]), dict(subset=row.get("meta_info"))
     if len(options) != expected:
         raise ValueError(f"{len(options)} options, not {expected}: medqa has five, medqa_4ops four")
-    if options[LETTERS.find(letter) :][:1] != [text_of(row["answer"], "the answer")]:
-        row.notes.append("the answer's text is not the text of its letter (the letter is kept)")
-    return problem(row, None, row["question"], letter, options, subset=row.get("meta_info"))
+    return problem(row, None, row["question"], row["answer_idx"], options, **more)
 
 
 # ---------------------------------------------------------------------- images
 def medxpertqa_mm(row: Row) -> dict:
     """One to six images a row; the question ends with its options."""
-    question, mark, _ = row["question"].rpartition("Answer Choices:")
-    if not mark:
-        question = row["question"]
-        row.notes.append("no Answer Choices: in the question")
+    question = row["question"].rsplit("Answer Choices:", 1)[0]
     label = row["label"][0] if isinstance(row["label"], list) else row["label"]
     images, subset = row["images"] or [None], row.get("medical_task")  # None: refused as missing
     return problem(row, row["id"], question, label, row["options"], images, subset=subset)
