@@ -60,7 +60,7 @@ def convert(
             why = "; ".join(f"{reason} ({where[0]})" for reason, where in run.dropped.items())
             why = why or "the tables are empty"
             raise ValueError(f"no row of {', '.join(sources)} could be converted: {why}")
-        faults.extend(check_files([str(file)], run.schema)[-1])
+        faults.extend(check_files([str(file)], run.schema)[2])
 
     digest = write_lines(target, lines(), check)
     info = dict(name=name, rows_in=run.rows_in, rows_expected=SPECS[name].rows)

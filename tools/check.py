@@ -91,9 +91,9 @@ def check_files(
     model_dir: str | None = None,
     max_len: int | None = None,
     number: int = 0,
-) -> tuple[int, int, list[Fault]]:
-    """Rows, rows that training refuses, and all faults of files that have one schema. With
-    model_dir it prints lengths, and the good row `number` (from 0)."""
+) -> tuple[int, int, list[Fault], str]:
+    """Rows, rows that training refuses, and all faults of files that have one schema; with
+    model_dir also a text with lengths and the good row `number` (from 0)."""
     tokenizer = data.load_tokenizer(model_dir) if model_dir else None
     faults, seen, n, refused, lengths, shown = [], {}, 0, 0, [], ""
     rows = scan(paths, schema, control_tokens(tokenizer))
@@ -119,25 +119,26 @@ def check_files(
                 shown = f"\n{file}:{line}, supervised text in double brackets:\n"
                 shown += marked(tokens, mask, tokenizer)
             lengths.append((len(tokens), mask.sum()))
-    if lengths:
-        print_lengths(np.array(lengths), schema, max_len)
-        print(shown)
-    return n, refused, sorted(faults, key=lambda f: (paths.index(f.file), f.line))
+    faults.sort(key=lambda f: (paths.index(f.file), f.line))
+    about = describe_lengths(np.array(lengths), schema, max_len) + shown if lengths else ""
+    return n, refused, faults, about
 
 
-def print_lengths(lengths: np.ndarray, schema: str, max_len: int | None) -> None:
+def describe_lengths(lengths: np.ndarray, schema: str, max_len: int | None) -> str:
     """lengths (N, 2): tokens of each row, and how many are supervised."""
+    lines = []
     for name, values in zip(("tokens", "supervised"), lengths.T[: 1 + (schema == "conversation")]):
         found = np.percentile(values, QUANTILES).round().astype(int)
         shown = "  ".join(f"{q}%: {v}" for q, v in zip(QUANTILES, found))
-        print(f"{name:<11}{shown}  mean: {values.mean():.0f}")
+        lines.append(f"{name:<11}{shown}  mean: {values.mean():.0f}\n")
     if max_len:
         tokens = lengths[:, 0]
         longer, kept = tokens > max_len, np.minimum(tokens, max_len).sum() / tokens.sum()
-        print(
+        lines.append(
             f"max_len {max_len}: {longer.sum()} rows are longer ({longer.mean():.1%}); "
-            f"truncating them keeps {kept:.1%} of all tokens"
+            f"truncating them keeps {kept:.1%} of all tokens\n"
         )
+    return "".join(lines)
 
 
 def marked(tokens: np.ndarray, mask: np.ndarray, tokenizer) -> str:
@@ -166,13 +167,14 @@ def check(
     found = []
     for schema in sorted(set(schemas)):
         mine = [p for p, s in zip(paths, schemas) if s == schema]
-        rows, refused, faults = check_files(mine, schema, model_dir, max_len, number)
+        rows, refused, faults, about = check_files(mine, schema, model_dir, max_len, number)
         for fault in faults:
             print(fault)
         print(
             f"{rows} {schema} rows in {len(mine)} file(s): {len(faults)} fault(s); "
             f"training refuses {refused} row(s)"
         )
+        print(about, end="\n" if about else "")
         found += faults
     return found
 
