@@ -89,7 +89,7 @@ class Chat:
         render = self.tokenizer.apply_chat_template
         text = render(chat, tokenize=False, add_generation_prompt=True)
         tokens = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        counts = [data.image_token_count(file, self.images) for file in self.files]
+        counts = data.image_counts({"images": self.files}, self.images)
         repeats = data.expand_images(tokens, counts, data.image_token_id(self.tokenizer))
         images = data.load_images(self.files, self.images)
         return data.Prompt(tokens.repeat(repeats).tolist(), *images)
