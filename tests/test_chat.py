@@ -38,6 +38,7 @@ def test_a_thought_is_dimmed_in_whatever_pieces_it_comes(opened, capsys):
 def test_an_answer_is_streamed_and_equals_the_samplers(make_chat, capsys, monkeypatch):
     """What is printed piece by piece is what `generate` returns, and the conversation has it."""
     chat = make_chat(max_new_tokens=8)
+    chat.stop = []  # the miniature's own answer is one digit
     pieces, show = [], tool.Stream.show
     spy = lambda self, text: (pieces.append(text), show(self, text))  # noqa: E731
     monkeypatch.setattr(tool.Stream, "show", spy)
@@ -67,18 +68,18 @@ def test_turns_and_images_are_part_of_the_next_prompt(make_chat, tmp_path, capsy
 
 def test_ctrl_c_stops_the_answer_and_the_next_one_is_whole(make_chat, capsys, monkeypatch):
     chat = make_chat(max_new_tokens=8)
+    chat.stop = []  # the miniature's own answer is one digit
     whole = chat.say("a=9;k=a-3;k?", [])
     chat.new()
-    step, steps = chat.sampler._step, []
+    show, shown = tool.Stream.show, []
 
-    def interrupted():
-        step()
-        if len(steps) == 1:
-            steps.append(0)
+    def interrupted(self, text: str) -> None:
+        show(self, text)
+        shown.append(text)
+        if len(shown) == 2:
             raise KeyboardInterrupt
-        steps.append(0)
 
-    monkeypatch.setattr(chat.sampler, "_step", interrupted)
+    monkeypatch.setattr(tool.Stream, "show", interrupted)
     cut = chat.say("a=9;k=a-3;k?", [])
     assert whole.startswith(cut) and len(cut) < len(whole)
     assert " [stopped]\n" in capsys.readouterr().out

@@ -188,7 +188,7 @@ def test_a_hub_id_beside_a_directory_named_like_its_owner_is_downloaded(
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **k: f"cache/{name}")
     assert str(resolve_model_dir("Qwen/Qwen3", world)) == "cache/Qwen/Qwen3"
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: 1 / 0)
-    with pytest.raises(ValueError, match="no such directory, and it could not be downloaded"):
+    with pytest.raises(ValueError, match="no such directory, and the hub does not give it"):
         resolve_model_dir("Qwen/typo", world)
 
 
