@@ -173,7 +173,8 @@ def export_hf(
             weight_map |= dict.fromkeys(tensors, file.name)
             size += sum(t.nbytes for t in tensors.values())
     if world.is_main:
-        if len(set(weight_map.values())) > 1:
+        # one shard of two is left where the other held a tied model's lm_head only (Qwen3-1.7B)
+        if set(weight_map.values()) != {"model.safetensors"}:
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (tmp / INDEX).write_text(json.dumps(index, indent=2))
         shutil.rmtree(out_dir, ignore_errors=True)

@@ -156,13 +156,19 @@ def test_broken_directories_are_named(bf16_dir, tmp_path, kind, words):
 
 def test_a_stale_head_of_a_tied_model_is_not_exported(world, tmp_path):
     """transformers prefers a head that the files hold to the embedding, so it would undo the
-    training."""
+    training. In a file of its own, as in Qwen3-1.7B, it leaves a single shard, which transformers
+    finds by the index only."""
     from transformers import Qwen2ForCausalLM
 
     source = make_tiny_qwen2(tmp_path / "m", tied=True)
     weights = tensors(source)
+    (source / "model.safetensors").unlink()
     stale = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
-    save_file({**weights, **stale}, source / "model.safetensors", metadata={"format": "pt"})
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    save_file(weights, source / first, metadata={"format": "pt"})
+    save_file(stale, source / second, metadata={"format": "pt"})
+    names = dict.fromkeys(weights, first) | dict.fromkeys(stale, second)
+    (source / INDEX).write_text(json.dumps({"weight_map": names}))
     model, (tokens, positions, cu) = build_model(source, world), text_stream([12])
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1.5)
