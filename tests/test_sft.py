@@ -430,8 +430,8 @@ def test_missing_files_and_impossible_settings(sft, inputs, monkeypatch, tmp_pat
             (["--pack_len", 0], "--pack_len 0: must be at least"),
             (["--steps", 0], "--steps 0: must be at least 1"),
             (["--batch_tokens", 100], "--batch_tokens 100 is below --pack_len 512"),
-            (["--lora_alpha", 16], "without --lora_rank all weights train"),
-            (["--lora_targets", "mlp"], "without --lora_rank all weights train"),
+            (["--lora_alpha", 16], "no effect without --lora_rank"),
+            (["--lora_targets", "mlp"], "no effect without --lora_rank"),
             (["--lr", "1e5"], "--lr 100000.0: must be at most 1"),
             (["--micro_tokens", 100], "--micro_tokens 100 is below --max_len 256"),
             (["--warmup_ratio", 5], "--warmup_ratio 5.0: must be at most 1"),
@@ -470,8 +470,8 @@ def test_bad_model_directories_are_named_before_tokenising(
         (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     words = {
         "no weights": "no *.safetensors",
-        "pickle": "a pickle",
-        "truncated": "truncated or not a safetensors file",
+        "pickle": "convert pickles",
+        "truncated": "missing or truncated",
         "other architecture": "qwen3_vl are supported",
         "no config": "config.json: not found",
         "missing tensor": "parameters are missing",
