@@ -69,10 +69,11 @@ class SamplingParams:
         if (exit := self.forced_exit) is not None:
             # an exit can be delayed while the model is closing, a token a character at most
             after = len(exit.close_table) - 1 + len(exit.tokens) + (exit.answer_budget or 1)
-            if not 0 <= exit.budget <= (most := self.max_new_tokens - after):
+            if not 0 <= exit.budget <= self.max_new_tokens - after:
                 raise ValueError(
-                    f"think_budget {exit.budget}: at most {most}, since exit and answer take up to "
-                    f"{after} of the {self.max_new_tokens} new tokens; raise max_new_tokens"
+                    f"think_budget {exit.budget} with max_new_tokens {self.max_new_tokens}: exit "
+                    f"and answer take up to {after} more; lower think_budget, or raise "
+                    f"max_new_tokens to {exit.budget + after}"
                 )
 
     def on(self, device: torch.device) -> SamplingParams:
