@@ -157,7 +157,7 @@ class Config:
     tokens: int = option(16384, "tokens of a micro-batch (--pack_len, --micro_tokens)", ge=1)
     checkpointing: Literal["none", "matmul", "full"] = option("full", "as in train_sft.py")
     adam_dtype: Literal["fp32", "bf16"] = option("fp32", "as in train_sft.py")
-    reshard: bool = option(True, "as in train_sft.py")
+    reshard: bool = option(True, "free gathered blocks after forward, as the trainers do")
     lora_rank: int = option(0, "as in train_sft.py; without --model: 32", ge=0)
     grpo: bool = option(
         False, "plan train_grpo.py: reference model, weights and KV cache to sample"
