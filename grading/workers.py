@@ -135,8 +135,9 @@ class WorkerPool(contextlib.AbstractContextManager):
             self._threads[-1].start()
         atexit.register(self.close)
         if self._first.get() is None:
+            why = self._failure  # before close, which kills those that are still starting
             self.close()
-            raise ValueError(f"reward function {function!r} can't be loaded: {self._failure}")
+            raise ValueError(f"reward function {function!r} can't be loaded: {why}")
 
     def submit(self, *args: object) -> Future:
         """Queue function(*args). The result is an Outcome; cancelled if the pool closes before."""
@@ -182,7 +183,7 @@ class WorkerPool(contextlib.AbstractContextManager):
                 if self._closed.is_set() or not future.set_running_or_notify_cancel():
                     future.cancel()
                     continue
-                worker = self._living(worker)  # it may have died while idle
+                worker = self._living(worker, tries=3)  # it may have died while idle
                 begin, outcome = time.monotonic(), Outcome("error", why=self._failure)
                 if worker:
                     outcome = worker.ask(args, self.deadline)
@@ -193,12 +194,14 @@ class WorkerPool(contextlib.AbstractContextManager):
                 future.set_result(outcome)
             worker = self._living(worker)
 
-    def _living(self, worker: _Worker | None) -> _Worker | None:
-        """The worker, or a new one in its place; None if none starts and no other lives."""
+    def _living(self, worker: _Worker | None, tries: int = 0) -> _Worker | None:
+        """The worker, or a new one in its place; None if none starts: after `tries` (0: any number,
+        as long as another lives), or at once where none has ever started."""
         while worker is None or worker.spent or worker.process.poll() is not None:
             self._discard(worker)
-            worker = self._start()
-            if worker is None and (not self._alive or self._closed.wait(1)):
+            worker, tries = self._start(), tries - 1
+            last = tries == 0 or not self._alive or not self.counters["started"]
+            if worker is None and (last or self._closed.wait(1)):
                 break
         return worker
 
