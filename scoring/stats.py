@@ -119,18 +119,20 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Interval:
-    """Mean of scores in [0, 1], one per question, with its 95% interval.
+    """Mean of scores, one per question, with its 95% interval.
 
     Fewer than 500 clusters, or a mean within 5 of them of 0 or 1: Wilson on the effective number of
     trials m(1-m)/SE^2, at which a share has this standard error (unclustered 0/1 scores: n).
     Otherwise m ± t_{C-1} SE. All values equal: SE says nothing, and the clusters are the trials.
+    Scores outside [0, 1], which a reward of one's own may give, are no shares: m ± t_{C-1} SE.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         raise ValueError("no scores: an interval needs at least one question")
-    if values.min() < 0 or values.max() > 1:
-        raise ValueError(f"scores must lie in [0, 1]; found {values.min():g} … {values.max():g}")
     mean, (se, count) = float(values.mean()), clustered_se(values, clusters)
+    if values.min() < 0 or values.max() > 1:
+        half = t_quantile(0.975, count - 1) * se if count > 1 else 0.0
+        return Interval(mean, se, mean - half, mean + half, len(values), count, "t")
     if count < SMALL or min(mean, 1 - mean) * count < 5:
         trials = mean * (1 - mean) / se**2 if se > 0 else float(count)
         if count == len(values) and set(np.unique(values)) <= {0.0, 1.0}:

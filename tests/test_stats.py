@@ -181,9 +181,11 @@ def test_minimum_detectable_effect_has_the_power_that_it_names():
     assert np.mean(found) == pytest.approx(0.8, abs=0.06)
 
 
-def test_scores_outside_0_1_and_empty_sets_are_refused():
-    """Prevents percent read as shares, and nan printed as a result."""
+def test_scores_outside_0_1_get_a_t_interval_and_empty_sets_are_refused():
+    """Prevents a run that stops at its first evaluation because right and short is worth 1.1."""
     with pytest.raises(ValueError, match="at least one question"):
         stats.interval([])
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        stats.interval([55.0, 60.0])
+    e = stats.interval([1.1, 0.1, 0.1])
+    half = scipy.stats.t.ppf(0.975, 2) * (1 / 3)
+    assert (e.low, e.high) == pytest.approx((e.mean - half, e.mean + half)) and e.low < 0
+    assert stats.interval([1.5]).high == 1.5
