@@ -122,7 +122,8 @@ def text_findings(value: object, field: str, forbidden: re.Pattern) -> Iterator[
     """Of a text that must be there."""
     if not isinstance(value, str):
         why = "missing" if value is None else f"{type(value).__name__} instead of text"
-        yield field, why, f"write it as a string; for parts of text and images: {CONVERT}"
+        parts = f"; for parts of text and images: {CONVERT}" if isinstance(value, list) else ""
+        yield field, why, f"write it as a string{parts}"
     elif not value.strip():
         yield field, "empty", "fill it in or remove the row"
     elif found := forbidden.search(value):
