@@ -100,6 +100,8 @@ def _parser(cls: type, doc: str | None) -> _Parser:
     run = groups["run"]
     run.add_argument("--config", metavar="FILE", help="json or yaml of settings; flags win")
     run.add_argument("-h", "--help", action="help", help="show this text")
+    if spec := getattr(sys.modules["__main__"], "__spec__", None):  # started by python -m
+        parser.prog = f"python -m {spec.name.removesuffix('.__main__')}"
     required = [f"--{a.dest} …" for a in parser._actions if a.required]
     parser.usage = " ".join(["%(prog)s", *required, "[option …]"])
     return parser
