@@ -263,7 +263,8 @@ def read_samples(file: Path, truncated_end: bool = False) -> list[Sample]:
                     row["logprobs"] = np.array(row["logprobs"], np.float32)
                 samples.append(Sample(**{k: v for k, v in row.items() if k in FIELDS}))
             except (ValueError, TypeError, KeyError) as e:  # no JSON, no object, a field missing
+                why = f"no {e}" if isinstance(e, KeyError) else e
                 raise ValueError(
-                    f"{file}:{number}: not a stored sample ({e}); remove this line to resample it"
+                    f"{file}:{number}: not a stored sample ({why}); remove this line to resample it"
                 ) from e
     return samples

@@ -483,7 +483,7 @@ def test_rescore_takes_corrected_golds_and_refuses_other_settings(tmp_path, inli
         rescore(out, write(file, [choice(0), choice(1), choice(2)]))
     with open(out / "samples.jsonl", "a") as f:
         f.write("{}\n")
-    with pytest.raises(ValueError, match=r"samples.jsonl:3: not a stored sample .no id"):
+    with pytest.raises(ValueError, match=r"samples.jsonl:3: not a stored sample .no 'tokens'"):
         rescore(out, file)
 
 
