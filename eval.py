@@ -30,7 +30,6 @@ import re
 import sys
 import time
 from dataclasses import MISSING, dataclass, replace
-from functools import partial
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -45,7 +44,7 @@ import model
 import rewards
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
 from core.images import ImageConfig
-from core.options import option, parse_config
+from core.options import DATA, MEMORY, OBJECTIVE, RUN, SAMPLING, parse_config
 from core.out_dir import assert_shared, claim, lock, write_json
 from core.parallel import World, all_any, all_gather_objects, all_max, from_rank0, init
 from core.run import hash_files, header, run_and_exit, script
@@ -58,16 +57,13 @@ from scoring.tables import read_result, report
 PIXEL_BYTES = 4e9  # preprocessed images of one call of the sampler, in host memory: 4 patches a
 # token, 1176 fp32 values a patch
 STYLES = ("kind", *data.INSTRUCTIONS)
-DATA, GOAL, SAMPLE, MEMORY = (
-    partial(option, group=g) for g in ("data", "objective", "sampling", "memory and speed")
-)
 Rows = dict[tuple[str, int], Sample]  # (problem id, sample index) → sample
 
 
 @dataclass
 class Config:
     data: list[str] = DATA(MISSING, "jsonl file(s) of problems")
-    out: str = option(MISSING, "directory of this evaluation; rerun to resume")
+    out: str = RUN(MISSING, "directory of this evaluation; rerun to resume")
     model: str = DATA("", "model directory or hub id; --rescore needs none")
     limit: int = DATA(0, "problems per task, always the same; 0: all", ge=0)
     drop: str = DATA("", "file of problem ids to leave out, one per line")
@@ -76,26 +72,26 @@ class Config:
     prompt_style: Literal[STYLES] = DATA("kind", "kind: by kind of problem")
     min_pixels: int = DATA(262_144, "scale images up to this; 0: model's", ge=0)
     max_pixels: int = DATA(262_144, "scale images down to this; 0: model's", ge=0)
-    rule: Literal[rewards.RULES] = GOAL(
+    rule: Literal[rewards.RULES] = OBJECTIVE(
         "answer", "where it stands: answer (<answer>, else \\boxed), boxed, line ('Answer: X')"
     )
-    rescore: bool = GOAL(False, "grade stored samples, sample nothing")
-    budgets: str = GOAL("", "thinking budgets, as in 512,1024,2048")
-    compare: str = GOAL("", "another --out: this minus the other")
-    samples: int = SAMPLE(1, "per problem (paper: 1, and 5)", ge=1, le=1024)
-    temperature: float = SAMPLE(0.0, "paper: 0, and 0.3 for 5", ge=0, le=10)
-    top_p: float = SAMPLE(1.0, "nucleus sampling", gt=0, le=1)
-    max_new_tokens: int = SAMPLE(4096, "answer included (paper: 4096)", ge=1)
-    think_budget: int = SAMPLE(
+    rescore: bool = OBJECTIVE(False, "grade stored samples, sample nothing")
+    budgets: str = OBJECTIVE("", "thinking budgets, as in 512,1024,2048")
+    compare: str = OBJECTIVE("", "another --out: this minus the other")
+    samples: int = SAMPLING(1, "per problem (paper: 1, and 5)", ge=1, le=1024)
+    temperature: float = SAMPLING(0.0, "paper: 0, and 0.3 for 5", ge=0, le=10)
+    top_p: float = SAMPLING(1.0, "nucleus sampling", gt=0, le=1)
+    max_new_tokens: int = SAMPLING(4096, "answer included (paper: 4096)", ge=1)
+    think_budget: int = SAMPLING(
         3800, "force </think> after this many tokens (paper: at 4096); 0: never", ge=0
     )
-    answer_budget: int = SAMPLE(256, "tokens after a forced exit", ge=1)
-    seed: int = SAMPLE(0, "decides every sampled token", ge=0)
+    answer_budget: int = SAMPLING(256, "tokens after a forced exit", ge=1)
+    seed: int = SAMPLING(0, "decides every sampled token", ge=0)
     dtype: Literal["auto", "bf16", "fp32"] = MEMORY("auto", "auto: bf16 on CUDA, fp32 on CPU")
     slots: int = MEMORY(0, "samples at once; 0: by --kv_gb", ge=0, le=4096)
     kv_gb: float = MEMORY(0.0, "KV cache in GB; 0: by free memory", ge=0)
     graders: int = MEMORY(4, "grading processes, on rank 0", ge=1, le=256)
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
+    device: Literal["auto", "cpu", "cuda"] = RUN("auto", "where to run")
 
     def __post_init__(self):
         if (n := self.samples) > 1 and self.temperature == 0:
