@@ -336,12 +336,17 @@ class Rollouts:
         how = (self.tokenizer, self.images, self.c.prompt_style)
         prompts = [render_problem(p, *how, x) for p, x in zip(problems, loaded)]
         seeds = [problem_seed(p, salt) for p, salt in zip(problems, salts)]
-        engine, params = (
-            (self.sampler, self.grader, self.tokenizer),
+        samples = sample_on_ranks(
+            self.sampler,
+            self.grader,
+            self.tokenizer,
+            problems,
+            prompts,
             replace(self.params, **changes),
+            seeds,
+            self.world,
+            self.seconds,
         )
-        rest = (self.world, self.seconds)
-        samples = sample_on_ranks(*engine, problems, prompts, params, seeds, *rest)
         return samples, prompts
 
     def pause(self, coming: list[dict]) -> None:
