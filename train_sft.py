@@ -30,7 +30,6 @@ import torch
 
 from core import attention
 from core.images import ImageConfig
-from core.lora import add_lora
 from core.optim import adamw, guarded_step, lr_at
 from core.options import DATA, MEMORY, OPTIMIZER, RUN, parse_config
 from core.packing import attention_cost, balance, pack_plan, repack
@@ -42,7 +41,7 @@ from core.throughput import describe_step, prefetch, speed
 from core.token_cache import TokenizedDataset
 from core.training import Training, TrainingOptions, trained_on
 from data import Batch, collate, load_tokenizer, tokenize_files
-from model import Model, ModelConfig, build_model, check_model_dir, resolve_model_dir
+from model import Model, ModelConfig, build_model, check_model_dir, meta_model, resolve_model_dir
 
 
 @dataclass
@@ -177,10 +176,7 @@ def make_plan(config: Config, world: World) -> Plan:
     with_images = config.train_vision or data.has_images or bool(val and val.has_images)
     images = ImageConfig.from_dir(model_dir) if with_images else None
     steps, steps_per_epoch = plan_steps(data.lengths, config)
-    with torch.device("meta"):
-        model = Model(ModelConfig.from_dir(model_dir), with_images)
-        if config.lora:
-            add_lora(model, config.lora)
+    model = meta_model(ModelConfig.from_dir(model_dir), with_images, config.lora)
     pack, half = config.pack_len, config.pack_len // 2
     sizes = [config.micro_tokens] if config.micro_tokens else [pack, half]
     sizes = [n for n in sizes if n >= config.max_len]

@@ -27,8 +27,8 @@ from core.optim import adamw, guarded_step  # noqa: E402
 from core.parallel import World, init, shard, shutdown  # noqa: E402
 from core.plan import GIB, Setting, plan_step  # noqa: E402
 from data import Batch  # noqa: E402
-from model import Model, ModelConfig  # noqa: E402
-from tools.memory import meta_model, published_config  # noqa: E402
+from model import Model, ModelConfig, meta_model  # noqa: E402
+from tools.memory import published_config  # noqa: E402
 from train_sft import accumulate_gradients  # noqa: E402
 
 

@@ -26,9 +26,9 @@ from core.plan import (
 )
 from core.vision import VisionConfig
 from data import Batch
-from model import Block, Model, ModelConfig, build_model, rope_cos_sin
+from model import Block, Model, ModelConfig, build_model, meta_model, rope_cos_sin
 from tools import memory
-from tools.memory import meta_model, published_config
+from tools.memory import published_config
 from train_sft import accumulate_gradients
 
 SEVEN = meta_model(published_config("7B"))
@@ -317,7 +317,7 @@ def wide_model(factory):
 
 def test_the_cheapest_way_to_fit_is_named():
     """The 7B in docs/memory.md: cells as they are, with flags, and struck out."""
-    lora = meta_model(published_config("7B"), lora_rank=32)
+    lora = meta_model(published_config("7B"), lora=LoRA(32, 32.0))
     assert memory.cheapest(SEVEN, 8, 79, grpo=False) == "28"
     assert memory.cheapest(SEVEN, 1, 139, grpo=True) == "114 m"
     assert memory.cheapest(SEVEN, 1, 79, grpo=False) == "~~96~~"

@@ -6,6 +6,7 @@ import fake_cuda  # isort: skip
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 if sys.argv[1] == "flash_attn_package":
     import os
@@ -24,8 +25,8 @@ from core.optim import adamw, guarded_step
 from core.parallel import World, shard
 from core.plan import Setting, plan_grpo, plan_step
 from data import Batch, RolloutBatch
-from model import Model
-from tools.memory import meta_model, published_config
+from model import Model, meta_model
+from tools.memory import published_config
 
 
 def remade(module: torch.nn.Module, make) -> torch.nn.Module:
@@ -300,7 +301,6 @@ def grpo() -> dict:
     made = rollout_batches(samples, prompts, c.micro_tokens, here)
     FakeTensor.tolist = lambda t: waits.append(t.device.type) or [1.0] * t.shape[0]
     train_grpo.all_sum = train_grpo.all_max = lambda *values: list(values)
-    train_grpo.all_gather_objects = lambda value: [value]
     with fake_cuda.ranks(8) as world:
         model, reference = sharded(config, world, "full"), sharded(config, world, "none")
         reference.requires_grad_(False)
@@ -309,7 +309,9 @@ def grpo() -> dict:
             for b in made:
                 b.ref_logprobs = train_grpo.score(reference, b.to(world.device), c)[0]
         with fake_cuda.Watch() as seen:
-            train_grpo.update(model, optimizer, made, samples, 1e-6, c, world)
+            run = SimpleNamespace(world=world)
+            training = SimpleNamespace(model=model, optimizer=optimizer, options=c, run=run)
+            train_grpo.update(training, made, samples, 1e-6)
     return {
         "micro_batches": len(made),
         "scoring": dict(scoring.waits),
