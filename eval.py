@@ -45,9 +45,17 @@ import rewards
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
 from core.images import ImageConfig
 from core.options import DATA, MEMORY, OBJECTIVE, RUN, SAMPLING, parse_config
-from core.out_dir import assert_shared, claim, lock, write_json
 from core.parallel import World, all_any, all_gather_objects, all_max, from_rank0, init
-from core.run import hash_files, header, run_and_exit, script
+from core.run import (
+    assert_shared,
+    claim,
+    hash_files,
+    header,
+    lock,
+    run_and_exit,
+    script,
+    write_json,
+)
 from core.samples import Sample, make_sample, problem_seed, read_samples, set_grade, write_samples
 from core.slots import ForcedExit, exit_positions
 from sampler import Completion, Sampler, SamplingParams
@@ -186,8 +194,7 @@ def take_out(c: Config, model_dir: Path | None, world: World) -> tuple[dict, str
             "data_sha256": data_hashes(c.data),
         }
         free = ("model", "limit")  # a model may move; its hash may not change
-        held = lambda out: any(out.glob("samples*.jsonl"))  # noqa: E731
-        return settings, claim(out, "eval", settings, changeable=free, held=held)[1]
+        return settings, claim(out, "eval", settings, free)[1]
     try:
         old = json.loads((out / "config.json").read_text(encoding="utf-8"))
         ours = old.pop("script") == "eval"

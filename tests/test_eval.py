@@ -572,8 +572,8 @@ def test_an_out_that_holds_something_else_is_refused_untouched(
 def test_two_evaluations_on_one_out_name_the_first(model_dir, problems, tmp_path, world, inline):
     """Prevents two processes that mix their samples in one directory."""
     out = tmp_path / "out"
-    code = "import sys, time; from core.out_dir import claim; from pathlib import Path; "
-    code += "claim(sys.argv[1], 'eval', {}, held=lambda out: False); print(1, flush=True); time.sleep(99)"
+    code = "import sys, time; from core.run import claim; "
+    code += "claim(sys.argv[1], 'eval', {}); print(1, flush=True); time.sleep(99)"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(out)], cwd=ROOT, stdout=subprocess.PIPE
     )

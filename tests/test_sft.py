@@ -183,17 +183,14 @@ def test_a_finished_run_can_be_made_longer(whole, inputs, sft, tmp_path):
 
 
 def test_a_run_can_branch_off_another_runs_checkpoint(whole, inputs, sft, tmp_path):
-    """--resume DIR in a new --out: that step, optimizer and data position; a wrong directory is
-    named."""
-    source = whole / "checkpoints" / "step_6"
-    code, said, _ = sft(
-        "--val_data", inputs / "val.jsonl", *RUN, "--resume", source, "--out", tmp_path / "o"
-    )
+    """A copied step_N in a new --out: that step, optimizer and data position."""
+    step = Path("checkpoints", "step_6")
+    shutil.copytree(whole / step, tmp_path / "o" / step)
+    code, said, _ = sft("--val_data", inputs / "val.jsonl", *RUN, "--out", tmp_path / "o")
     assert code == 0 and "step_6" in said and metrics(tmp_path / "o")[0]["step"] == 7
     assert weights(tmp_path / "o") == weights(whole)
-    code, _, error = sft("--resume", whole, "--out", tmp_path / "p")
-    assert code == 2 and "not a whole checkpoint" in error
-    code, _, error = sft(*RUN, "--steps", 5, "--resume", source, "--out", tmp_path / "q")
+    shutil.copytree(whole / step, tmp_path / "q" / step)
+    code, _, error = sft(*RUN, "--steps", 5, "--out", tmp_path / "q")
     assert code == 2 and "of step 6, this run has 5: raise --steps" in error
 
 
@@ -402,7 +399,7 @@ def test_bad_rows_are_skipped_only_when_asked_and_each_is_logged(sft, tmp_path):
         "\n".join([conversation()] * 3 + [c for c, _ in BAD_FILES.values()]) + "\n"
     )
     code, said, _ = sft(
-        "--out", tmp_path / "o", "--steps", 1, "--skip_bad_rows", True, data=tmp_path / "bad.jsonl"
+        "--out", tmp_path / "o", "--steps", 1, "--skip_bad_rows", data=tmp_path / "bad.jsonl"
     )
     logged = (tmp_path / "o" / "bad_rows_training.txt").read_text().splitlines()
     assert (

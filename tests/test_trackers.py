@@ -34,7 +34,7 @@ def two_starts(out, kind: str, world) -> None:
     """Steps 1 to 3, then a stop; resumed from a checkpoint of step 2: steps 3 and 4."""
     for first, step_after in ((0, 4), (2, 5)):
         run = Run(out, Config(report_to=kind), world)
-        run.start({}, first)
+        run.start({}, first, 4)
         for step in range(first + 1, step_after):
             metrics = {"loss": 10.0 * (first + 1) + step, "nothing": None, "bad": float("nan")}
             run.log({"step": step, **metrics})
