@@ -133,7 +133,9 @@ def test_a_save_that_fails_half_way_says_why_and_leaves_the_one_before(training,
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
     try:
-        with pytest.raises(ValueError, match="step_2 could not be saved: .*GB needed\\). Make room"):
+        with pytest.raises(
+            ValueError, match="step_2 could not be saved: .*GB needed\\). Make room"
+        ):
             save_state(tmp_path, 2, *training, {}, world)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
