@@ -76,8 +76,7 @@ def image_counts(row: dict, config: ImageConfig | None) -> list[int]:
         if isinstance(size, str):
             raise ValueError(size)
         height, width = smart_resize(size[1], size[0], config)
-        grid = (1, height // config.patch_size, width // config.patch_size)
-        counts.append(num_image_tokens(grid, config.merge_size))
+        counts.append(height * width // (config.patch_size * config.merge_size) ** 2)
     return counts
 
 
@@ -115,17 +114,10 @@ def tokenize_files(
     the text of each bad row's fault. Raises ValueError for bad rows (unless skip_bad_rows) before
     anything is tokenised, and when nothing is left to learn from.
     """
-    if overlong not in ("truncate", "drop", "error"):
-        raise ValueError(f"overlong {overlong!r}: choose truncate, drop or error")
-    if max_len < 2:
-        raise ValueError(f"max_len {max_len}: must be at least 2")
-    for path in paths:
-        next(read_jsonl(path))  # missing or empty: an error at once
     settings = dict(max_len=max_len, overlong=overlong, skip=skip_bad_rows)
-    final = Path(cache_dir) / cache_key(
-        paths, model_dir, code=(__file__, chat.__file__, schema.__file__), **settings
-    )
-    if not (final / "meta.json").is_file():
+    code = (__file__, chat.__file__, schema.__file__)
+    folder = Path(cache_dir) / cache_key(paths, model_dir, code=code, **settings)
+    if not (folder / "meta.json").is_file():
         tokenizer = load_tokenizer(model_dir)
         forbidden, pad = control_tokens(tokenizer), image_token_id(tokenizer)
         good, faults, with_images = 0, [], False
@@ -136,16 +128,15 @@ def tokenize_files(
         refuse(faults, skip_bad_rows, good)
         images = ImageConfig.from_dir(model_dir) if with_images else None
         build_cache(
-            final,
+            folder,
             scan(paths, "conversation", forbidden),
             partial(encode_conversations, tokenizer=tokenizer, images=images),
             partial(reason_to_drop, max_len=max_len, overlong=overlong, pad=pad),
             max_len=max_len,
-            files=list(map(str, paths)),
             image_token_id=pad,
             faults=list(map(str, faults)),
         )
-    dataset = TokenizedDataset(final)
+    dataset = TokenizedDataset(folder)
     return dataset, dataset.stats
 
 

@@ -191,55 +191,28 @@ def file_bytes(name: str, content: list | bytes | dict) -> bytes:
 
 
 # ---------------------------------------------------------------------- model and teacher
-def write_base(folder: Path) -> None:
-    """The shipped miniature base, or random weights in the same architecture."""
-    if list(SHIPPED.glob("*.safetensors")):
-        shutil.copytree(SHIPPED, folder)
-        return
-    write_model_files(folder)
-    write_random_weights(folder)
-
-
-def write_random_weights(folder: Path, prefixes: dict[str, str] | None = None) -> None:
-    """Weights for the config.json of a directory; prefixes: names of ours → keys in the file."""
-    import torch
-    from safetensors.torch import save_file
-
-    from model import Model, ModelConfig
-
-    torch.manual_seed(0)
-    model, tensors = Model(ModelConfig.from_dir(folder), with_vision=True), {}
-    for name, p in model.named_parameters():
-        first = name.split(".")[0]
-        key = name.replace(first, (prefixes or {}).get(first, first), 1)
-        tensors[key] = p.detach().to(torch.bfloat16).contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def write_qwen3_vl(folder: Path) -> None:
     """A random Qwen3-VL, tied as the 2B and 4B are, with the miniature's tokenizer."""
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
     write_model_files(folder)
     old = json.loads((folder / "config.json").read_text())
     sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size".split()
-    text = {k: old[k] for k in (*sizes, "num_key_value_heads", "rms_norm_eps")}
-    text |= dict(model_type="qwen3_vl_text", head_dim=48, rope_theta=5000000)
-    text["rope_scaling"] = {"rope_type": "default", "mrope_section": [10, 8, 6]}
-    tower = ("depth", "hidden_size", "num_heads", "in_channels")
-    vision = {k: old["vision_config"][k] for k in tower} | dict(intermediate_size=128)
-    vision |= dict(model_type="qwen3_vl", out_hidden_size=old["hidden_size"])
-    vision |= dict(hidden_act="gelu_pytorch_tanh", patch_size=16, temporal_patch_size=2)
-    vision |= dict(spatial_merge_size=2, num_position_embeddings=2304)
+    text = {k: old[k] for k in (*sizes, "num_key_value_heads", "rms_norm_eps")} | dict(head_dim=48)
+    rope = dict(rope_type="default", rope_theta=5000000, mrope_section=[10, 8, 6])
+    text |= dict(rope_parameters=rope, tie_word_embeddings=True)
+    vision = {k: old["vision_config"][k] for k in ("depth", "hidden_size", "num_heads")}
+    vision |= dict(intermediate_size=128, out_hidden_size=old["hidden_size"])
     vision |= dict(deepstack_visual_indexes=[0, 1])
-    config = dict(architectures=["Qwen3VLForConditionalGeneration"], model_type="qwen3_vl")
-    config |= {k: v for k, v in old.items() if k.endswith("token_id")}
-    config |= dict(tie_word_embeddings=True, text_config=text, vision_config=vision)
-    images = dict(size={"shortest_edge": 32 * 32, "longest_edge": 80 * 32 * 32})
-    images |= dict(patch_size=16, temporal_patch_size=2, merge_size=2)
-    images |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, processor_class="Qwen3VLProcessor")
-    images |= dict(image_processor_type="Qwen2VLImageProcessorFast")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
-    write_random_weights(folder, {"model": "model.language_model", "visual": "model.visual"})
+    tokens = {k: v for k, v in old.items() if k.endswith("token_id")}
+    sides = dict(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**sides, **tokens))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    images = dict(size={"shortest_edge": 32 * 32, "longest_edge": 80 * 32 * 32}, patch_size=16)
+    images |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
 
 
 def write(folder: Path, model: str = "") -> None:
@@ -255,7 +228,7 @@ def write(folder: Path, model: str = "") -> None:
             (release / "download.json").write_text(note)
     aside = folder / "base.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    (write_qwen3_vl if "Qwen3-VL" in model else write_base)(aside)
+    write_qwen3_vl(aside) if "Qwen3-VL" in model else shutil.copytree(SHIPPED, aside)
     aside.rename(folder / "base")
     print(f"{folder}: base and {len(list(top.iterdir()))} releases of {ROWS} rows and more")
 

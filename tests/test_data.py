@@ -109,24 +109,20 @@ def tokenize(file: str, model_dir: Path, tmp_path: Path, **settings):
 BAD_CONVERSATIONS = [
     ('{"messages": [', "line", "not JSON"),
     ("[1, 2]", "line", "a JSON list"),
-    ({"text": "x"}, "messages", "missing"),
+    ({"text": "x"}, "messages", "not a list, or empty"),
     ({"messages": "x"}, "messages", "not a list"),
-    ({"messages": ["x"]}, "messages[0]", "str instead of an object"),
-    ({"messages": [USER, {"content": "x"}]}, "messages[1].role", "missing"),
-    (
-        {"messages": [USER, {"role": "bot", "content": "x"}]},
-        "messages[1].role",
-        "unknown role 'bot'",
-    ),
+    ({"messages": ["x"]}, "messages[0]", "its role is none of"),
+    ({"messages": [USER, {"content": "x"}]}, "messages[1]", "its role is none of"),
+    ({"messages": [USER, {"role": "bot", "content": "x"}]}, "messages[1]", "its role is none of"),
     ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content", "missing"),
     (conversation("x", " \n"), "messages[1].content", "empty"),
     (conversation("x", 3), "messages[1].content", "int instead of text"),
-    (conversation("x"), "messages", "no assistant turn"),
-    ({"messages": [ASSISTANT, USER]}, "messages", "begins with the assistant"),
+    (conversation("x"), "messages", "order user"),
+    ({"messages": [ASSISTANT, USER]}, "messages", "order assistant, user"),
     (
         {"messages": [USER, {"role": "system", "content": "x"}, ASSISTANT]},
         "messages",
-        "system turn",
+        "order user, system, assistant",
     ),
     (
         conversation("a<|im_end|>\n<|im_start|>assistant\nYes", "x"),
@@ -153,7 +149,7 @@ BAD_PROBLEMS = [
     (problem(id=7), "id", "int instead of text"),
     (problem(task=None), "task", "missing"),
     (problem(kind=None), "kind", "missing"),
-    (problem(kind="quiz"), "kind", "unknown kind 'quiz'"),
+    (problem(kind="quiz"), "kind", "missing or unknown: 'quiz'"),
     (problem(question=""), "question", "empty"),
     (problem(question="a<|im_start|>b"), "question", "control token"),
     (problem(answer=None), "answer", "missing"),
@@ -161,7 +157,7 @@ BAD_PROBLEMS = [
     (problem(answer="b"), "answer", "not a letter"),
     (problem(answer="AB"), "answer", "not a letter"),
     (problem(answer="No"), "answer", "not a letter"),
-    (problem(options=None), "options", "missing"),
+    (problem(options=None), "options", "not a list"),
     (problem(options=[]), "options", "1 to 26"),
     (problem(options=["x"] * 27), "options", "1 to 26"),
     (problem(options=["x", 3]), "options[1]", "int instead of text"),
@@ -169,8 +165,8 @@ BAD_PROBLEMS = [
     (problem(kind="math", options=None, answer=4), "answer", "int instead of text"),
     (problem(kind="math", options=None, answer=" "), "answer", "empty"),
     (problem(kind="open", options=None, answer=["yes", 1]), "answer", "int instead of text"),
-    (problem(subset=3), "subset", "not text"),
-    (problem(meta=[1]), "meta", "not an object"),
+    (problem(subset=3), "subset", "int, not str"),
+    (problem(meta=[1]), "meta", "list, not dict"),
     (
         problem(question="<image> and <image>", images=["ok.png"]),
         "images",
@@ -475,7 +471,7 @@ def test_bad_rows_stop_before_tokenising_unless_skipped(model_dir, tmp_path, mon
     file = write(tmp_path / "a.jsonl", [ROWS[0], conversation("x", ""), ROWS[0]])
     with monkeypatch.context() as m:
         m.setattr(data, "build_cache", lambda *a, **k: pytest.fail("tokenised"))
-        with pytest.raises(ValueError, match=r"a.jsonl:2: messages\[1\].content: empty"):
+        with pytest.raises(ValueError, match=r"a.jsonl:2: messages\[1\].content: missing or empty"):
             tokenize(file, model_dir, tmp_path)
     dataset, stats = tokenize(file, model_dir, tmp_path, skip_bad_rows=True)
     assert len(dataset) == 2 and stats["bad_rows"] == 1 and "a.jsonl:2" in stats["faults"][0]
@@ -575,24 +571,29 @@ def test_the_cache_knows_the_versions_and_the_data_has_a_hash(model_dir, tmp_pat
 
 def test_two_processes_may_build_the_cache_at_once(model_dir, tmp_path, monkeypatch):
     """Prevents half-written tokens when a second process finds no cache while the first one writes
-    it; and the rest of a killed build from being taken for a cache."""
-    file, original, depth = write(tmp_path / "a.jsonl", ROWS), core.token_cache.write_parts, []
+    it; and a cache with a missing or truncated part from being trained on."""
+    file, original, inner = write(tmp_path / "a.jsonl", ROWS), core.token_cache.write_whole, []
 
-    def slow(path, *rest):
-        number = original(path, *rest)
-        if not depth:
-            depth.append(1)
+    def slow(path, content):
+        if not inner and path.suffix == ".json":  # the tokens are there, what they are is not
+            inner.append(1)
             with monkeypatch.context() as m:
                 m.setattr(os, "getpid", lambda: 999_999)
-                depth.append(tokenize(file, model_dir, tmp_path)[0].lengths.tolist())
-        return number
+                inner.append(tokenize(file, model_dir, tmp_path)[0])
+        original(path, content)
 
-    monkeypatch.setattr(core.token_cache, "write_parts", slow)
+    monkeypatch.setattr(core.token_cache, "write_whole", slow)
     dataset, _ = tokenize(file, model_dir, tmp_path)
-    assert dataset.lengths.tolist() == depth[1] and len(list((tmp_path / "cache").iterdir())) == 1
-    whole = next((tmp_path / "cache").iterdir())
-    (whole / "tokens.bin").rename(whole.with_name(whole.name + ".77.tmp"))
-    with pytest.raises((ValueError, FileNotFoundError)):
+    assert dataset.lengths.tolist() == inner[1].lengths.tolist()
+    assert dataset.data_hash == inner[1].data_hash
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert sorted(f.name for f in cache.iterdir()) == ["000000.bin", "000000.json", "meta.json"]
+    part = cache / "000000.bin"
+    part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="corrupt token cache; remove this directory"):
+        tokenize(file, model_dir, tmp_path)
+    part.unlink()
+    with pytest.raises(FileNotFoundError):
         tokenize(file, model_dir, tmp_path)
 
 
@@ -858,10 +859,10 @@ def plant(rows: list, rng: random.Random) -> dict[int, str]:
     kinds = [
         (lambda q: '{"messages": [{"role": "user"', "not JSON"),
         (lambda q: [conversation(q, "x")], "a JSON list"),
-        (lambda q: {"conversations": [q]}, "messages: missing"),
-        (lambda q: {"messages": [USER, {"role": "gpt", "content": q}]}, "unknown role"),
-        (lambda q: {"messages": [{"content": q}, ASSISTANT]}, "role: missing"),
-        (lambda q: conversation(q), "no assistant turn"),
+        (lambda q: {"conversations": [q]}, "messages: not a list"),
+        (lambda q: {"messages": [USER, {"role": "gpt", "content": q}]}, "its role is none of"),
+        (lambda q: {"messages": [{"content": q}, ASSISTANT]}, "its role is none of"),
+        (lambda q: conversation(q), "in the order user"),
         (lambda q: conversation([q], "x"), "list instead of text"),
         (lambda q: conversation(q + "<|im_start|>", "x"), "control token"),
         (lambda q: conversation(q, "x", images=["ok.png"]), "0 <image> in the text"),
@@ -937,7 +938,10 @@ def test_command_line(model_dir, tmp_path, capsys):
     datacheck.main([good])
     with pytest.raises(SystemExit) as e:
         datacheck.main([good, bad])
-    assert e.value.code == 1 and f"{bad}:4: messages[1].content: empty" in capsys.readouterr().out
+    assert (
+        e.value.code == 1
+        and f"{bad}:4: messages[1].content: missing or empty" in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit) as e:
         datacheck.main([str(tmp_path / "none.jsonl")])
     assert "no such file" in str(e.value.code)
@@ -984,13 +988,10 @@ def test_a_file_in_another_format_is_refused_with_the_command(row, lines, tmp_pa
 @pytest.mark.parametrize(
     "content, why",
     [
-        (b"PAR1\0\0", "parquet; convert it"),
-        (b"\x93NUMPY\x01\0\n" * 6000, "binary or UTF-16, not jsonl"),
-        (json.dumps([SHAREGPT]).encode(), "one JSON list"),
-        (b"\x1f\x8b\x08", "compressed"),
-        ("{}".encode("utf-16"), "UTF-16"),
-        (json.dumps(problem(), indent=1).encode(), "an object over several lines"),
-        (b'{"text": "x"}\n', r"neither schema .*fields: text"),
+        (b"\x93NUMPY\x01\0\n" * 6000, "not JSON.*utf-8"),
+        (json.dumps([SHAREGPT]).encode(), "a JSON list, not an object.*convert chat"),
+        (json.dumps(problem(), indent=1).encode(), "not JSON.*one JSON object on each line"),
+        (b'{"text": "x"}\n', r"no field 'messages' \(fields: text\)"),
     ],
 )
 def test_a_file_that_is_no_jsonl_is_named(content, why, tmp_path):

@@ -371,8 +371,8 @@ def conversation(content="answer", role="assistant", **more):
 BAD_FILES = {  # what line 2 of the data holds → words of the message
     "invalid JSON": ('{"messages": [', "not JSON"),
     "missing field": ('{"message": []}', "messages"),
-    "wrong role": (conversation(role="bot"), "unknown role 'bot'"),
-    "empty assistant turn": (conversation(" "), "messages[1].content: empty"),
+    "wrong role": (conversation(role="bot"), "its role is none of system, user"),
+    "empty assistant turn": (conversation(" "), "messages[1].content: missing or empty"),
     "image that does not exist": (conversation(images=["nowhere.png"]), "nowhere.png"),
     "unreadable image": (conversation(images=["broken.png"]), "broken.png"),
 }
