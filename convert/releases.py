@@ -101,8 +101,8 @@ class Source:
                 yield f"{table} row {i}", Row(row)
 
     def find(self, *names: str) -> Callable[[], bytes]:
-        """Reader of the image with the first of these names that there is: its path beside a named
-        table, or the end of a path in the release, with or without an extension."""
+        """Reader of the image with the first of these names that there is: a path beside a named
+        table, or the end of one in the release, with or without an extension."""
         for name in names:
             if name.startswith("/") or ".." in name.split("/"):
                 raise Drop("image path leaves the release", name[:80])
@@ -131,25 +131,25 @@ def read_table(name: str, file: Path | io.BytesIO) -> Iterator[Any]:
         except (pyarrow.ArrowInvalid, OSError) as e:
             raise ValueError(f"{name}: not parquet, or truncated ({e})") from None
         return
-    number, raw = 0, file.read_bytes() if isinstance(file, Path) else file.read()
-    try:
-        text = raw.decode("utf-8-sig")
-        if name.lower().endswith(".jsonl"):
-            for line in text.split("\n"):  # splitlines would split at U+2028 in a string
-                number += 1
-                if line.strip():
-                    yield json.loads(line)
-            return
-        value = json.loads(text)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{name}: not UTF-8 at byte {e.start}") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{name} line {number or e.lineno}: not JSON ({e.msg})") from None
+    raw = file.read_bytes() if isinstance(file, Path) else file.read()
+    if name.lower().endswith(".jsonl"):
+        for number, line in enumerate(raw.split(b"\n"), 1):
+            if line.strip():
+                yield parse_json(line, f"{name} line {number}")
+        return
+    value = parse_json(raw, name)
     if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
         value = list(value.values())
     if not isinstance(value, list):
         raise ValueError(f"{name}: expected a list of rows, found {type(value).__name__}")
     yield from value
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except ValueError as e:
+        raise ValueError(f"{where}: not JSON in UTF-8 ({e})") from None
 
 
 def image_extension(data: bytes) -> str:

@@ -5,8 +5,8 @@ published form.
     python recipes/smoke_data.py teach OUT PROBLEMS    stored samples of eval.py become a teacher's
 
 The rows are the miniature's chains (toy/world.py) in the fields of the real releases, so the same
-converters run. The model is the shipped miniature base where there is one, else random weights; for
-a MODEL named Qwen3-VL, a random one of that architecture. None can think, hence `teach` for QwQ.
+converters run. The model is the shipped miniature base; for a MODEL named Qwen3-VL, a random one of
+that architecture. None can think, hence `teach` for QwQ.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import shutil
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Iterator
 
@@ -35,18 +36,18 @@ SHIPPED = ROOT / "toy" / "assets"
 class Maker:
     """Random chains as questions with options, and as pictures."""
 
-    def __init__(self, seed: int = 0):
-        self.rng = np.random.default_rng(seed)
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
 
     def question(self) -> dict:
         """text, answer, options, letter, gold (its text), picture of one chain; its thought."""
         chain = toy.draw_chain(self.rng, 3)
         options, letter = toy.draw_options(self.rng, chain)
-        picture = io.BytesIO()
-        toy.draw_line(chain.text, self.rng).save(picture, "PNG")
+        file = io.BytesIO()
+        toy.draw_line(chain.text, self.rng).save(file, "PNG")
+        picture, gold = {"bytes": file.getvalue(), "path": "x.png"}, options[LETTERS.index(letter)]
         said = dict(text=chain.text, answer=str(chain.answer), thought=toy.think(chain))
-        said |= dict(options=options, letter=letter, gold=options[LETTERS.index(letter)])
-        return said | dict(picture={"bytes": picture.getvalue(), "path": "x.png"})
+        return said | dict(options=options, letter=letter, gold=gold, picture=picture)
 
     def rows(self, form, times: int = 1) -> list:
         """form(question, number) of ROWS questions, or that many times as many."""
@@ -81,13 +82,13 @@ def mmlu_pro(q: dict, i: int) -> dict:
     return row | dict(category="health" if i % 2 else "math")
 
 
-def medqa(q: dict, count: int) -> dict:
+def medqa(q: dict, i: int, count: int) -> dict:
     row = dict(question=q["text"], answer=q["gold"], options=lettered(q, count))
     return row | dict(answer_idx=q["letter"], meta_info="step1")
 
 
-def mmmu(q: dict, id: str) -> dict:
-    row = dict(id=id, question="<image 1>", options=str(q["options"]), answer=q["letter"])
+def mmmu(q: dict, i: int, id: str) -> dict:
+    row = dict(id=f"{id}{i}", question="<image 1>", options=str(q["options"]), answer=q["letter"])
     return row | dict(image_1=q["picture"], question_type="multiple-choice")
 
 
@@ -99,12 +100,10 @@ def mmstar(q: dict, i: int) -> dict:
 
 def mathvista(q: dict, i: int) -> dict:
     row = dict(pid=str(i), question="Which?", unit=None, precision=None, metadata={"task": "sums"})
-    row |= dict(decoded_image=q["picture"], image="images/x.png")
-    if i:
-        more = dict(choices=q["options"], answer=q["gold"], answer_type="text")
-        return row | more | dict(question_type="multi_choice")
-    more = dict(choices=None, answer=q["answer"], answer_type="integer")
-    return row | more | dict(question_type="free_form")
+    row |= dict(decoded_image=q["picture"], question_type="free_form", answer_type="integer")
+    row |= dict(choices=None, answer=q["answer"])
+    choice = dict(choices=q["options"], answer=q["gold"], question_type="multi_choice")
+    return row | choice if i else row
 
 
 def mathvision(q: dict, i: int) -> dict:
@@ -142,16 +141,14 @@ def releases(make: Maker) -> Iterator[tuple[str, list | bytes | dict]]:
     yield "orz57k/orz_math_57k_collected.json", make.rows(orz57k, 3)
     yield "gsm8k/main/test-0.parquet", make.rows(gsm8k)
     yield "mmlu_pro/data/test-0.parquet", make.rows(mmlu_pro)
-    splits = {s: make.rows(lambda q, i: medqa(q, 5)) for s in ("train", "test")}
-    members = {f"data_clean/questions/US/{s}.jsonl": rows for s, rows in splits.items()}
-    yield "medqa/data_clean.zip", members
-    yield "medqa_4ops/phrases_no_exclude_test.jsonl", make.rows(lambda q, i: medqa(q, 4))
-    both = []
+    files = [f"data_clean/questions/US/{split}.jsonl" for split in ("train", "test")]
+    yield "medqa/data_clean.zip", {file: make.rows(partial(medqa, count=5)) for file in files}
+    yield "medqa_4ops/phrases_no_exclude_test.jsonl", make.rows(partial(medqa, count=4))
     for subject in ("Pharmacy", "Math"):
-        rows = make.rows(lambda q, i, subject=subject: mmmu(q, f"validation_{subject}_{i}"))
+        rows = make.rows(partial(mmmu, id=f"validation_{subject}_"))
         yield f"mmmu/{subject}/validation-0.parquet", rows
-        both += make.rows(lambda q, i, subject=subject: mmmu(q, f"test_{subject}_{i}"))
-    yield "mmmu_pro/standard (10 options)/test-0.parquet", both
+    rows = make.rows(partial(mmmu, id="test_Pharmacy_")) + make.rows(partial(mmmu, id="test_Math_"))
+    yield "mmmu_pro/standard (10 options)/test-0.parquet", rows
     yield "mmstar/mmstar.parquet", make.rows(mmstar)
     yield "mathvista/data/testmini-0.parquet", make.rows(mathvista)
     yield "mathvision/data/test-0.parquet", make.rows(mathvision)
@@ -251,14 +248,8 @@ def teach(out: Path, problems: Path) -> None:
     print(f"{out}: {len(rows)} samples rewritten, {right:.0f} of them right")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) in (2, 3) and argv[0] == "write":
-        write(Path(argv[1]), *argv[2:])
-    elif len(argv) == 3 and argv[0] == "teach":
-        teach(Path(argv[1]), Path(argv[2]))
-    else:
-        raise SystemExit(__doc__)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
+    command, folder, *rest = sys.argv[1:]
+    write(Path(folder), *rest) if command == "write" else teach(Path(folder), Path(*rest))

@@ -781,7 +781,7 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
     for source, message in (
         (wrong, r"wrong\.jsonl row 1: field 'question' is missing \(fields: Question, answer\)"),
         (torn, r"torn\.jsonl line 2: not JSON"),
-        (latin, "latin.jsonl: not UTF-8 at byte 17"),
+        (latin, "latin.jsonl line 1: not JSON .*utf-8.* position 17"),
         (empty, "no row .* could be converted: the tables are empty"),
         (nothing, r"could be converted: no #### in the answer \(.*nothing\.jsonl row 0\)"),
         (tmp_path / "folder", r"no table whose name matches .*here: other\.jsonl"),

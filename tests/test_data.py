@@ -550,6 +550,16 @@ def test_a_killed_build_continues_where_it_was(model_dir, tmp_path, monkeypatch)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_rows_in_a_row_without_a_document(model_dir, tmp_path, monkeypatch):
+    """Prevents a crash, or documents of other rows, where a whole part was dropped."""
+    monkeypatch.setattr(core.token_cache, "ROWS_PER_PART", 1)
+    file = write(tmp_path / "a.jsonl", [conversation("?", t) for t in ("Yes", "Yes " * 99, "No")])
+    dataset, stats = tokenize(file, model_dir, tmp_path, max_len=99, overlong="drop")
+    assert [dataset.get(i).source for i in range(2)] == [f"{file}:1", f"{file}:3"]
+    assert len(dataset) == 2 and stats["dropped_overlong"] == 1
+    assert [len(dataset.get(i).tokens) for i in range(2)] == dataset.lengths.tolist()
+
+
 def test_the_cache_knows_the_versions_and_the_data_has_a_hash(model_dir, tmp_path, monkeypatch):
     """Prevents training on tokens of another tokenizers release, and a changed data file that
     nobody notices on resume: the hash goes into the checkpoint. It does not depend on the place."""
