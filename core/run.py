@@ -97,7 +97,7 @@ def claim(
     Raises ValueError, with nothing in `out` changed, when it holds something else or is in use.
     """
     out = Path(out)
-    old = _stored_settings(out, script)
+    old = stored_settings(out, script)
     try:
         out.mkdir(parents=True, exist_ok=True)
         token = lock(out)
@@ -121,7 +121,7 @@ def claim(
     return old, token
 
 
-def _stored_settings(out: Path, script: str) -> dict:
+def stored_settings(out: Path, script: str) -> dict:
     """The settings in `out`/config.json; none where `out` is new, or was begun by --plan or with a
     copied checkpoint."""
     found = {p.name for p in out.iterdir()} if out.is_dir() else set()

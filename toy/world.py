@@ -32,7 +32,6 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from string import ascii_letters
-from typing import Collection
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -238,13 +237,9 @@ class DataConfig:
     images: bool = option(False, "also sft_images.jsonl: every second question as an image")
 
 
-def take_folder(out: Path, own: Collection[str]) -> None:
-    """Make the folder `out`. Raises ValueError where that fails, or where it holds files that
-    match no pattern of `own`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"--out {out}: cannot be written ({e.strerror})") from None
+def take_folder(out: Path, *own: str) -> None:
+    """Make the folder `out`. Raises ValueError where it holds files that match none of `own`."""
+    out.mkdir(parents=True, exist_ok=True)
     other = [p.name for p in out.iterdir() if not any(p.match(pattern) for pattern in own)]
     if other:
         raise ValueError(f"--out {out}: holds other files ({min(other)}, …); name a new directory")
@@ -298,7 +293,7 @@ def test_set(out: Path, task: str, config: DataConfig) -> list[dict]:
 def write_data(config: DataConfig) -> None:
     """sft.jsonl, sft_direct.jsonl (the same without thoughts), rl.jsonl, test_TASK.jsonl, img/."""
     out = Path(config.out)
-    take_folder(out, own=("sft*.jsonl", "rl.jsonl", "test_*.jsonl", "*.tmp", "img"))
+    take_folder(out, "sft*.jsonl", "rl.jsonl", "test_*.jsonl", "*.tmp", "img")
     (out / "img").mkdir(exist_ok=True)
     write_jsonl(out / "sft.jsonl", conversations(config))
     write_jsonl(out / "sft_direct.jsonl", conversations(config, thoughts=False))
