@@ -9,8 +9,7 @@ python eval.py --data … --out OUT --rescore       grade the stored samples aga
 
 OUT/samples.jsonl    one line a sample: prompt, text, answer, gold, reward, tokens (core/samples.py)
 OUT/result.json      all metrics
-OUT/config.json      the settings that the samples depend on
-OUT/header.json      command, versions, commit, the whole prompt of each kind of problem
+OUT/header.json      command, versions, commit, settings, the whole prompt of each kind of problem
 OUT/solved.txt       ids of the problems whose samples are all right
 OUT/budget_N.jsonl   the samples that a forced exit after N tokens would have changed
 
@@ -97,9 +96,9 @@ class Config:
 
 
 SAMPLES_DEPEND_ON = (
-    "samples", "temperature", "top_p", "max_new_tokens", "think_budget", "answer_budget", "seed",
-    "prompt_style", "min_pixels", "max_pixels", "blind",
-)  # fmt: skip
+    "samples temperature top_p max_new_tokens think_budget answer_budget seed".split()
+)
+SAMPLES_DEPEND_ON += "prompt_style min_pixels max_pixels blind".split()
 
 
 # ---------------------------------------------------------------------------------------- problems
@@ -114,8 +113,6 @@ def choose_problems(c: Config) -> tuple[list[dict], dict]:
         ids = {by_hash[i]["id"] for at in tasks for i in at[: c.limit]}
         problems = [p for p in problems if p["id"] in ids]
     if c.drop:
-        if not Path(c.drop).is_file():
-            raise ValueError(f"--drop {c.drop}: no such file")
         ids = set(Path(c.drop).read_text(encoding="utf-8").splitlines())
         kept = [p for p in problems if p["id"] not in ids]
         left_out["dropped"] = len(problems) - len(kept)
@@ -139,10 +136,6 @@ def hashes(files: list[str | Path]) -> list[list[str]]:
     return [[Path(file).name, digest] for file, digest in run.hash_files(files).items()]
 
 
-def one_hash(files: list[str | Path]) -> str:
-    return sha256(str(hashes(files)).encode()).hexdigest()
-
-
 def take_out(c: Config, model_dir: Path | None, world: World) -> tuple[dict, str]:
     """The settings of this evaluation (with --rescore, those in OUT), and the lock on OUT. Raises
     ValueError, with nothing changed, where OUT holds anything else or is in use. For rank 0."""
@@ -163,7 +156,7 @@ def take_out(c: Config, model_dir: Path | None, world: World) -> tuple[dict, str
             "open_thought": opens_thought(data.load_tokenizer(model_dir)),
             "model": c.model,
             "limit": c.limit,
-            "model_sha256": one_hash(files),
+            "model_sha256": sha256(str(hashes(files)).encode()).hexdigest(),
             "data_sha256": hashes(c.data),
         }
     # a model may move; its hash may not change
@@ -227,6 +220,8 @@ class Engine:
             max_new_tokens=c.max_new_tokens, stop_ids=stop_token_ids(self.tokenizer),
             forced_exit=self.exit if c.think_budget else None,
         )  # fmt: skip
+        prompt = self.tokenizer, self.images, c.prompt_style
+        self.prompt = lambda problem: data.prompt_tokens(problem, *prompt)
         self.mine = problems[world.rank :: world.size]
         self.prompts = {p["id"]: self.prompt(p) for p in self.mine}
         longest = int(all_max(max(map(len, self.prompts.values()), default=0))[0])
@@ -240,9 +235,6 @@ class Engine:
                 f"{flag}: with {longest} more than the model's context of {most} tokens"
             )
 
-    def prompt(self, problem: dict) -> list[int]:
-        return data.prompt_tokens(problem, self.tokenizer, self.images, self.c.prompt_style)
-
     def load(self) -> Sampler:
         """Collective."""
         c, on_gpu = self.c, self.world.device.type == "cuda"
@@ -254,7 +246,7 @@ class Engine:
         memory = dict(slots=c.slots or None, kv_gb=c.kv_gb or None, min_rows=rows)
         return Sampler(loaded, max_len=self.max_len, **memory)
 
-    def run(self, stage: str, jobs: list[Job], params: SamplingParams) -> Rows:
+    def run_jobs(self, stage: str, jobs: list[Job], params: SamplingParams) -> Rows:
         """Sample this rank's jobs into a new part of OUT/STAGE; returns the samples that all ranks
         have now. Collective."""
         if all_any(bool(jobs)):
@@ -299,7 +291,7 @@ class Engine:
         rows, n = load_rows(self.out, "samples"), range(self.c.samples)
         missing = [p for p in self.mine if any((p["id"], i) not in rows for i in n)]
         jobs = [Job(p, self.prompts[p["id"]], problem_seed(p)) for p in missing]
-        return self.run("samples", jobs, self.params)
+        return self.run_jobs("samples", jobs, self.params)
 
     def sample_budget(self, rows: Rows, budget: int) -> Rows:
         """The samples that a forced exit at `budget` would have changed. Up to there the tokens are
@@ -316,12 +308,11 @@ class Engine:
                 seed = problem_seed(p, salt=budget * 1_000_003 + s.sample + 1)
                 jobs.append(Job(p, [*self.prompts[p["id"]], *head], seed, s.sample, head))
         answer = {"n": 1, "max_new_tokens": exit.answer_budget, "forced_exit": None}
-        return self.run(stage, jobs, replace(self.params, **answer))
+        return self.run_jobs(stage, jobs, replace(self.params, **answer))
 
 
 def write_header(engine: Engine, problems: list[dict]) -> None:
-    """Print how the samples are made; store all that is needed to repeat them, with a prompt of
-    each kind."""
+    """Say how the samples are made; store what repeats them, with a prompt of each kind."""
     s, prompts, file = engine.settings, {}, engine.out / "header.json"
     for p in {p["kind"]: p for p in reversed(problems)}.values():  # the first of each kind
         text = engine.tokenizer.decode(engine.prompt(p))
@@ -337,7 +328,7 @@ def write_header(engine: Engine, problems: list[dict]) -> None:
 def grading_rules(rule: str) -> dict:
     """The rule, and a hash of the code that decides what an answer is and which ones are equal."""
     files = [rewards.__file__, *sorted(Path(grading.__file__).parent.glob("*.py"))]
-    return {"rule": rule, "sha256": one_hash(files)}
+    return {"rule": rule, "sha256": sha256(str(hashes(files)).encode()).hexdigest()}
 
 
 def grade(c: Config, samples: list[Sample], problems: dict[str, dict], open_thought: bool) -> None:
@@ -387,8 +378,7 @@ def score(c: Config, settings: dict, problems: list, left_out: dict, stages: dic
 
 
 def evaluate(c: Config) -> dict | None:
-    """Problems → samples → scores: sample what is missing, grade all, write and print the result.
-    Returns it on rank 0."""
+    """Sample what is missing, grade all, write and print the result; returns it on rank 0."""
     world, out = init(c.device, timeout_minutes=24 * 60), Path(c.out)
     problems, left_out = choose_problems(c)
     model_dir = None if c.rescore else model.resolve_model_dir(c.model, world)

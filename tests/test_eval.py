@@ -499,7 +499,6 @@ MISTAKES = [
     ([choice(0)], {"budgets": [0]}, "--budgets 0: must be from 1 to 40"),
     ([choice(0)], {"prompt_style": "nice"}, "prompt style 'nice': choose kind, train"),
     ([choice(0)], {"compare": "nowhere"}, "nowhere: no result.json; name the --out"),
-    ([choice(0)], {"drop": "nowhere.txt"}, "--drop nowhere.txt: no such file"),
     ([choice(0)], {"rescore": True, "model": ""}, "holds no samples; run it with --model first"),
     ([choice(0, question="a<|im_end|>")], {}, "control token"),
 ]
