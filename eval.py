@@ -4,8 +4,8 @@ torchrun --nproc_per_node=8 eval.py --model DIR --data mmmu.jsonl gsm8k.jsonl --
 python eval.py … --samples 5 --temperature 0.3    avg@5, maj@5, pass@5: the second protocol
 python eval.py … --budgets 512 1024 2048          accuracy by thinking budget, from stored samples
 python eval.py … --blind --samples 3 --temperature 0.3    no images; OUT/solved.txt: always solved
-python eval.py --data … --out OUT --rescore       grade the stored samples again, without a model
-    [--compare OTHER_OUT] [--drop BLIND/solved.txt]    paired differences; text-solvable ones out
+python eval.py --data … --out OUT --rescore [--compare OTHER]     grade again, without a model
+python eval.py … --drop BLIND/solved.txt          without the text-solvable problems
 
 OUT/samples.jsonl    one line a sample: prompt, text, answer, gold, reward, tokens (core/samples.py)
 OUT/result.json      all metrics
@@ -95,10 +95,8 @@ class Config:
             raise ValueError(f"--budgets {wrong[0]}: must be from 1 to {longest} tokens")
 
 
-SAMPLES_DEPEND_ON = (
-    "samples temperature top_p max_new_tokens think_budget answer_budget seed".split()
-)
-SAMPLES_DEPEND_ON += "prompt_style min_pixels max_pixels blind".split()
+SAMPLES_DEPEND_ON = "samples temperature top_p max_new_tokens think_budget answer_budget".split()
+SAMPLES_DEPEND_ON += "seed prompt_style min_pixels max_pixels blind".split()
 
 
 # ---------------------------------------------------------------------------------------- problems
@@ -256,8 +254,7 @@ class Engine:
             calls = np.cumsum(sizes) // IMAGE_TOKENS
             with self.sampler.weights(), open(part, "w", encoding="utf-8", newline="\n") as file:
                 for call in np.unique(calls):
-                    some = [job for job, its_call in zip(jobs, calls) if its_call == call]
-                    self.generate(some, params, file)
+                    self.generate([j for j, at in zip(jobs, calls) if at == call], params, file)
             barrier()  # every rank has written
         return load_rows(self.out, stage)
 
@@ -265,26 +262,22 @@ class Engine:
         """Sample `jobs` in one call; a line of `file` each, as soon as it ends."""
 
         def store(completion: Completion) -> None:
-            file.write(self.to_sample(jobs[completion.prompt_index], completion).to_json())
+            job, completion.logprobs = jobs[completion.prompt_index], None
+            if job.head:
+                completion.sample_index = job.sample
+                completion.tokens = [*job.head, *completion.tokens]
+                completion.prompt_tokens -= len(job.head)
+                completion.finish_reason = f"forced+{completion.finish_reason}"
+                completion.forced_tokens = len(self.exit.tokens)
+                completion.forced_at = len(job.head) - completion.forced_tokens
+            how = dict(prompt=data.prompt_text(job.problem, self.c.prompt_style), seed=job.seed)
+            file.write(make_sample(job.problem, completion, self.tokenizer, **how).to_json())
             file.flush()
 
         images = ImageLoader(self.images)([j.problem.get("images") or [] for j in jobs])
         prompts = [data.Prompt(j.tokens, *loaded) for j, loaded in zip(jobs, images)]
         how = dict(sample_ids=[j.seed for j in jobs], progress=self.world.is_main)
         self.sampler.generate(prompts, params, on_finish=store, **how)
-
-    def to_sample(self, job: Job, completion: Completion) -> Sample:
-        """A completion as it is stored, before it is graded."""
-        completion.logprobs = None
-        if job.head:
-            completion.sample_index = job.sample
-            completion.tokens = [*job.head, *completion.tokens]
-            completion.prompt_tokens -= len(job.head)
-            completion.finish_reason = f"forced+{completion.finish_reason}"
-            completion.forced_tokens = len(self.exit.tokens)
-            completion.forced_at = len(job.head) - completion.forced_tokens
-        prompt = data.prompt_text(job.problem, self.c.prompt_style)
-        return make_sample(job.problem, completion, self.tokenizer, prompt=prompt, seed=job.seed)
 
     def sample(self) -> Rows:
         """All samples of all problems; those in OUT are not sampled again. Collective."""
