@@ -223,15 +223,10 @@ class Engine:
         self.mine = problems[world.rank :: world.size]
         self.prompts = {p["id"]: self.prompt(p) for p in self.mine}
         longest = int(all_max(max(map(len, self.prompts.values()), default=0))[0])
-        exits = [b + len(self.exit.tokens) + c.answer_budget for b in c.budgets]
-        self.max_len = longest + max([c.max_new_tokens, *exits])
-        text = config.raw.get("text_config", config.raw)
-        if self.max_len > (most := text.get("max_position_embeddings", 1e9)):
-            longest = f"the longest prompt ({longest} tokens)"
-            flag = f"--max_new_tokens {c.max_new_tokens}"
-            raise ValueError(
-                f"{flag}: with {longest} more than the model's context of {most} tokens"
-            )
+        # an exit waits while the model is closing its thought by itself
+        after = len(self.exit.close_table) - 1 + len(self.exit.tokens) + c.answer_budget
+        new = max([c.max_new_tokens, *(budget + after for budget in c.budgets)])
+        self.max_len = config.room_for(longest, new)
 
     def load(self) -> Sampler:
         """Collective."""

@@ -3,15 +3,14 @@
 python results/compare.py base=runs/eval/base_greedy x_reasoner=runs/eval/x_reasoner_greedy
 python results/compare.py runs/eval/x_reasoner_greedy       NAME of paper.json, default x_reasoner
 
-One line per set of questions for which the paper has a number of that model under that protocol:
-greedy, avg@5 (any number of samples at 0.3), or text-solvable questions removed (eval.py --drop).
-Everything is in percent. The first line names what departs from the paper's protocol.
+A line for each set for which the paper has a number of that model under that protocol: greedy,
+avg@5 (any number of samples at 0.3), or text-solvable questions removed (eval.py --drop). After
+them, with base=…, the gains over it: what training changed, free of prompt, pixels and parser.
 
 ± is half a 95% interval: ours as eval.py found it; the paper reports none, so its own follows from
-the number of questions, p(1-p)/n. The interval of a difference treats the two as independent. They
-share their questions, so it is too wide rather than too narrow: believe "beyond noise"; "within
-noise" means that this set cannot tell. With base=… given, gains over it follow: what training
-changed, free of what prompt, pixels and parser do to the level. "~" was read off a figure.
+the number of questions, p(1-p)/n. That of a difference takes the two as independent; they share
+their questions, so it is too wide rather than too narrow: believe "beyond noise"; "within noise"
+means that this set cannot tell. "~" was read off a figure.
 """
 
 from __future__ import annotations

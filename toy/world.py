@@ -3,11 +3,9 @@
 A problem is a chain of statements, `a=9;k=a#;  n=k%;n?`. Each of the six operations `!#%&*~` is a
 fixed, random permutation of the ten digits. The base model reads the line and knows every operation
 ("9#" → "9#=8"), but answers at once, which is a guess. A thought, `a=9;k=9#=8;n=8%=0`, turns each
-step into one look-up.
-
-Composing permutations is serial work, so that a transformer of constant depth needs thoughts for
-long chains (Merrill & Sabharwal 2310.07923; Li et al. 2402.12875; Feng et al. 2305.15408). Chains
-of sums would need none: attention adds in parallel.
+step into one look-up. Composing permutations is serial work, which a transformer of constant depth
+cannot do at once (docs/miniature.md has the papers). Sums would need no thought: attention adds in
+parallel.
 
 Each problem exists as text and as an image of the same line, one glyph and so one merged vision
 token per 28 × 28 pixels. The "ward" asks the same in another format, `a:9,k:a#,  k?`, with
