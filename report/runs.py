@@ -78,11 +78,9 @@ def read_json(file: Path, notes: list[str]) -> dict:
     """The object in a JSON file; {} and a note where it is missing or broken."""
     try:
         return json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except FileNotFoundError:
-        notes.append(f"{file.name} is missing")
     except (OSError, ValueError) as e:
-        notes.append(f"{file.name} can't be read ({type(e).__name__})")
-    return {}
+        notes.append(f"{file.name} is missing or broken ({type(e).__name__})")
+        return {}
 
 
 def read_jsonl(file: Path, notes: list[str], wanted: set[int] | None = None) -> Iterator[dict]:
@@ -116,9 +114,8 @@ def load_run(name: str, path: Path) -> RunDir:
             for row in read_jsonl(path / f"{file}.jsonl", run.notes):
                 add_point(run, row, "eval/" if file == "eval" else "")
     steps = max((max(v) for k, v in run.series.items() if not k.startswith("eval/")), default=0)
-    file = path / "status"
-    said = file.read_text().strip() if file.is_file() else "status is missing"
-    run.status = f"{said}; {steps:,} steps"
+    said = (path / "status").read_text() if (path / "status").is_file() else "status is missing"
+    run.status = f"{said.strip()}; {steps:,} steps"
     return run
 
 
@@ -159,61 +156,47 @@ def sample_files(run: RunDir) -> list[Path]:
 
 def collect_samples(runs: list[RunDir], most: int) -> dict:
     """The browser's data: samples, and the prompts and images that they share, by index."""
-    samples, said, images = [], [], Images()
+    samples, said = [], []
     prompts: dict[str, int] = {}  # text → its index
+    images: dict[Path, int] = {}
     having = [(i, run, files) for i, run in enumerate(runs) if (files := sample_files(run))]
     for number, run, files in having:
         before, stored = len(samples), 0
         chosen = evenly(len(files), STEP_FILES if run.kind == "grpo" else len(files))
+        quota = most // len(having) // len(chosen)
         for file in (files[i] for i in chosen):
-            quota, group = most // len(having) // len(chosen), run.config.get("group", 1)
-            lines, total = choose_lines(file, quota, group)
+            lines, total = choose_lines(file, quota, run.config.get("group", 1))
             stored += total
             for row in read_jsonl(file, run.notes, lines):
-                samples.append(shown(row, run, file, images) | {"run": number})
-                prompt = samples[-1]["prompt"]
-                samples[-1]["prompt"] = prompts.setdefault(prompt, len(prompts))
+                names = [run.path / name for name in row.get("images") or []]
+                sample = shown(row, file, graded=run.kind == "grpo" or "lenient" in row)
+                sample["prompt"] = prompts.setdefault(sample["prompt"], len(prompts))
+                sample["images"] = [images.setdefault(name, len(images)) for name in names]
+                samples.append(sample | {"run": number})
         taken = len(samples) - before
         share = f"{taken:,} of {stored:,}" if taken < stored else f"all {stored:,}"
         steps = f" of {len(chosen)} steps, out of {len(files)}" * (len(chosen) < len(files))
         said.append(f"{run.name}: {share} samples{steps}")
-    if missing := sum(index is None for index in images.index.values()):
+    encoded, size = [], 0
+    for file in images:
+        encoded.append(encode_image(file) if size < IMAGE_BUDGET else None)
+        size += len(encoded[-1]["src"]) if encoded[-1] else 0
+    if missing := encoded.count(None):
         said.append(f"{missing:,} images missing, unreadable or over the page's size")
     page = {"runs": [r.name for r in runs], "notes": said, "samples": samples}
-    return page | {"prompts": [*prompts], "images": images.encoded}
+    return page | {"prompts": [*prompts], "images": encoded}
 
 
-def shown(row: dict, run: RunDir, file: Path, images: Images) -> dict:
-    """A stored sample as the page shows it."""
-    pads = re.compile(r"(?:<\|image_pad\|>)+")
-    sample = {k: row[k] for k in SHOWN if row.get(k) is not None}
-    if run.kind == "eval" and "lenient" not in row:  # not graded yet
-        sample.pop("reward", None)
-    step = file.stem.startswith("step_")
+def shown(row: dict, file: Path, graded: bool) -> dict:
+    """A stored sample as the page shows it, but for its images."""
+    pads, step = re.compile(r"(?:<\|image_pad\|>)+"), file.stem.startswith("step_")
+    sample = {k: row[k] for k in SHOWN if row.get(k) is not None and (graded or k != "reward")}
     return sample | {
         "where": f"step {file.stem[5:]}" if step else row.get("task", file.stem),
         "prompt": pads.sub(lambda m: f"<image: {len(m[0]) // 13} tokens>", row.get("prompt", "")),
-        "images": [images.add(run.path / name) for name in row.get("images") or []],
         "length": len(row.get("tokens") or []),
         "text": row.get("text", ""),
     }
-
-
-class Images:
-    """The page's images, each once, up to IMAGE_BUDGET."""
-
-    def __init__(self):
-        self.encoded: list[dict] = []
-        self.index: dict[Path, int | None] = {}  # file → its index; None: it can't be shown
-
-    def add(self, file: Path) -> int | None:
-        """Index of an image on the page; None where it can't be shown."""
-        if file not in self.index:
-            full = sum(len(image["src"]) for image in self.encoded) > IMAGE_BUDGET
-            image = None if full else encode_image(file)
-            self.index[file] = None if image is None else len(self.encoded)
-            self.encoded += [] if image is None else [image]
-        return self.index[file]
 
 
 def encode_image(file: Path) -> dict | None:

@@ -422,7 +422,8 @@ def test_images_are_embedded_and_bad_ones_named(tmp_path):
         for n in ("big.png", "bad.png", "evil.svg", "gone.png", "big.png", "x" * 5000, "\0")
     ]
     _, data = page_of(eval_run(tmp_path / "e", rows=[{"id": "q", "text": "t", "images": names}]))
-    assert data["samples"][0]["images"] == [0, None, None, None, 0, None, None]
+    assert data["samples"][0]["images"] == [0, 1, 2, 3, 0, 4, 5]
+    assert data["images"][1:] == [None] * 5
     image = data["images"][0]
     assert image["src"].startswith("data:image/webp;base64,") and (
         image["width"],
