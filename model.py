@@ -199,12 +199,10 @@ class Model(nn.Module):
             return (x + self._no_image() if needs_gradient else x), []
         if self.visual is None:
             raise ValueError("images given, but the model was built without with_vision=True")
-        rows = (tokens == self.config.image_token_id).nonzero().squeeze(1)
         image = self.visual(pixel_values.to(x.device), torch.as_tensor(grid_thw)).to(x.dtype)
-        if len(rows) != len(image):
-            raise ValueError(
-                f"{len(rows)} image placeholders in the tokens, {len(image)} tokens from the images"
-            )
+        # as many as `mrope_positions` has found; `nonzero` would wait for the GPU to count them
+        found = tokens == self.config.image_token_id
+        rows = torch.nonzero_static(found, size=len(image)).squeeze(1)
         image, *deepstack = image.split(x.shape[1], dim=1)  # (M, C) each
         return x.index_copy(0, rows, image), [(rows, extra) for extra in deepstack]
 

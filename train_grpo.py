@@ -100,7 +100,7 @@ class Config(TrainingOptions):
 
     micro_tokens: int = MEMORY(16384, "tokens of a micro-batch, or its one longer sample's", ge=1)
     slots: int | None = MEMORY(None, "samples decoded at once on a rank, default by --kv_gb", ge=1)
-    kv_gb: float | None = MEMORY(None, "GB of KV cache a rank, default 80% of what is free", gt=0)
+    kv_gb: float | None = MEMORY(None, "GB of KV cache a rank, default: what is free", gt=0)
     offload_optimizer: bool = MEMORY(False, "optimizer states in host memory while sampling")
 
     save_every: int = RUN(10, "save resumable state every n steps; 0: only at the end", ge=0)

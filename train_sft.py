@@ -180,8 +180,7 @@ def make_plan(config: Config, world: World) -> Plan:
     pack, half = config.pack_len, config.pack_len // 2
     sizes = [config.micro_tokens] if config.micro_tokens else [pack, half]
     sizes = [n for n in sizes if n >= config.max_len]
-    how = dict(replicas=config.replicas, detailed=config.plan)
-    setting, memory = choose_setting(model, world, sizes, config, **how)
+    setting, memory = choose_setting(model, world, sizes, config, replicas=config.replicas)
     each, tokens, warnings = config.batch_tokens // pack, int(data.lengths.sum()), []
     if config.batch_tokens > tokens:
         warnings.append(

@@ -36,6 +36,7 @@ import torch  # noqa: E402
 from core import attention  # noqa: E402
 from core.optim import adamw, guarded_step  # noqa: E402
 from core.parallel import init, shard, shutdown  # noqa: E402
+from core.plan import GIB, Setting, plan_step  # noqa: E402
 from core.run import header  # noqa: E402
 from core.throughput import PEAK_FLOPS, train_flops  # noqa: E402
 from data import Batch  # noqa: E402
@@ -254,7 +255,10 @@ def sft(b: Bench, context: int, mode: str, compiled: bool) -> None:
     except torch.OutOfMemoryError:
         return b.row("sft", name, float("nan"), "tok/s", note="out of memory")
     limit = b.peak and context * b.peak / train_flops(b.config, lengths)[0]
-    note = f"{b.memory()}; share is strict MFU"
+    bytes_each = dict(compute_bytes=b.dtype.itemsize, adam_bytes=moments.itemsize)
+    setting = Setting(1, tokens=context, checkpointing=mode, **bytes_each)
+    planned = plan_step(meta_model(b.config), setting)["peak"] / GIB
+    note = f"{b.memory()}, planned {planned:.1f}; share is strict MFU"
     b.row("sft", name, context / seconds, "tok/s", limit, note)
 
 

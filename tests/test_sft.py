@@ -201,7 +201,7 @@ def test_a_plan_starts_nothing_and_does_not_stand_in_the_way(sft, monkeypatch, t
     with monkeypatch.context() as patch:
         patch.setattr(train_sft, "build_model", None)
         code, said, _ = sft("--plan", "--steps", 2, "--out", out)
-        assert code == 0 and "each of 1 CPU rank(s)" in said
+        assert code == 0 and "each of 1 rank(s)" in said
         assert "peak" in said and "2 steps, " in said
     assert [p.name for p in out.iterdir()] == ["cache"]
     assert sft("--steps", 2, "--out", out)[0] == 0

@@ -22,9 +22,9 @@ from core.plan import (
     Setting,
     count_parameters,
     fits,
+    in_gib,
     plan_grpo,
     plan_step,
-    table,
 )
 from model import Model, ModelConfig, meta_model
 
@@ -146,7 +146,6 @@ class Config:
     tokens: int = option(16384, "tokens of a micro-batch (--pack_len, --micro_tokens)", ge=1)
     checkpointing: Literal["none", "matmul", "full"] = option("full", "as in train_sft.py")
     adam_dtype: Literal["fp32", "bf16"] = option("fp32", "as in train_sft.py")
-    reshard: bool = option(True, "free gathered blocks after forward, as the trainers do")
     lora_rank: int = option(0, "as in train_sft.py; without --model: 32", ge=0)
     grpo: bool = option(
         False, "plan train_grpo.py: reference model, weights and KV cache to sample"
@@ -172,14 +171,14 @@ def main(argv: list[str] | None = None) -> None:
         model = meta_model(published_config(c.model), lora=lora)
         if c.ranks == 0:
             return print(hardware_table(model))
-        more = dict(adam_bytes=2 if c.adam_dtype == "bf16" else 4, reshard=c.reshard)
-        setting = Setting(c.ranks, c.replicas, c.tokens, checkpointing=c.checkpointing, **more)
+        more = dict(adam_bytes=2 if c.adam_dtype == "bf16" else 4, checkpointing=c.checkpointing)
+        setting = Setting(c.ranks, c.replicas, c.tokens, **more)
         plan = plan_step(model, setting)
         if c.grpo:
             plan = plan_grpo(model, setting, reference=True, kv_gb=c.kv_gb)
         print(
             f"{count_parameters(model)['total']:,} parameters; on each of {c.ranks} GPU(s), "
-            f"{c.tokens} tokens a micro-batch:\n{table(plan)}"
+            f"{c.tokens} tokens a micro-batch, GiB:\n  {in_gib(plan)}"
         )
         fitting = [f"{gb} GB" for gb in (24, 40, 48, 80, 141) if fits(plan, gb * 10**9)]
         said = ", ".join(fitting) or "none of 24, 40, 48, 80, 141 GB"
