@@ -53,7 +53,7 @@ class Config(TrainingOptions):
     }
 
     max_len: int = DATA(4096, "longest document in tokens (paper: 4096)", ge=2)
-    overlong: Literal["truncate", "drop", "error"] = DATA(
+    overlong: Literal["truncate", "drop"] = DATA(
         "truncate", "documents over max_len (paper: truncate, which cuts off the answer)"
     )
     pack_len: int = DATA(16384, "tokens of a pack of whole documents", ge=2)

@@ -8,6 +8,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Source:
     and zips whose names match `pattern`. Where a file is named, the rest only serves images."""
 
     def __init__(self, paths: list[str], pattern: str):
-        self.members: dict[str, Path | tuple] = {}  # name inside the release → file, or (zip, info)
+        self.members: dict[str, Callable[[], bytes]] = {}  # name inside the release → its reader
         self.roots: list[Path] = []  # folders of files named outright: images are looked up there
         self.stems: dict[str, list[str]] = {}  # "a" → members called a.png, x/a.jpg, …
         self.tables = []
@@ -74,7 +75,7 @@ class Source:
 
     def add(self, path: Path, name: str) -> None:
         if path.suffix.lower() != ".zip":
-            self.members[name] = path
+            self.members[name] = path.read_bytes
             return
         try:
             archive = zipfile.ZipFile(path)
@@ -82,18 +83,12 @@ class Source:
             raise ValueError(f"{path}: not a zip, or truncated ({e}); download it again") from None
         for info in archive.infolist():
             if not info.is_dir():
-                self.members[f"{name}/{info.filename}"] = archive, info
-
-    def read(self, name: str) -> bytes:
-        member = self.members[name]
-        return member.read_bytes() if isinstance(member, Path) else member[0].read(member[1])
+                self.members[f"{name}/{info.filename}"] = partial(archive.read, info)
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """("table row 3", row) from 0, tables in order of their names."""
         for table in self.tables:
-            file = self.members[table]
-            file = file if isinstance(file, Path) else io.BytesIO(self.read(table))
-            for i, row in enumerate(read_table(table, file)):
+            for i, row in enumerate(read_table(table, self.members[table]())):
                 row = {"turns": row} if isinstance(row, list) else row  # Orz: a row is two turns
                 if not isinstance(row, dict):
                     kind = type(row).__name__
@@ -114,11 +109,11 @@ class Source:
             if len(found) > 1:
                 raise Drop("image name is ambiguous", " ".join([name[:80], *sorted(found)[:3]]))
             for member in found:
-                return lambda: self.read(member)
+                return self.members[member]
         raise Drop("image not found", " or ".join(names)[:80])
 
 
-def read_table(name: str, file: Path | io.BytesIO) -> Iterator[Any]:
+def read_table(name: str, content: bytes) -> Iterator[Any]:
     """Rows of one table. A json file holds a list, or an object of rows."""
     if name.lower().endswith(".parquet"):
         try:
@@ -126,18 +121,18 @@ def read_table(name: str, file: Path | io.BytesIO) -> Iterator[Any]:
         except ImportError:
             raise ValueError(f"{name}: parquet needs pyarrow; pip install pyarrow") from None
         try:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=32):
+            table = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+            for batch in table.iter_batches(batch_size=32):
                 yield from batch.to_pylist()  # few at a time: rows carry images
         except (pyarrow.ArrowInvalid, OSError) as e:
             raise ValueError(f"{name}: not parquet, or truncated ({e})") from None
         return
-    raw = file.read_bytes() if isinstance(file, Path) else file.read()
     if name.lower().endswith(".jsonl"):
-        for number, line in enumerate(raw.split(b"\n"), 1):
+        for number, line in enumerate(content.split(b"\n"), 1):
             if line.strip():
                 yield parse_json(line, f"{name} line {number}")
         return
-    value = parse_json(raw, name)
+    value = parse_json(content, name)
     if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
         value = list(value.values())
     if not isinstance(value, list):

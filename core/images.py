@@ -52,22 +52,20 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     Raises ValueError, which names the file and how to fix it, when it is missing, not an image,
     damaged, larger than MAX_PIXELS, longer than MAX_ASPECT, or has no known white.
     """
-    opened = isinstance(source, Image.Image)
-    if not opened and not Path(source).is_file():  # also keeps us from waiting for a pipe
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source)
+    if not Path(source).is_file():  # also keeps us from waiting for a pipe
         raise ValueError(
             f"{source}: no such image file; image paths are relative to the folder of their jsonl"
         )
-    name = "a PIL image" if opened else source
     try:
-        if opened:
-            return _upright_rgb(source)
         with open(source, "rb") as file:  # by name, Pillow 13 maps a turned TIFF with sides swapped
             return _upright_rgb(Image.open(file, formats=FORMATS))
     except (ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{name}: {e}") from e
+        raise ValueError(f"{source}: {e}") from e
     except Exception as e:  # Pillow's parsers raise nearly anything on foreign bytes
         raise ValueError(
-            f"{name}: damaged or not an image ({e}); fetch it again, or save it as PNG or JPEG"
+            f"{source}: damaged or not an image ({e}); fetch it again, or save it as PNG or JPEG"
         ) from e
 
 

@@ -57,10 +57,10 @@ class Fault:
         return f"{self.file}:{self.line}: {self.field}: {why} ({self.fix})"
 
 
-def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
+def progress(items: Iterable | None, what: str) -> tqdm:
     """A bar on rank 0 for what takes over two seconds; in a log file, a line a minute."""
-    every, quiet = (0.2 if os.isatty(2) else 60), os.environ.get("RANK", "0") != "0"
-    return tqdm(items, what, total, False, unit=" rows", mininterval=every, delay=2, disable=quiet)
+    how = dict(mininterval=0.2 if os.isatty(2) else 60, delay=2, leave=False)
+    return tqdm(items, what, unit=" rows", disable=os.environ.get("RANK", "0") != "0", **how)
 
 
 # ---------------------------------------------------------------------- reading
@@ -74,14 +74,15 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | Fault]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            empty, why = False, ""
+            empty = False
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                why = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
+                if not isinstance(row, dict):
+                    raise ValueError(f"a {type(row).__name__}")
             except (ValueError, RecursionError) as e:
-                why = f"not JSON: {e}"
-            fix = "one JSON object on each line"
-            yield number, Fault(str(path), number, "line", why, fix) if why else row
+                fix = "one JSON object on each line"
+                row = Fault(str(path), number, "line", f"not a JSON object: {e}", fix)
+            yield number, row
     if empty:
         raise ValueError(f"{path}: the file is empty")
 
@@ -89,18 +90,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | Fault]]:
 def refuse_other_format(path: str | Path, rows: Sequence[dict | Fault], schema: str) -> None:
     """Raise ValueError when none of a file's first rows is of the schema: one message instead of a
     fault for each row."""
-    wanted, other = "messages", "question"
-    if schema == "problem":
-        wanted, other = other, wanted
+    wanted = {"conversation": "messages", "problem": "question"}[schema]
     objects = [row for row in rows if isinstance(row, dict)]
-    if any(wanted in row for row in objects):
-        return
-    if any(other in row for row in objects):
-        found = "problems" if schema == "conversation" else "conversations"
-        raise ValueError(f"{path}: a file of {found}, where one of {schema}s is needed")
-    found = f"no field {wanted!r} (fields: {', '.join(objects[0])})" if objects else rows[0].why
-    fix = f"write one JSON object on each line; {CONVERT} reads parquet, JSON lists and other chats"
-    raise ValueError(f"{path}: no jsonl of {schema}s: {found:.200}; {fix}")
+    if not any(wanted in row for row in objects):
+        why = f"fields {', '.join(objects[0])}; no {wanted!r}" if objects else rows[0].why
+        raise ValueError(
+            f"{path}: no jsonl of {schema}s ({why:.200}): write one JSON object on each line. For "
+            f"parquet, JSON lists and other chat formats: {CONVERT}"
+        )
 
 
 # ---------------------------------------------------------------------- one row

@@ -111,15 +111,15 @@ def build_cache(
     folder: Path,
     rows: Iterator[tuple[str, int, dict | None, list[Fault]]],
     encode: Callable[[list[dict]], Iterator[tuple[np.ndarray, np.ndarray]]],
-    keep: Callable[[np.ndarray, np.ndarray, str], str | None],
+    drop: Callable[[np.ndarray, np.ndarray], str | None],
     max_len: int,
     image_token_id: int | None,
     faults: list[str],
 ) -> None:
     """Fill a cache directory from checked rows (see `scan`); parts that exist are kept.
 
-    encode: rows → (tokens, loss_mask) of each. keep(tokens, loss_mask, source) → None for a
-    document, cut to max_len, else the name of the count that it goes to.
+    encode: rows → (tokens, loss_mask) of each. drop(tokens, loss_mask) → None for a document, cut
+    to max_len, else the name of the count that it goes to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number, digests = 0, (hashlib.sha256(), hashlib.sha256())
@@ -128,7 +128,7 @@ def build_cache(
     while batch := list(islice(rows, ROWS_PER_PART)):
         file = folder / f"{number:06d}.bin"
         if not (about := file.with_suffix(".json")).is_file():
-            tokens, made = encode_part(batch, encode, keep, max_len)
+            tokens, made = encode_part(batch, encode, drop, max_len)
             write_whole(file, tokens.tobytes())
             write_whole(about, json.dumps(made).encode())
         tokens = np.fromfile(file, TOKEN)
@@ -147,13 +147,13 @@ def build_cache(
     write_whole(folder / "meta.json", json.dumps(meta).encode())
 
 
-def encode_part(batch: list, encode, keep, max_len: int) -> tuple[np.ndarray, dict]:
+def encode_part(batch: list, encode, drop, max_len: int) -> tuple[np.ndarray, dict]:
     """Rows → the tokens of their documents end to end, and the content of the part's json."""
     good = [(f"{file}:{line}", row) for file, line, row, bad in batch if not bad]
     stats = Counter(rows=len(batch), bad_rows=len(batch) - len(good))
     kept, documents = [np.zeros(0, TOKEN)], []
     for (source, row), (tokens, loss_mask) in zip(good, encode([row for _, row in good])):
-        reason = keep(tokens, loss_mask, source)
+        reason = drop(tokens, loss_mask)
         stats[reason or "documents"] += 1
         if reason:
             continue

@@ -143,7 +143,7 @@ def test_aspect_of_200_is_the_last_allowed():
     """Prevents: a bound that is off by one."""
     assert load_image(Image.new("RGB", (200, 1)))
     for size in ((201, 1), (1, 201), (0, 7)):
-        with pytest.raises(ValueError, match="a PIL image: .* pixels.* crop or pad it"):
+        with pytest.raises(ValueError, match="pixels.* crop or pad it"):
             load_image(Image.new("RGB", size))
 
 

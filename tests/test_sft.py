@@ -369,7 +369,7 @@ def conversation(content="answer", role="assistant", **more):
 
 
 BAD_FILES = {  # what line 2 of the data holds → words of the message
-    "invalid JSON": ('{"messages": [', "not JSON"),
+    "invalid JSON": ('{"messages": [', "not a JSON object"),
     "missing field": ('{"message": []}', "messages"),
     "wrong role": (conversation(role="bot"), "its role is none of system, user"),
     "empty assistant turn": (conversation(" "), "messages[1].content: missing or empty"),
@@ -596,7 +596,7 @@ def test_a_directory_of_another_run_is_left_alone(whole, inputs, sft, tmp_path):
     )
     (tmp_path / "notes.txt").write_text("mine")
     code, _, error = sft("--out", tmp_path)
-    assert code == 2 and "no run of train_sft (notes.txt)" in error
+    assert code == 2 and "holds other files, as notes.txt, no run of train_sft" in error
 
 
 def test_mistakes_reach_the_shell(inputs, tmp_path):
