@@ -111,6 +111,8 @@ def choose_problems(c: Config) -> tuple[list[dict], dict]:
         ids = {by_hash[i]["id"] for at in tasks for i in at[: c.limit]}
         problems = [p for p in problems if p["id"] in ids]
     if c.drop:
+        if not Path(c.drop).is_file():
+            raise ValueError(f"--drop {c.drop}: no such file")
         ids = set(Path(c.drop).read_text(encoding="utf-8").splitlines())
         kept = [p for p in problems if p["id"] not in ids]
         left_out["dropped"] = len(problems) - len(kept)
@@ -309,7 +311,7 @@ def write_header(engine: Engine, problems: list[dict]) -> None:
     run.write_json(file, run.header(world_size=engine.world.size, **more))
     exit = f"forced exit after {s['think_budget']}" if s["think_budget"] else "no forced exit"
     how = f"{s['samples']} sample(s) each at temperature {s['temperature']}, {exit}"
-    print(f"{len(problems)} problems, {how}, at most {s['max_new_tokens']} tokens; see {file}")
+    print(f"{len(problems)} problem(s), {how}, at most {s['max_new_tokens']} tokens; see {file}")
 
 
 # --------------------------------------------------------------------------------- grades, results

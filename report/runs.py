@@ -36,7 +36,7 @@ class RunDir:
 
     path: Path
     name: str
-    kind: str = ""  # sft | grpo | eval
+    kind: str = "unknown"  # sft | grpo | eval
     config: dict = field(default_factory=dict)
     header: dict = field(default_factory=dict)
     result: dict = field(default_factory=dict)
@@ -47,8 +47,7 @@ class RunDir:
 
 def is_run(path: Path) -> bool:
     """Whether this is a run; a model directory has a config.json too, but none of these."""
-    names = ("header.json", "metrics.jsonl", "result.json", "rollouts")
-    return any((path / n).exists() for n in names) or any(path.glob("samples*.jsonl"))
+    return any((path / n).exists() for n in ("header.json", "metrics.jsonl", "result.json"))
 
 
 def find_runs(arguments: list[str]) -> list[tuple[str, Path]]:
@@ -100,9 +99,7 @@ def load_run(name: str, path: Path) -> RunDir:
     run = RunDir(path, name)
     run.config = read_json(path / "config.json", run.notes)
     run.header = read_json(path / "header.json", run.notes)
-    guess = "train_grpo" if (path / "rollouts").exists() else "train_sft"
-    guess = "eval" if any(path.glob("samples*.jsonl")) else guess
-    run.kind = run.config.get("script", guess).removeprefix("train_")
+    run.kind = run.config.get("script", "unknown").removeprefix("train_")
     if run.kind == "eval":
         run.result = read_json(path / "result.json", run.notes)
         run.status = "finished" if run.result else "running, or killed: no result.json yet"

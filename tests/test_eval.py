@@ -499,6 +499,7 @@ MISTAKES = [
     ([choice(0)], {"budgets": [0]}, "--budgets 0: must be from 1 to 40"),
     ([choice(0)], {"prompt_style": "nice"}, "prompt style 'nice': choose kind, train"),
     ([choice(0)], {"compare": "nowhere"}, "nowhere: no result.json; name the --out"),
+    ([choice(0)], {"drop": "nowhere.txt"}, "--drop nowhere.txt: no such file"),
     ([choice(0)], {"rescore": True, "model": ""}, "holds no samples; run it with --model first"),
     ([choice(0, question="a<|im_end|>")], {}, "control token"),
 ]
@@ -619,12 +620,16 @@ def test_rescore_of_a_limited_run_says_so(model_dir, tmp_path, world, inline):
     assert ev.evaluate(config("", file, tmp_path / "out", rescore=True, limit=4))["limit"] == 4
 
 
-def test_a_model_may_be_spelt_or_moved_otherwise(model_dir, tmp_path, world, inline, monkeypatch):
-    """Prevents "m" and "./m" from being two models."""
+def test_a_model_may_be_spelt_or_moved_otherwise(
+    model_dir, tmp_path, world, inline, monkeypatch, capsys
+):
+    """Prevents "m" and "./m" from being two models; the first line says how samples are made."""
     file = write(tmp_path / "p.jsonl", [choice(i) for i in range(2)])
     shutil.copytree(model_dir, tmp_path / "m")
     monkeypatch.chdir(tmp_path)
     ev.evaluate(config("./m", file, tmp_path / "out", limit=1))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("1 problem(s), 1 sample(s) each at temperature 0.0, no forced exit, at")
     for name in ("m", str(model_dir)):
         assert ev.evaluate(config(name, file, tmp_path / "out"))["sets"]["quiz"]["n"] == 2
 

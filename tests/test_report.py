@@ -55,6 +55,7 @@ def grpo_run(path, steps: int = 3, samples: int = 16, metrics=None, settings=Non
 
 def eval_run(path, accuracy: float = 0.5, rows=(), settings=None, suites=("text", "image")):
     path.mkdir(parents=True)
+    (path / "config.json").write_text('{"script": "eval"}')
     metrics = dict(n=60, metric="greedy", accuracy=accuracy, low=accuracy - 0.1)
     metrics |= dict(high=accuracy + 0.1, forced=0.25, tokens_mean=31.0)
     result = {"settings": settings or {}, "rules": {}, "budgets": {}, "compare": None}
@@ -181,9 +182,7 @@ def test_a_truncated_line_costs_itself_and_is_said(tmp_path):
     assert "running; 2 steps" in text
 
 
-@pytest.mark.parametrize(
-    "gone", ["config.json", "header.json", "metrics.jsonl", "status", "rollouts"]
-)
+@pytest.mark.parametrize("gone", ["header.json", "metrics.jsonl", "status", "rollouts"])
 def test_a_missing_file_is_said_and_the_rest_is_shown(tmp_path, gone):
     run = grpo_run(tmp_path / "r")
     shutil.rmtree(run / gone) if gone == "rollouts" else (run / gone).unlink()
@@ -197,6 +196,8 @@ def test_a_missing_file_is_said_and_the_rest_is_shown(tmp_path, gone):
 def test_an_evaluation_in_progress_shows_what_it_has(tmp_path):
     """Its rows are in part files, without a grade, and there is no result.json."""
     (tmp_path / "e").mkdir()
+    for name in ("config", "header"):
+        (tmp_path / "e" / f"{name}.json").write_text('{"script": "eval"}')
     (tmp_path / "e" / "samples.part0.jsonl").write_text(
         json.dumps({"id": "q", "text": "x", "finish_reason": "length", "reward": 0.0}) + "\n"
     )
