@@ -271,8 +271,9 @@ def train(config: Config) -> int:
         return run.finished()
     plan = make_plan(config, world)
     run.say(plan.text)
-    for kind, data in (("training", plan.data), ("validation", plan.val)):
-        run.log_skipped(kind, data.stats["faults"] if data else [])
+    for data in (plan.data, plan.val):
+        for fault in data.stats["faults"][:20] if data else []:  # tools.check names them all
+            run.say(f"skipped {fault}")
     compute = compute_dtype(config.dtype, world.device.type == "cuda")
     model = build_model(
         plan.model_dir,

@@ -25,6 +25,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Callable, Collection, Iterator
@@ -55,7 +56,7 @@ def script() -> Iterator[None]:
     except BaseException as e:
         _failed(e)
         raise
-    shutdown(together=True)
+    shutdown()
 
 
 def _failed(e: BaseException) -> None:
@@ -243,8 +244,7 @@ class Run:
         self.log(metrics)
         left = self.total - metrics["step"]
         pace = (time.monotonic() - self.begun) / (metrics["step"] - self.first)
-        end = time.strftime("%a %H:%M", time.localtime(time.time() + pace * left))
-        self.say(f"{text} | {duration(pace * left)} left, until {end}" if left else text)
+        self.say(f"{text} | {timedelta(seconds=round(pace * left))} left" if left else text)
 
     def logged(self, kind: str) -> list[dict]:
         """What KIND.jsonl holds, on every rank. Collective."""
@@ -252,19 +252,9 @@ class Run:
         return from_rank0(self.world, lambda: [json.loads(x) for x in _whole_lines(file)])
 
     def log_samples(self, step: int, samples: list[Sample]) -> None:
-        """Write OUT/rollouts/step_N.jsonl, and some of it to the tracker."""
+        """Write OUT/rollouts/step_N.jsonl."""
         if self.world.is_main:
             write_samples(self.out / "rollouts" / f"step_{step}.jsonl", samples)
-            if self.tracker:
-                self.tracker.log_samples(step, samples)
-
-    def log_skipped(self, kind: str, faults: list[str]) -> None:
-        """Write every bad row that is left out to bad_rows_KIND.txt, and print the first."""
-        if self.world.is_main and faults:
-            file = self.out / f"bad_rows_{kind}.txt"
-            file.write_text("\n".join(faults) + "\n")
-            more = f"\nall {len(faults)} of them: {file}" if len(faults) > 20 else ""
-            self.say("\n".join(f"skipped {f}" for f in faults[:20]) + more)
 
     def stopped(self, step: int) -> int:
         """Say that a signal ended the run early; returns the exit code for it."""
@@ -299,14 +289,6 @@ def write_json(file: Path, value: dict) -> None:
     tmp = file.with_suffix(".tmp")
     tmp.write_text(json.dumps(value, indent=2, default=str) + "\n")
     tmp.rename(file)
-
-
-def duration(seconds: float) -> str:
-    """45 → "45 s", 600 → "10 min", 3700 → "1 h 02 min", 200000 → "55 h 33 min"."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 # -------------------------------------------------------------- what it takes to repeat a run
