@@ -30,6 +30,7 @@ import torch
 
 from core import attention
 from core.images import ImageConfig
+from core.lora import add_lora
 from core.optim import adamw, guarded_step, lr_at
 from core.options import DATA, MEMORY, OPTIMIZER, RUN, parse_config
 from core.packing import attention_cost, balance, pack_plan, repack
@@ -41,7 +42,7 @@ from core.throughput import describe_step, prefetch, speed
 from core.token_cache import TokenizedDataset
 from core.training import Training, TrainingOptions, trained_on
 from data import Batch, collate, load_tokenizer, tokenize_files
-from model import Model, ModelConfig, build_model, check_model_dir, meta_model, resolve_model_dir
+from model import Model, ModelConfig, build_model, check_model_dir, resolve_model_dir
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Config(TrainingOptions):
     }
 
     max_len: int = DATA(4096, "longest document in tokens (paper: 4096)", ge=2)
-    overlong: Literal["truncate", "drop"] = DATA(
+    overlong: Literal["truncate", "drop", "error"] = DATA(
         "truncate", "documents over max_len (paper: truncate, which cuts off the answer)"
     )
     pack_len: int = DATA(16384, "tokens of a pack of whole documents", ge=2)
@@ -176,11 +177,15 @@ def make_plan(config: Config, world: World) -> Plan:
     with_images = config.train_vision or data.has_images or bool(val and val.has_images)
     images = ImageConfig.from_dir(model_dir) if with_images else None
     steps, steps_per_epoch = plan_steps(data.lengths, config)
-    model = meta_model(ModelConfig.from_dir(model_dir), with_images, config.lora)
+    with torch.device("meta"):
+        model = Model(ModelConfig.from_dir(model_dir), with_images)
+        if config.lora:
+            add_lora(model, config.lora)
     pack, half = config.pack_len, config.pack_len // 2
     sizes = [config.micro_tokens] if config.micro_tokens else [pack, half]
     sizes = [n for n in sizes if n >= config.max_len]
-    setting, memory = choose_setting(model, world, sizes, config, replicas=config.replicas)
+    how = dict(replicas=config.replicas, detailed=config.plan)
+    setting, memory = choose_setting(model, world, sizes, config, **how)
     each, tokens, warnings = config.batch_tokens // pack, int(data.lengths.sum()), []
     if config.batch_tokens > tokens:
         warnings.append(
@@ -271,9 +276,8 @@ def train(config: Config) -> int:
         return run.finished()
     plan = make_plan(config, world)
     run.say(plan.text)
-    for data in (plan.data, plan.val):
-        for fault in data.stats["faults"][:20] if data else []:  # tools.check names them all
-            run.say(f"skipped {fault}")
+    for kind, data in (("training", plan.data), ("validation", plan.val)):
+        run.log_skipped(kind, data.stats["faults"] if data else [])
     compute = compute_dtype(config.dtype, world.device.type == "cuda")
     model = build_model(
         plan.model_dir,

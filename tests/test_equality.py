@@ -47,7 +47,7 @@ x\in[-2,7] ~ -2\le x\le 7
 137 \frac{1}{2} ~ 137.5
 2.5\times10^3 ~ 2500
 2.5E3 ~ 2500
-4.5\text{ million} ~ 4500000
+|z| \le 1 ~ [-1,1]
 1\pm\sqrt{5} ~ 1+\sqrt{5}, 1-\sqrt5
 \{1\pm\sqrt5,-2\} ~ \{-2, 1+\sqrt5, 1-\sqrt5\}
 \begin{array}{cc}1&2\\3&0.5\end{array} ~ \begin{pmatrix}1&2\\3&\frac12\end{pmatrix}
@@ -56,7 +56,7 @@ x\in[-2,7] ~ -2\le x\le 7
 {1,2}\cap{2,3} ~ \{2\}
 (C) ~ \text{(C)}
 D ~ (D) \ 13
-13 ~ (D) \ 13
+|x| < \sqrt{3} ~ (-\sqrt{3}, \sqrt{3})
 (1+i)^2 ~ 2i
 4210_5 ~ 4210_{5}
 ３½ ~ 3.5
@@ -91,7 +91,6 @@ x = 1,023 ~ 1023
 4 ~ \mbox{four}
 2*sqrt(3) ~ 2\sqrt{3}
 pi/2 ~ \frac{\pi}{2}
-x**2+1 ~ x^2+1
 """
 UNEQUAL = r"""
 |f_n - g_n| = 3 ~ |f_n - g_n| = 1
@@ -170,8 +169,9 @@ KNOWN_MISSES = r"""
 1.414214 ~ \sqrt{2}
 70/9 \approx 7.78 ~ 7.78
 3,14 ~ 3.14
-|z| \le 1 ~ [-1,1]
-|x| < \sqrt{3} ~ (-\sqrt{3}, \sqrt{3})
+4.5\text{ million} ~ 4500000
+13 ~ (D) \ 13
+x**2+1 ~ x^2+1
 ]2, \infty[ ~ (2,\infty)
 204_{\text{five}} ~ 204_5
 4 to 1 ~ 4:1
@@ -207,35 +207,21 @@ def test_near_misses_do_not_score(pred, gold):
     assert not full_equal(pred, gold)
 
 
-@pytest.mark.parametrize(
-    "pred",
-    [
-        "",
-        " ",
-        "{}",
-        "4\u200b2",
-        "4\x002",
-        "<b>42</b>",
-        r"\input{/etc/passwd}",
-        "__import__('os')",
-        "(" * 30 + "42" + ")" * 30,
-        "42" + " " * 400 + "a",
-        "9^{9^{9^9}}",
-        "99999999!",
-        r"(((10!)!)!)!",
-        r"\binom{100000000}{50000000}",
-        "|",
-        "}",
-        "^",
-        "\\",
-        "()",
-        "&",
-    ],
-)
-def test_what_is_no_answer_is_refused_without_algebra(pred):
-    """A hostile text that reaches sympy costs a worker; one that reaches TeX or Python would cost
-    more."""
-    assert quick_equal(pred, "42") is False and quick_equal(pred, pred.strip() and "1") is False
+HOT = ["(" * 60 + "42" + ")" * 60, "42" + " " * 400 + "a", "9^{9^{9^9}}", "99999999!"]
+HOT += [r"(((10!)!)!)!", r"\binom{100000000}{50000000}"]
+MARKS = ["", " ", "{}", "|", "}", "^", "\\", "()", "&", "4\u200b2", "4\x002", "<b>42</b>"]
+
+
+@pytest.mark.parametrize("pred", HOT)
+def test_what_would_cost_seconds_is_refused_without_algebra(pred):
+    """A hostile text that reaches sympy costs a worker, and the rows behind it their time."""
+    assert quick_equal(pred, "42") is False and quick_equal(pred, "1") is False
+
+
+@pytest.mark.parametrize("pred", [*MARKS, r"\input{/etc/passwd}", "__import__('os')"])
+def test_what_is_no_answer_equals_nothing(pred):
+    """An empty box, a stray mark or markup must not pay."""
+    assert not full_equal(pred, "42") and not full_equal(pred, "1")
 
 
 def test_an_empty_gold_equals_nothing():
@@ -394,8 +380,7 @@ def test_real_golds_equal_themselves_and_shuffled_only_true_equals():
 @needs_real
 def test_labelled_pairs_keep_their_agreement():
     """The 101 boxed pairs of public graders' test suites: two hedges with a wrong approximation are
-    refused on
-    purpose.
+    refused on purpose.
     """
     rows = [json.loads(line) for line in (REAL / "rewards_dev.jsonl").open()]
     rows = [r for r in rows if r["kind"] == "math" and r"\boxed" not in r["pred"]]
