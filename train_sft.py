@@ -82,9 +82,7 @@ class Config(TrainingOptions):
         for name, part in pairs:
             size, least = getattr(self, name), getattr(self, part)
             if 0 < size < least:
-                raise ValueError(
-                    f"--{name} {size} is below --{part} {least}, which must fit into it"
-                )
+                raise ValueError(f"--{name} {size} is below --{part} {least}; raise it")
 
 
 # ------------------------------------------------------------------------------------ the batches
@@ -188,16 +186,12 @@ def make_plan(config: Config, world: World) -> Plan:
     setting, memory = choose_setting(model, world, sizes, config, **how)
     each, tokens, warnings = config.batch_tokens // pack, int(data.lengths.sum()), []
     if config.batch_tokens > tokens:
-        warnings.append(
-            f"--batch_tokens {config.batch_tokens} is more than the data's {tokens} tokens: "
-            "an epoch is one step; lower it"
-        )
+        warnings.append(f"--batch_tokens: above the data's {tokens} tokens, an epoch is one step")
     if config.train_vision and not data.has_images:
         warnings.append("--train_vision: no row of --data has an image")
     warnings += trained_on(config.data, config.val_data, "val_data")
     lines = [
-        f"training data: {data.describe()}",
-        *([f"validation data: {val.describe()}"] if val else []),
+        *(f"{n} data: {d.describe()}" for n, d in (("training", data), ("validation", val)) if d),
         f"a step: {each} packs × {pack} = {each * pack} tokens on {setting.ranks} rank(s); "
         f"{len(steps)} steps, {steps_per_epoch} an epoch",
         memory,
@@ -230,22 +224,16 @@ def run_steps(config: Config, plan: Plan, training: Training) -> int:
             run.log({"step": step, "val_loss": loss}, "validation")
             run.say(f"step {step} | val_loss {loss:.4f}")
 
-    first = training.at["step"]
-    validate(first)  # a kill may have come before it
+    validate(first := training.at["step"])  # a kill may have come before it
     make, begin = partial(my_batches, data, packs_of, world, plan.images), time.perf_counter()
     for i, batches, waited in prefetch(make, range(first, total), world.device):
         supervised = int(data.supervised[np.concatenate(packs_of[i])].sum())
         loss_sum = all_sum(accumulate_gradients(model, batches, supervised, world))[0]
-        lr = lr_at(
-            i,
-            lr=config.lr,
-            schedule=config.schedule,
-            total_steps=total,
-            steps_per_epoch=plan.steps_per_epoch,
-            warmup_steps=int(config.warmup_ratio * total),
-        )
-        how = dict(lr=lr, max_norm=config.grad_clip, loss=loss_sum)
-        norm, stepped = guarded_step(model, optimizer, **how)
+        how = dict(schedule=config.schedule, steps_per_epoch=plan.steps_per_epoch)
+        how |= dict(total_steps=total, warmup_steps=int(config.warmup_ratio * total))
+        lr = lr_at(i, lr=config.lr, **how)
+        clip = dict(max_norm=config.grad_clip, loss=loss_sum)
+        norm, stepped = guarded_step(model, optimizer, lr=lr, **clip)
 
         streams, seconds = [data.lengths[p] for p in packs_of[i]], time.perf_counter() - begin
         metrics = {
