@@ -22,7 +22,7 @@ from PIL import Image
 
 from core import chat, schema
 from core.chat import chat_segments, load_tokenizer, with_image_parts  # noqa: F401
-from core.images import ImageConfig, load_images, num_image_tokens, smart_resize  # noqa: F401
+from core.images import ImageConfig, load_images, smart_resize
 from core.packing import attention_cost, balance, pack_plan  # noqa: F401
 from core.parallel import World
 from core.samples import Sample
@@ -32,7 +32,6 @@ from core.schema import (  # noqa: F401
     image_size,
     load_conversations,
     load_problems,
-    read_jsonl,
     refuse,
     scan,
 )
@@ -76,8 +75,7 @@ def image_counts(row: dict, config: ImageConfig | None) -> list[int]:
         if isinstance(size, str):
             raise ValueError(size)
         height, width = smart_resize(size[1], size[0], config)
-        grid = (1, height // config.patch_size, width // config.patch_size)
-        counts.append(num_image_tokens(grid, config.merge_size))
+        counts.append(height * width // (config.patch_size * config.merge_size) ** 2)
     return counts
 
 
@@ -111,21 +109,14 @@ def tokenize_files(
     """Conversations → tokens and loss mask, made once and kept in cache_dir/<key>.
 
     overlong, for documents of more than max_len tokens: "truncate" keeps the first max_len (as in
-    the paper), "drop", "error". stats counts rows and each reason to drop one; stats["faults"] has
+    the paper), or "drop". stats counts rows and each reason to drop one; stats["faults"] has
     the text of each bad row's fault. Raises ValueError for bad rows (unless skip_bad_rows) before
     anything is tokenised, and when nothing is left to learn from.
     """
-    if overlong not in ("truncate", "drop", "error"):
-        raise ValueError(f"overlong {overlong!r}: choose truncate, drop or error")
-    if max_len < 2:
-        raise ValueError(f"max_len {max_len}: must be at least 2")
-    for path in paths:
-        next(read_jsonl(path))  # missing or empty: an error at once
     settings = dict(max_len=max_len, overlong=overlong, skip=skip_bad_rows)
-    final = Path(cache_dir) / cache_key(
-        paths, model_dir, code=(__file__, chat.__file__, schema.__file__), **settings
-    )
-    if not (final / "meta.json").is_file():
+    code = (__file__, chat.__file__, schema.__file__)
+    folder = Path(cache_dir) / cache_key(paths, model_dir, code=code, **settings)
+    if not (folder / "meta.json").is_file():
         tokenizer = load_tokenizer(model_dir)
         forbidden, pad = control_tokens(tokenizer), image_token_id(tokenizer)
         good, faults, with_images = 0, [], False
@@ -136,29 +127,23 @@ def tokenize_files(
         refuse(faults, skip_bad_rows, good)
         images = ImageConfig.from_dir(model_dir) if with_images else None
         build_cache(
-            final,
+            folder,
             scan(paths, "conversation", forbidden),
             partial(encode_conversations, tokenizer=tokenizer, images=images),
             partial(reason_to_drop, max_len=max_len, overlong=overlong, pad=pad),
             max_len=max_len,
-            files=list(map(str, paths)),
             image_token_id=pad,
             faults=list(map(str, faults)),
         )
-    dataset = TokenizedDataset(final)
+    dataset = TokenizedDataset(folder)
     return dataset, dataset.stats
 
 
 def reason_to_drop(
-    tokens: np.ndarray, loss_mask: np.ndarray, source: str, max_len: int, overlong: str, pad: int
+    tokens: np.ndarray, loss_mask: np.ndarray, max_len: int, overlong: str, pad: int | None
 ) -> str | None:
     """None if the first max_len tokens are a document, else why not. pad: the image token's id; a
     document that is cut before the end of its last image is dropped."""
-    if len(tokens) > max_len and overlong == "error":
-        raise ValueError(
-            f"{source}: {len(tokens)} tokens, max_len is {max_len}; raise --max_len, or choose "
-            "--overlong truncate or drop"
-        )
     if len(tokens) > max_len and overlong == "drop":
         return "dropped_overlong"
     if pad is not None and pad in tokens[max_len:]:
@@ -204,16 +189,11 @@ class Batch:
     def inputs(self) -> dict:
         """Arguments of `Model.forward`. The grids go as a list: FSDP would move a tensor to the
         GPU, from where the vision tower would have to fetch it again."""
-        return dict(
-            tokens=self.tokens,
-            position_ids=self.position_ids,
-            cu_seqlens=self.cu_seqlens,
-            targets=self.targets,
-            pixel_values=self.pixel_values,
-            grid_thw=None if self.grid_thw is None else self.grid_thw.tolist(),
-            max_len=self.max_len,
-            rows=self.supervised_rows,
-        )
+        arguments = dict(vars(self))
+        arguments["rows"] = arguments.pop("supervised_rows")
+        if self.grid_thw is not None:
+            arguments["grid_thw"] = self.grid_thw.tolist()
+        return arguments
 
 
 def pack(
@@ -259,8 +239,8 @@ def collate(docs: Sequence[Document], images: ImageConfig | None = None) -> Batc
     for doc in docs:
         patches, grid = load_images(doc.images, images)
         if grid is not None:
-            expected = sum(num_image_tokens(g, images.merge_size) for g in grid.tolist())
-            if expected != int((doc.tokens == doc.image_token_id).sum()):
+            expected = int(grid.prod(1).sum()) // images.merge_size**2
+            if expected != (doc.tokens == doc.image_token_id).sum():
                 raise ValueError(
                     f"{doc.source}: an image has another size than when it was tokenised; remove "
                     "the run's cache directory to tokenise again"

@@ -2,61 +2,53 @@
 
 torchrun --nproc_per_node=8 eval.py --model DIR --data mmmu.jsonl gsm8k.jsonl --out runs/eval/base
 python eval.py … --samples 5 --temperature 0.3    avg@5, maj@5, pass@5: the second protocol
-python eval.py … --budgets 512,1024,2048          accuracy by thinking budget, from stored samples
+python eval.py … --budgets 512 1024 2048          accuracy by thinking budget, from stored samples
 python eval.py … --blind --samples 3 --temperature 0.3    no images; OUT/solved.txt: always solved
-python eval.py --data … --out OUT --rescore       grade the stored samples again, without a model
-python eval.py --data … --out OUT --rescore --compare OTHER [--drop BLIND/solved.txt]
+python eval.py --data … --out OUT --rescore [--compare OTHER]     grade again, without a model
+python eval.py … --drop BLIND/solved.txt          without the text-solvable problems
 
 OUT/samples.jsonl    one line a sample: prompt, text, answer, gold, reward, tokens (core/samples.py)
 OUT/result.json      all metrics
-OUT/config.json      the settings that the samples depend on
-OUT/header.json      command, versions, commit, the whole prompt of each kind of problem
+OUT/header.json      command, versions, commit, settings, the whole prompt of each kind of problem
 OUT/solved.txt       ids of the problems whose samples are all right
 OUT/budget_N.jsonl   the samples that a forced exit after N tokens would have changed
 
-Each rank samples its share and appends each sample as it ends, so that a stopped evaluation
-resumes; then rank 0 grades all. A sample depends on (seed, problem, sample index) and not on ranks
-or batches, up to the rounding of matrix products of another size.
+Each rank writes a sample of its share to disk as soon as it ends, so a stopped evaluation resumes
+when you rerun it; then rank 0 grades all. A sample depends on (seed, problem, sample index), not on
+ranks or batches, up to the rounding of matrix products of another size.
 
-From the paper (arXiv 2505.03981, section 3 and appendix C): prompts, greedy and 5 samples at 0.3,
-forced exit, removal of text-solvable questions; from its model card: 262,144 pixels per image.
-Ours where both are silent: the extraction rule (rewards.py), ties in a vote, intervals.
+The defaults are the paper's protocol (arXiv 2505.03981, section 3, appendix C, and its model card);
+results/README.md says what we took where it is silent.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 import time
 from dataclasses import MISSING, dataclass, replace
 from hashlib import sha256
-from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, Sequence
+from typing import Literal, NamedTuple, Sequence, TextIO
 
 import numpy as np
-import torch
 
 import data
 import grading
 import model
 import rewards
+from core import run
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
-from core.images import ImageConfig
+from core.images import ImageConfig, ImageLoader
 from core.options import DATA, MEMORY, OBJECTIVE, RUN, SAMPLING, parse_config
-from core.out_dir import assert_shared, claim, lock, write_json
-from core.parallel import World, all_any, all_gather_objects, all_max, from_rank0, init
-from core.run import hash_files, header, run_and_exit, script
+from core.parallel import World, all_any, all_max, barrier, from_rank0, init
+from core.plan import compute_dtype
 from core.samples import Sample, make_sample, problem_seed, read_samples, set_grade, write_samples
 from core.slots import ForcedExit, exit_positions
 from sampler import Completion, Sampler, SamplingParams
 from scoring.metrics import all_metrics, cluster, compare, positions
 from scoring.tables import read_result, report
 
-PIXEL_BYTES = 4e9  # preprocessed images of one call of the sampler, in host memory: 4 patches a
-# token, 1176 fp32 values a patch
-STYLES = ("kind", *data.INSTRUCTIONS)
+IMAGE_TOKENS = 200_000  # of one call of the sampler: 4 patches of 1,176 fp32 values each, 3.8 GB
 Rows = dict[tuple[str, int], Sample]  # (problem id, sample index) → sample
 
 
@@ -69,22 +61,18 @@ class Config:
     drop: str = DATA("", "file of problem ids to leave out, one per line")
     skip_bad_rows: bool = DATA(False, "leave out rows that fail the check")
     blind: bool = DATA(False, "remove all images (paper: table 6)")
-    prompt_style: Literal[STYLES] = DATA("kind", "kind: by kind of problem")
+    prompt_style: Literal["kind", *data.INSTRUCTIONS] = DATA("kind", "kind: by kind of problem")
     min_pixels: int = DATA(262_144, "scale images up to this; 0: model's", ge=0)
     max_pixels: int = DATA(262_144, "scale images down to this; 0: model's", ge=0)
-    rule: Literal[rewards.RULES] = OBJECTIVE(
-        "answer", "where it stands: answer (<answer>, else \\boxed), boxed, line ('Answer: X')"
-    )
+    rule: Literal[rewards.RULES] = OBJECTIVE("answer", "where it stands; line: 'Answer: X'")
     rescore: bool = OBJECTIVE(False, "grade stored samples, sample nothing")
-    budgets: str = OBJECTIVE("", "thinking budgets, as in 512,1024,2048")
+    budgets: list[int] = OBJECTIVE([], "thinking budgets, as in 512 1024 2048")
     compare: str = OBJECTIVE("", "another --out: this minus the other")
     samples: int = SAMPLING(1, "per problem (paper: 1, and 5)", ge=1, le=1024)
     temperature: float = SAMPLING(0.0, "paper: 0, and 0.3 for 5", ge=0, le=10)
     top_p: float = SAMPLING(1.0, "nucleus sampling", gt=0, le=1)
     max_new_tokens: int = SAMPLING(4096, "answer included (paper: 4096)", ge=1)
-    think_budget: int = SAMPLING(
-        3800, "force </think> after this many tokens (paper: at 4096); 0: never", ge=0
-    )
+    think_budget: int = SAMPLING(3800, "force </think> here (paper: at 4096); 0: never", ge=0)
     answer_budget: int = SAMPLING(256, "tokens after a forced exit", ge=1)
     seed: int = SAMPLING(0, "decides every sampled token", ge=0)
     dtype: Literal["auto", "bf16", "fp32"] = MEMORY("auto", "auto: bf16 on CUDA, fp32 on CPU")
@@ -100,105 +88,79 @@ class Config:
             raise ValueError("--model is missing; only --rescore needs none")
         if self.compare and read_result(self.compare)["rules"] != grading_rules(self.rule):
             raise ValueError(f"--compare {self.compare}: graded by other rules; --rescore it first")
-        if not re.fullmatch(r"([1-9]\d{0,8}(,[1-9]\d{0,8})*)?", self.budgets):
-            raise ValueError(f"--budgets {self.budgets}: must be numbers, as in 512,1024,2048")
-        self.budget_list = sorted({int(b) for b in self.budgets.split(",") if b})
+        if self.rescore and self.budgets:
+            raise ValueError("--rescore grades all budgets in --out; leave out --budgets")
         longest = self.think_budget or self.max_new_tokens
-        if not self.rescore and max(self.budget_list, default=0) > longest:
-            raise ValueError(f"--budgets {self.budgets}: the thoughts end at {longest} tokens")
+        if wrong := [b for b in self.budgets if not 0 < b <= longest]:
+            raise ValueError(f"--budgets {wrong[0]}: must be from 1 to {longest} tokens")
 
 
-SAMPLES_DEPEND_ON = (
-    "samples", "temperature", "top_p", "max_new_tokens", "think_budget", "answer_budget", "seed",
-    "prompt_style", "min_pixels", "max_pixels", "blind",
-)  # fmt: skip
+SAMPLES_DEPEND_ON = "samples temperature top_p max_new_tokens think_budget answer_budget".split()
+SAMPLES_DEPEND_ON += "seed prompt_style min_pixels max_pixels blind".split()
 
 
 # ---------------------------------------------------------------------------------------- problems
 def choose_problems(c: Config) -> tuple[list[dict], dict]:
     """The problems to evaluate, in the order of the files, and how many rows were left out. Raises
-    ValueError for bad rows, a --drop file without effect, and --blind without an image."""
+    ValueError for bad rows and a --drop file without effect."""
     problems, faults = data.load_problems(c.data, skip_bad_rows=c.skip_bad_rows)
     left_out = {"bad_rows": len({(f.file, f.line) for f in faults}), "dropped": 0}
     if c.limit:  # before --drop, so that runs with and without it choose the same problems
         by_hash = sorted(problems, key=lambda p: sha256(p["id"].encode()).digest())
-        chosen = {i for at in positions(by_hash, "task").values() for i in at[: c.limit]}
-        ids = {by_hash[i]["id"] for i in chosen}
+        tasks = positions(by_hash, "task").values()
+        ids = {by_hash[i]["id"] for at in tasks for i in at[: c.limit]}
         problems = [p for p in problems if p["id"] in ids]
     if c.drop:
         if not Path(c.drop).is_file():
             raise ValueError(f"--drop {c.drop}: no such file")
-        ids = set(Path(c.drop).read_text(encoding="utf-8", errors="replace").splitlines())
+        ids = set(Path(c.drop).read_text(encoding="utf-8").splitlines())
         kept = [p for p in problems if p["id"] not in ids]
         left_out["dropped"] = len(problems) - len(kept)
         if not kept or (ids and len(kept) == len(problems)):
             raise ValueError(f"--drop {c.drop}: leaves {len(kept)} of {len(problems)}; wrong file?")
         problems = kept
-    if c.blind and not any(p.get("images") for p in problems):
-        raise ValueError("--blind: no problem of --data has an image to remove")
     return problems, left_out
 
 
 def without_images(problem: dict) -> dict:
     """The problem without its images and their markers; its cluster stays that of the image."""
-
-    def blank(text: str) -> str:
-        return re.sub(r"<image>\n?", "", text)
-
-    changes = {"question": blank(problem["question"]), "images": []}
-    changes["meta"] = {**(problem.get("meta") or {}), "cluster": cluster(problem)}
-    changes["options"] = problem.get("options") and [blank(o) for o in problem["options"]]
-    return {**problem, **changes}
+    texts = problem["question"], *(problem.get("options") or ())
+    question, *options = (re.sub(r"<image>\n?", "", text) for text in texts)
+    meta = {**(problem.get("meta") or {}), "cluster": cluster(problem)}
+    return {**problem, "question": question, "options": options, "images": [], "meta": meta}
 
 
 # --------------------------------------------------------------------------------------------- OUT
-def model_fingerprint(model_dir: Path) -> str:
-    """sha256 of the size and 64 blocks of 64 KiB of each file: other weights differ everywhere, and
-    15 GB take a second."""
-    digest, block = sha256(), 1 << 16
-    suffixes = (".json", ".jinja", ".txt", ".safetensors")
-    for file in sorted(f for f in model_dir.iterdir() if f.suffix in suffixes):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as f:
-            for start in sorted({*np.linspace(0, max(0, size - block), 64, dtype=int).tolist()}):
-                f.seek(start)
-                digest.update(f.read(block))
-    return digest.hexdigest()
-
-
-def data_hashes(files: list[str]) -> list[list[str]]:
-    return [[Path(file).name, digest] for file, digest in hash_files(files).items()]
+def hashes(files: list[str | Path]) -> list[list[str]]:
+    """[[name, sha256], …]"""
+    return [[Path(file).name, digest] for file, digest in run.hash_files(files).items()]
 
 
 def take_out(c: Config, model_dir: Path | None, world: World) -> tuple[dict, str]:
     """The settings of this evaluation (with --rescore, those in OUT), and the lock on OUT. Raises
     ValueError, with nothing changed, where OUT holds anything else or is in use. For rank 0."""
     out, settings = Path(c.out), {k: getattr(c, k) for k in SAMPLES_DEPEND_ON}
-    if not c.rescore:
+    if c.rescore:
+        if not (old := run.stored_settings(out, "eval")):
+            raise ValueError(f"--rescore: {out} holds no samples; run it with --model first")
+        for k, now in settings.items():
+            if now not in (getattr(Config, k), old[k]):
+                raise ValueError(f"--rescore: the {k} of {out} is {old[k]!r}, not {now!r}")
+        settings = {k: v for k, v in old.items() if k != "script"}
+    else:
+        endings = (".json", ".jinja", ".txt", ".safetensors")
+        files = sorted(f for f in model_dir.iterdir() if f.suffix in endings)
         by_device = "bf16" if world.device.type == "cuda" else "fp32"
         settings |= {
             "dtype": by_device if c.dtype == "auto" else c.dtype,
             "open_thought": opens_thought(data.load_tokenizer(model_dir)),
             "model": c.model,
             "limit": c.limit,
-            "model_sha256": model_fingerprint(model_dir),
-            "data_sha256": data_hashes(c.data),
+            "model_sha256": sha256(str(hashes(files)).encode()).hexdigest(),
+            "data_sha256": hashes(c.data),
         }
-        free = ("model", "limit")  # a model may move; its hash may not change
-        held = lambda out: any(out.glob("samples*.jsonl"))  # noqa: E731
-        return settings, claim(out, "eval", settings, changeable=free, held=held)[1]
-    try:
-        old = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        ours = old.pop("script") == "eval"
-    except (OSError, ValueError, TypeError, KeyError):
-        ours = False
-    if not ours:
-        raise ValueError(f"--rescore: {out} holds no samples; run it with --model first")
-    for k, now in settings.items():
-        if now not in (getattr(Config, k), old[k]):
-            raise ValueError(f"--rescore: the {k} of {out} is {old[k]!r}, not {now!r}")
-    return old, lock(out)
+    # a model may move; its hash may not change
+    return settings, run.claim(out, "eval", settings, ("model", "limit"))[1]
 
 
 def load_rows(out: Path, stage: str) -> Rows:
@@ -212,8 +174,8 @@ def load_rows(out: Path, stage: str) -> Rows:
 
 
 def stored_stages(c: Config, settings: dict, problems: list[dict]) -> dict[str, Rows]:
-    """What --rescore grades: all stages in OUT, or those of --budgets. Raises ValueError unless it
-    holds every sample, of the questions as they are now."""
+    """What --rescore grades: all samples and budgets in OUT. Raises ValueError unless it holds
+    every sample, of the questions as they are now."""
     out, rows = Path(c.out), load_rows(Path(c.out), "samples")
     for p in problems:
         prompt = data.prompt_text(p, settings["prompt_style"])
@@ -224,10 +186,7 @@ def stored_stages(c: Config, settings: dict, problems: list[dict]) -> dict[str, 
                 f"{p['id']} as it is now; sample it with --model, where it changed in another --out"
             )
     names = [f.stem.removeprefix("budget_") for f in out.glob("budget_*.jsonl")]
-    known = sorted(int(name) for name in names if name.isdigit())
-    if unknown := [b for b in c.budget_list if b not in known]:
-        raise ValueError(f"--rescore --budgets {unknown[0]}: not sampled; run it with --model")
-    stages = (f"budget_{b}" for b in c.budget_list or known)
+    stages = (f"budget_{b}" for b in sorted(int(name) for name in names if name.isdigit()))
     return {"samples": rows} | {stage: load_rows(out, stage) for stage in stages}
 
 
@@ -243,141 +202,123 @@ class Job(NamedTuple):
 
 
 class Engine:
-    """What samples: tokenizer and limits at once, weights when the first sample is due."""
+    """Samples this rank's share of the problems; loads the weights when the first sample is due."""
 
-    def __init__(self, c: Config, settings: dict, model_dir: Path, world: World, with_images: bool):
-        """with_images: whether any problem has one."""
+    def __init__(self, c: Config, settings: dict, model_dir: Path, world: World, problems: list):
         self.c, self.settings, self.dir, self.world = c, settings, model_dir, world
-        self.out, self.model, self.images = Path(c.out), None, None
+        self.out, self.sampler, self.images = Path(c.out), None, None
         self.tokenizer = data.load_tokenizer(model_dir)
         self.config = config = model.ModelConfig.from_dir(model_dir)
-        if with_images and config.vision is None:
-            raise ValueError(f"{model_dir}: has no vision tower for the problems' images; --blind?")
-        if with_images:
-            limits = {"min_pixels": c.min_pixels, "max_pixels": c.max_pixels}
-            limits = {k: v for k, v in limits.items() if v}
-            self.images = replace(ImageConfig.from_dir(model_dir), **limits)
-        self.exit = ForcedExit.from_tokenizer(
-            self.tokenizer, config.vocab_size, c.think_budget, c.answer_budget
-        )
+        if config.vision and any(p.get("images") for p in problems):
+            own = ImageConfig.from_dir(model_dir)
+            low, high = c.min_pixels or own.min_pixels, c.max_pixels or own.max_pixels
+            self.images = replace(own, min_pixels=low, max_pixels=high)
+        limits = config.vocab_size, c.think_budget, c.answer_budget
+        self.exit = ForcedExit.from_tokenizer(self.tokenizer, *limits)
         self.params = SamplingParams(
             n=c.samples, temperature=c.temperature, top_p=c.top_p, seed=c.seed,
             max_new_tokens=c.max_new_tokens, stop_ids=stop_token_ids(self.tokenizer),
             forced_exit=self.exit if c.think_budget else None,
         )  # fmt: skip
+        prompt = self.tokenizer, self.images, c.prompt_style
+        self.prompt = lambda problem: data.prompt_tokens(problem, *prompt)
+        self.mine = problems[world.rank :: world.size]
+        self.prompts = {p["id"]: self.prompt(p) for p in self.mine}
+        longest = int(all_max(max(map(len, self.prompts.values()), default=0))[0])
+        # an exit waits while the model is closing its thought by itself
+        after = len(self.exit.close_table) - 1 + len(self.exit.tokens) + c.answer_budget
+        new = max([c.max_new_tokens, *(budget + after for budget in c.budgets)])
+        self.max_len = config.room_for(longest, new)
 
-    def prompt(self, problem: dict) -> list[int]:
-        return data.prompt_tokens(problem, self.tokenizer, self.images, self.c.prompt_style)
-
-    def sampler(self, jobs: list[Job], new_tokens: int) -> Sampler:
-        """A sampler with room for these jobs on any rank; loads the weights. Collective."""
-        config, c = self.config, self.c
-        prompt = int(all_max(max((len(j.tokens) for j in jobs), default=0))[0])
-        context = (config.raw.get("text_config") or config.raw).get("max_position_embeddings", 1e9)
-        if prompt + new_tokens > context:
-            said = f"--max_new_tokens {new_tokens}: with the longest prompt ({prompt} tokens)"
-            raise ValueError(f"{said} more than the model's context of {context} tokens")
-        if self.model is None:
-            dtype = torch.bfloat16 if self.settings["dtype"] == "bf16" else torch.float32
-            dtypes, vision = dict(compute_dtype=dtype, master_dtype=dtype), self.images is not None
-            self.model = model.build_model(self.dir, self.world, with_vision=vision, **dtypes)
-            self.model.set_banned_ids(banned_token_ids(self.tokenizer, config.vocab_size))
-        rows = 16 if self.world.device.type == "cpu" else 1  # results don't depend on the batch
+    def load(self) -> Sampler:
+        """Collective."""
+        c, on_gpu = self.c, self.world.device.type == "cuda"
+        dtype = compute_dtype(c.dtype, on_gpu)
+        how = dict(compute_dtype=dtype, master_dtype=dtype, with_vision=self.images is not None)
+        loaded = model.build_model(self.dir, self.world, **how)
+        loaded.set_banned_ids(banned_token_ids(self.tokenizer, self.config.vocab_size))
+        rows = 1 if on_gpu else 16  # results don't depend on the batch
         memory = dict(slots=c.slots or None, kv_gb=c.kv_gb or None, min_rows=rows)
-        return Sampler(self.model, max_len=prompt + new_tokens, **memory)
+        return Sampler(loaded, max_len=self.max_len, **memory)
 
-    def run(self, stage: str, jobs: list[Job], params: SamplingParams) -> Rows:
-        """Sample this rank's jobs into a new part of OUT/STAGE, line by line; returns the samples
-        that all ranks have now. Collective."""
-        if not all_any(bool(jobs)):
-            return load_rows(self.out, stage)
-        begin, tokens = time.perf_counter(), 0
-        sampler = self.sampler(jobs, params.max_new_tokens)
-        part = self.out / f"{stage}.part{self.world.rank}.{time.time_ns()}.jsonl"
-        pixels = [j.tokens.count(self.config.image_token_id) * 4 * 1176 * 4 for j in jobs]
-        call = np.cumsum(pixels) // PIXEL_BYTES  # of the sampler, for each job
-        with sampler.weights(), open(part, "w", encoding="utf-8", newline="\n") as file:
-            for _, numbers in groupby(range(len(jobs)), key=lambda i: call[i]):
-                some = [jobs[i] for i in numbers]
-
-                def store(completion: Completion, some: list[Job] = some) -> None:
-                    file.write(self.to_sample(some[completion.prompt_index], completion).to_json())
-                    file.flush()
-
-                images = [
-                    data.load_images(j.problem.get("images") or [], self.images) for j in some
-                ]
-                prompts = [data.Prompt(j.tokens, *image) for j, image in zip(some, images)]
-                how = dict(sample_ids=[j.seed for j in some], progress=self.world.is_main)
-                sampler.generate(prompts, params, on_finish=store, **how)
-                tokens += sampler.stats["decode_tokens"]
-        sampler.release()
-        tokens, seconds = sum(all_gather_objects(tokens)), time.perf_counter() - begin
-        if self.world.is_main:  # and every rank has written
-            print(f"{tokens:.0f} tokens, {tokens / seconds:.0f} a second", flush=True)
+    def run_jobs(self, stage: str, jobs: list[Job], params: SamplingParams) -> Rows:
+        """Sample this rank's jobs into a new part of OUT/STAGE; returns the samples that all ranks
+        have now. Collective."""
+        if all_any(bool(jobs)):
+            self.sampler = self.sampler or self.load()
+            part = self.out / f"{stage}.part{self.world.rank}.{time.time_ns()}.jsonl"
+            sizes = [j.tokens.count(self.config.image_token_id) for j in jobs]
+            calls = np.cumsum(sizes) // IMAGE_TOKENS
+            with self.sampler.weights(), open(part, "w", encoding="utf-8", newline="\n") as file:
+                for call in np.unique(calls):
+                    self.generate([j for j, at in zip(jobs, calls) if at == call], params, file)
+            barrier()  # every rank has written
         return load_rows(self.out, stage)
 
-    def to_sample(self, job: Job, completion: Completion) -> Sample:
-        """A completion as it is stored, before it is graded."""
-        if job.head:
-            completion.sample_index = job.sample
-            completion.tokens = [*job.head, *completion.tokens]
-            completion.prompt_tokens -= len(job.head)
-            completion.finish_reason = f"forced+{completion.finish_reason}"
-            completion.forced_tokens = len(self.exit.tokens)
-            completion.forced_at = len(job.head) - completion.forced_tokens
-        prompt = data.prompt_text(job.problem, self.c.prompt_style)
-        s = make_sample(job.problem, completion, self.tokenizer, prompt=prompt, seed=job.seed)
-        s.logprobs = None
-        return s
+    def generate(self, jobs: list[Job], params: SamplingParams, file: TextIO) -> None:
+        """Sample `jobs` in one call; a line of `file` each, as soon as it ends."""
 
-    def sample(self, problems: list[dict]) -> Rows:
-        """All samples of `problems`; each rank samples its share of the missing. Collective."""
-        rows, n, world = load_rows(self.out, "samples"), self.c.samples, self.world
-        missing = [p for p in problems if any((p["id"], i) not in rows for i in range(n))]
-        mine = missing[world.rank :: world.size]
-        jobs = [Job(p, self.prompt(p), problem_seed(p)) for p in mine]
-        return self.run("samples", jobs, self.params)
+        def store(completion: Completion) -> None:
+            job, completion.logprobs = jobs[completion.prompt_index], None
+            if job.head:
+                completion.sample_index = job.sample
+                completion.tokens = [*job.head, *completion.tokens]
+                completion.prompt_tokens -= len(job.head)
+                completion.finish_reason = f"forced+{completion.finish_reason}"
+                completion.forced_tokens = len(self.exit.tokens)
+                completion.forced_at = len(job.head) - completion.forced_tokens
+            how = dict(prompt=data.prompt_text(job.problem, self.c.prompt_style), seed=job.seed)
+            file.write(make_sample(job.problem, completion, self.tokenizer, **how).to_json())
+            file.flush()
 
-    def sample_budget(self, problems: list[dict], rows: Rows, budget: int) -> Rows:
+        images = ImageLoader(self.images)([j.problem.get("images") or [] for j in jobs])
+        prompts = [data.Prompt(j.tokens, *loaded) for j, loaded in zip(jobs, images)]
+        how = dict(sample_ids=[j.seed for j in jobs], progress=self.world.is_main)
+        self.sampler.generate(prompts, params, on_finish=store, **how)
+
+    def sample(self) -> Rows:
+        """All samples of all problems; those in OUT are not sampled again. Collective."""
+        rows, n = load_rows(self.out, "samples"), range(self.c.samples)
+        missing = [p for p in self.mine if any((p["id"], i) not in rows for i in n)]
+        jobs = [Job(p, self.prompts[p["id"]], problem_seed(p)) for p in missing]
+        return self.run_jobs("samples", jobs, self.params)
+
+    def sample_budget(self, rows: Rows, budget: int) -> Rows:
         """The samples that a forced exit at `budget` would have changed. Up to there the tokens are
         those of the stored thought, so only the answers are generated. Collective."""
-        stage, jobs = f"budget_{budget}", []
-        have, mine = load_rows(self.out, stage), problems[self.world.rank :: self.world.size]
-        pairs = [(p, rows[p["id"], i]) for p in mine for i in range(self.c.samples)]
-        pairs = [(p, s) for p, s in pairs if (s.id, s.sample) not in have]
+        stage, exit, jobs = f"budget_{budget}", replace(self.exit, budget=budget), []
+        have, keys = load_rows(self.out, stage), range(self.c.samples)
+        pairs = [(p, rows[p["id"], i]) for p in self.mine for i in keys if (p["id"], i) not in have]
         thoughts = [s.tokens[: s.forced_at] for _, s in pairs]
         unfinished = [s.finish_reason == "length" for _, s in pairs]
-        exit = replace(self.exit, budget=budget)
         starts = exit_positions(thoughts, unfinished, exit) if pairs else []
         for (p, s), at in zip(pairs, starts):
             if at is not None:
                 head = [*s.tokens[:at].tolist(), *exit.tokens]
                 seed = problem_seed(p, salt=budget * 1_000_003 + s.sample + 1)
-                jobs.append(Job(p, [*self.prompt(p), *head], seed, s.sample, head))
+                jobs.append(Job(p, [*self.prompts[p["id"]], *head], seed, s.sample, head))
         answer = {"n": 1, "max_new_tokens": exit.answer_budget, "forced_exit": None}
-        return self.run(stage, jobs, replace(self.params, **answer))
+        return self.run_jobs(stage, jobs, replace(self.params, **answer))
 
 
 def write_header(engine: Engine, problems: list[dict]) -> None:
-    """Print and store what is needed to repeat the samples, with a prompt of each kind."""
-    prompts = {}
-    for p in problems:
-        if p["kind"] not in prompts:
-            text = engine.tokenizer.decode(engine.prompt(p))
-            prompts[p["kind"]] = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>…", text)
-    more = {"model": str(engine.dir), "settings": engine.settings, "prompts": prompts}
-    write_json(engine.out / "header.json", header(world_size=engine.world.size, **more))
-    print(f"{len(problems)} problems; {engine.settings}; prompts: {engine.out / 'header.json'}")
+    """Say how the samples are made; store what repeats them, with a prompt of each kind."""
+    s, prompts, file = engine.settings, {}, engine.out / "header.json"
+    for p in {p["kind"]: p for p in reversed(problems)}.values():  # the first of each kind
+        text = engine.tokenizer.decode(engine.prompt(p))
+        prompts[p["kind"]] = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>…", text)
+    more = {"model": str(engine.dir), "settings": s, "prompts": prompts}
+    run.write_json(file, run.header(world_size=engine.world.size, **more))
+    exit = f"forced exit after {s['think_budget']}" if s["think_budget"] else "no forced exit"
+    how = f"{s['samples']} sample(s) each at temperature {s['temperature']}, {exit}"
+    print(f"{len(problems)} problem(s), {how}, at most {s['max_new_tokens']} tokens; see {file}")
 
 
 # --------------------------------------------------------------------------------- grades, results
 def grading_rules(rule: str) -> dict:
     """The rule, and a hash of the code that decides what an answer is and which ones are equal."""
-    digest = sha256()
-    for file in [Path(rewards.__file__), *sorted(Path(grading.__file__).parent.glob("*.py"))]:
-        digest.update(file.name.encode() + file.read_bytes())
-    return {"rule": rule, "sha256": digest.hexdigest()}
+    files = [rewards.__file__, *sorted(Path(grading.__file__).parent.glob("*.py"))]
+    return {"rule": rule, "sha256": sha256(str(hashes(files)).encode()).hexdigest()}
 
 
 def grade(c: Config, samples: list[Sample], problems: dict[str, dict], open_thought: bool) -> None:
@@ -393,9 +334,7 @@ def grade(c: Config, samples: list[Sample], problems: dict[str, dict], open_thou
                 s.lenient = rewards.reward(p, s.text, s.finish_reason, lenient=True, **how).score
 
 
-def score(
-    c: Config, settings: dict, problems: list[dict], left_out: dict, stages: dict[str, Rows]
-) -> dict:
+def score(c: Config, settings: dict, problems: list, left_out: dict, stages: dict) -> dict:
     """Grade all samples; their metrics into OUT and onto stdout. For rank 0."""
     out, rows, n = Path(c.out), stages["samples"], settings["samples"]
     by_id, keys = {p["id"]: p for p in problems}, [(p["id"], i) for p in problems for i in range(n)]
@@ -407,20 +346,21 @@ def score(
 
     samples, once = groups(rows), {**settings, "samples": 1}  # no votes on the curve
     result = {"settings": settings, "rules": grading_rules(c.rule), "limit": c.limit, **left_out}
-    result |= {"data": data_hashes(c.data), "sets": all_metrics(problems, samples, settings)}
+    result |= {"data": hashes(c.data), "sets": all_metrics(problems, samples, settings)}
     result |= {"compare": None, "budgets": {}}
-    for stage in (s for s in stages if s != "samples"):
-        points = all_metrics(problems, groups(rows | stages[stage]), once)
-        result["budgets"][stage.removeprefix("budget_")] = points
-    if c.compare:
-        theirs = load_rows(Path(c.compare), "samples").values()
-        result["compare"] = compare(problems, samples, theirs, c.compare)
-    for stage, stored in stages.items():  # in the order of the problems, then what was left out
+    for stage, stored in stages.items():
+        if stage != "samples":
+            points = all_metrics(problems, groups(rows | stored), once)
+            result["budgets"][stage.removeprefix("budget_")] = points
+        # in the order of the problems, then what --limit and --drop leave out
         ordered = {k: stored[k] for k in keys if k in stored} | stored
         write_samples(out / f"{stage}.jsonl", ordered.values())
         for part in out.glob(f"{stage}.part*.jsonl"):
             part.unlink()
-    write_json(out / "result.json", result)
+    if c.compare:
+        theirs = load_rows(Path(c.compare), "samples").values()
+        result["compare"] = compare(problems, samples, theirs, c.compare)
+    run.write_json(out / "result.json", result)
     solved = (p["id"] for p, group in zip(problems, samples) if all(s.reward == 1 for s in group))
     (out / "solved.txt").write_text("".join(f"{i}\n" for i in solved), encoding="utf-8")
     print(report(result), flush=True)
@@ -428,36 +368,29 @@ def score(
 
 
 def evaluate(c: Config) -> dict | None:
-    """Problems → samples → scores: sample what is missing, grade all, write and print the result.
-    Returns it on rank 0."""
+    """Sample what is missing, grade all, write and print the result; returns it on rank 0."""
     world, out = init(c.device, timeout_minutes=24 * 60), Path(c.out)
     problems, left_out = choose_problems(c)
     model_dir = None if c.rescore else model.resolve_model_dir(c.model, world)
     settings, token = from_rank0(world, lambda: take_out(c, model_dir, world))
-    assert_shared(out, token, world)
+    run.assert_shared(out, token, world)
     problems = [without_images(p) for p in problems] if settings["blind"] else problems
-
     if c.rescore:
         stages = stored_stages(c, settings, problems)
     else:
-        engine = Engine(c, settings, model_dir, world, any(p.get("images") for p in problems))
+        engine = Engine(c, settings, model_dir, world, problems)
         if world.is_main:
             write_header(engine, problems)
-        stages = {"samples": engine.sample(problems)}
-        for b in c.budget_list:
-            stages[f"budget_{b}"] = engine.sample_budget(problems, stages["samples"], b)
-
+        stages = {"samples": engine.sample()}
+        for b in sorted(set(c.budgets)):
+            stages[f"budget_{b}"] = engine.sample_budget(stages["samples"], b)
     return score(c, settings, problems, left_out, stages) if world.is_main else None
 
 
 def main(argv: list[str] | None = None) -> None:
-    with script():
-        try:
-            evaluate(parse_config(Config, __doc__, argv))
-        except KeyboardInterrupt:
-            print("stopped; the samples so far are stored: rerun to resume", file=sys.stderr)
-            raise SystemExit(130) from None
+    with run.script():
+        evaluate(parse_config(Config, __doc__, argv))
 
 
 if __name__ == "__main__":
-    run_and_exit(main)
+    run.run_and_exit(main)

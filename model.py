@@ -199,12 +199,10 @@ class Model(nn.Module):
             return (x + self._no_image() if needs_gradient else x), []
         if self.visual is None:
             raise ValueError("images given, but the model was built without with_vision=True")
-        rows = (tokens == self.config.image_token_id).nonzero().squeeze(1)
         image = self.visual(pixel_values.to(x.device), torch.as_tensor(grid_thw)).to(x.dtype)
-        if len(rows) != len(image):
-            raise ValueError(
-                f"{len(rows)} image placeholders in the tokens, {len(image)} tokens from the images"
-            )
+        # as many as `mrope_positions` has found; `nonzero` would wait for the GPU to count them
+        found = tokens == self.config.image_token_id
+        rows = torch.nonzero_static(found, size=len(image)).squeeze(1)
         image, *deepstack = image.split(x.shape[1], dim=1)  # (M, C) each
         return x.index_copy(0, rows, image), [(rows, extra) for extra in deepstack]
 
@@ -298,13 +296,20 @@ def resolve_model_dir(name: str, world: World) -> Path:
             ) from e
 
 
+def meta_model(config: ModelConfig, with_vision: bool = False, lora: LoRA | None = None) -> Model:
+    """The model without memory for its weights: what a plan is made from."""
+    with torch.device("meta"):
+        model = Model(config, with_vision)
+    if lora:
+        add_lora(model, lora)
+    return model
+
+
 def check_model_dir(model_dir: str | Path) -> None:
     """Raise ValueError unless this directory holds a supported model with all weights in shape.
 
     Reads headers only, so that a broken directory shows before minutes of preparing data."""
-    with torch.device("meta"):
-        model = Model(ModelConfig.from_dir(model_dir))
-    WeightFiles(model_dir).check(model)
+    WeightFiles(model_dir).check(meta_model(ModelConfig.from_dir(model_dir)))
 
 
 def build_model(
@@ -325,9 +330,8 @@ def build_model(
     With `lora` everything but the fp32 adapters is frozen in the compute dtype. sharding:
     reshard_after_forward and replicas, see `core.parallel.shard`.
     """
-    with torch.device("meta"):
-        model = Model(ModelConfig.from_dir(model_dir), with_vision)
-        model.to(compute_dtype if lora else master_dtype)
+    model = meta_model(ModelConfig.from_dir(model_dir), with_vision)
+    model.to(compute_dtype if lora else master_dtype)
     if with_vision:
         model.visual.requires_grad_(train_vision)
         for block in model.visual.blocks:

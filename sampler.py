@@ -39,9 +39,15 @@ import torch
 from tqdm import tqdm
 
 from core.attention import attend
-from core.decode_kernels import Graphs, decode_attend, plan_attention
+from core.decode_kernels import (
+    Graphs,
+    add_norm,
+    as_one_kernel,
+    decode_attend,
+    exp_and_sum,
+    plan_attention,
+)
 from core.decode_weights import DecodeWeights
-from core.fused_decode import FusedBlock, as_one_kernel, decode, exp_and_sum
 from core.random_numbers import sample_key, uniform
 from core.samples import sampled_mask
 from core.slots import ForcedExit, Slots, force_exit, number_of_slots
@@ -168,8 +174,12 @@ def block_forward(
     """`model.Block` with another attention: x (T, C) → (T, C); attn(q (T, Hq, D), k, v (T, Hkv, D))
     → (T, Hq, D). Calls the block's parts, not the block: that call would make FSDP gather."""
     q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
-    x = x + layer.self_attn.o_proj(attn(q, k, v).flatten(1))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    attended, norm = (
+        layer.self_attn.o_proj(attn(q, k, v).flatten(1)),
+        layer.post_attention_layernorm,
+    )
+    x, normed = as_one_kernel(add_norm, x, attended, norm.weight, norm.eps)
+    return x + layer.mlp(normed)
 
 
 def positions_of(prompt, c) -> tuple[torch.Tensor, int]:
@@ -212,18 +222,12 @@ def decode_step(
     s: Slots,
     p: SamplingParams,
     bounds: list[int] | None = None,
-    blocks: list[FusedBlock] | None = None,
 ) -> None:
     """One token for every row of `s`, in place. The host reads no value: a CUDA graph can hold it.
-    angles: cos and sin by position, (max_len, D/2) each; bounds: see `plan_attention`; blocks: the
-    model's, fused."""
+    angles: cos and sin by position, (max_len, D/2) each; bounds: see `plan_attention`."""
     x = model.model.embed_tokens(sample_next_token(s, model, p))  # (B, C)
     cos, sin = (a[s.length + s.rope_delta] for a in angles)  # new tokens are text: one position
     plan = plan_attention(s.length, s.kv.shape[3], bounds)
-    if blocks is not None:
-        s.hidden.copy_(decode(blocks, model.model.norm, x, cos, sin, s.kv, s.length, plan))
-        s.length += 1 - s.done
-        return
     rows = torch.arange(len(x), device=x.device)
     for layer, keys, values in zip(model.model.layers, *s.kv):  # (B, capacity, Hkv, D) each
 
@@ -335,7 +339,7 @@ class Sampler:
         min_rows: int = 1,
     ):
         """max_len: longest prompt + completion. slots: samples decoded at once (256 on CUDA, 64 on
-        CPU if they fit). kv_gb: KV memory, by default 80% of what is free. min_rows: pad smaller
+        CPU if they fit). kv_gb: KV memory; by default see `number_of_slots`. min_rows: pad smaller
         batches; from 16 rows on, CPU matrix products give a row the same bits in every batch."""
         if slots is not None and slots < 1:
             raise ValueError(f"slots {slots}: must be at least 1")
@@ -364,9 +368,10 @@ class Sampler:
         if self.slots is not None:
             self.slots.done.fill_(1)
             return
-        form = self.max_len, self.config, weight.dtype, weight.device
-        self.usable = number_of_slots(self.wanted_slots, self.kv_gb, *form)
-        self.slots = Slots.allocate(max(self.usable, self.min_rows), *form)
+        form = self.config, weight.dtype, weight.device
+        wanted = self.wanted_slots, self.kv_gb, self.max_len, self.prefill_tokens
+        self.usable = number_of_slots(*wanted, *form)
+        self.slots = Slots.allocate(max(self.usable, self.min_rows), self.max_len, *form)
         positions = torch.arange(self.max_len, device=weight.device).expand(3, -1)
         self.angles = rope_cos_sin(positions, self.config)  # of every position of a new token
 
@@ -434,7 +439,7 @@ class Sampler:
 
         def step(rows: int, bounds: list[int] | None = None) -> None:
             slots = self.slots.first(rows)
-            decode_step(model, self.angles, slots, p, bounds, self.decoder.blocks)
+            decode_step(model, self.angles, slots, p, bounds)
 
         if not model.head_weight().is_cuda:
             return lambda bounds: step(len(bounds), bounds)

@@ -15,7 +15,6 @@ OUT/exports/step_N  see --export_every           OUT/rollouts        every sampl
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -28,29 +27,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core import attention, optim
+import data
+from core import attention, optim, plan, throughput
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
 from core.images import ImageConfig, ImageLoader
-from core.lora import add_lora, lora_disabled
+from core.lora import lora_disabled
 from core.options import DATA, MEMORY, OBJECTIVE, OPTIMIZER, RUN, SAMPLING, parse_config
 from core.packing import next_problems
-from core.parallel import World, all_gather_objects, all_max, all_sum, init
-from core.plan import choose_setting, compute_dtype, plan_grpo
+from core.parallel import World, all_max, all_sum, init
 from core.run import Run, hash_files, run_and_exit, script
 from core.samples import Sample, problem_seed, rollout_metrics, sample_on_ranks
 from core.slots import ForcedExit
-from core.throughput import describe_evaluation, describe_grpo_step, grpo_speed
 from core.training import Training, TrainingOptions, trained_on
-from data import (
-    Prompt,
-    RolloutBatch,
-    load_problems,
-    load_tokenizer,
-    prompt_tokens,
-    render_problem,
-    rollout_batches,
-)
-from model import Model, ModelConfig, build_model, resolve_model_dir
+from data import Prompt, RolloutBatch
+from model import Model, ModelConfig, build_model, meta_model, resolve_model_dir
 from rewards import RULES, Grader, part_weights
 from sampler import Sampler, SamplingParams
 from scoring.metrics import accuracy, accuracy_by
@@ -63,7 +53,7 @@ MAX_REWARD_ERRORS = 0.5  # share of a step's rewards that may fail
 class Config(TrainingOptions):
     CHANGEABLE: ClassVar[set[str]] = TrainingOptions.CHANGEABLE | {  # on resume
         *("slots", "kv_gb", "offload_optimizer", "graders", "reward_deadline"),
-        *("eval_data", "eval_every", "eval_n"),
+        *("eval_data", "eval_every"),
     }
 
     prompt_style: str = DATA("train", "train: the paper's; kind: its evaluation prompts; plain")
@@ -85,13 +75,12 @@ class Config(TrainingOptions):
         "token_mean", "normaliser, see the equation in train_grpo.py; constant: Dr. GRPO"
     )
     kl_coef: float = OBJECTIVE(0.01, "weight of the KL (paper: 0.01); 0: no reference model", ge=0)
-    kl: Literal["k1", "k2", "k3"] = OBJECTIVE("k3", "KL estimator; k1: no gradient on average")
     overlong_masking: bool = OBJECTIVE(False, "leave truncated samples out of the loss")
     overlong_buffer: int = OBJECTIVE(
         0, "reward falls to -1 over this many tokens before the limit (DAPO); 0: off", ge=0
     )
     zero_variance: Literal["keep", "drop", "refill"] = OBJECTIVE(
-        "keep", "groups of equal rewards; refill: replace them (DAPO's dynamic sampling)"
+        "keep", "groups of equal rewards; refill: sample others (DAPO's dynamic sampling)"
     )
 
     prompts: int = SAMPLING(128, "problems a step (paper: batch 128)", ge=1)
@@ -111,13 +100,12 @@ class Config(TrainingOptions):
 
     micro_tokens: int = MEMORY(16384, "tokens of a micro-batch, or its one longer sample's", ge=1)
     slots: int | None = MEMORY(None, "samples decoded at once on a rank, default by --kv_gb", ge=1)
-    kv_gb: float | None = MEMORY(None, "GB of KV cache a rank, default 80% of what is free", gt=0)
+    kv_gb: float | None = MEMORY(None, "GB of KV cache a rank, default: what is free", gt=0)
     offload_optimizer: bool = MEMORY(False, "optimizer states in host memory while sampling")
 
     save_every: int = RUN(10, "save resumable state every n steps; 0: only at the end", ge=0)
     eval_data: list[str] = RUN([], "problems to evaluate on; the best model goes to OUT/best")
     eval_every: int = RUN(20, "evaluate every n steps, and at both ends", ge=1)
-    eval_n: int = RUN(0, "samples a problem for avg@n beside greedy; 0: greedy only", ge=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,8 +113,11 @@ class Config(TrainingOptions):
         self.part_weights = part_weights(self.reward_weights, self.reward)
         if self.prompts % self.updates:
             raise ValueError(f"--prompts {self.prompts}: no multiple of --updates {self.updates}")
-        if self.eval_n and not self.eval_data:
-            raise ValueError("--eval_n: needs --eval_data, the problems to evaluate on")
+        if self.loss == "gspo" and (self.clip_low, self.clip_high) == (0.2, 0.2):
+            raise ValueError(
+                "--loss gspo: a ratio of whole sequences never meets clips of 0.2; "
+                "pass the paper's --clip_low 3e-4 --clip_high 4e-4"
+            )
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError("--overlong_buffer: longer than --max_new_tokens")
 
@@ -136,7 +127,7 @@ class Config(TrainingOptions):
 #
 #   A_i   (R_i - mean of its group) / std of its group: how much better than its group sample i did
 #   r_it  π(o_it | q, o_i<t) / π_old(o_it | q, o_i<t), the probability ratio of its token t
-#   KL_it ρ - log ρ - 1 with ρ = π_ref / π at that token (k3)
+#   KL_it ρ - log ρ - 1 with ρ = π_ref / π at that token (the estimator k3)
 #   w_it  the normaliser; n_i = |o_i|, S samples, sums over all ranks and micro-batches:
 #         1 / Σ_j n_j (token_mean), 1 / (S n_i) (seq_mean_token_mean), 1 / (S max_new_tokens)
 #         (constant). Losses [1,1,1,1] and [3]: token_mean 7/5, a mean of rank means would be 2.
@@ -200,8 +191,8 @@ def grpo_loss(
         loss = -torch.minimum(ratio * A, clipped * A)
     policy, kl = loss, torch.zeros_like(loss)
     if b.ref_logprobs is not None:
-        d = logprobs - b.ref_logprobs
-        kl = {"k1": d, "k2": 0.5 * d**2, "k3": (-d).clamp(max=20).exp() + d - 1}[c.kl]
+        d = b.ref_logprobs - logprobs
+        kl = d.clamp(max=20).exp() - d - 1
         loss = loss + c.kl_coef * kl
     weight = {
         "token_mean": torch.full_like(n, 1 / tokens),
@@ -231,69 +222,53 @@ def score(
 
 
 def update(
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    batches: list[RolloutBatch],
-    samples: list[Sample],
-    lr: float,
-    c: Config,
-    world: World,
+    t: Training, batches: list[RolloutBatch], samples: list[Sample], lr: float
 ) -> tuple[dict[str, float], bool]:
     """One optimizer step on `batches`, this rank's share of `samples`. Returns sums of metrics over
     the update's tokens on all ranks, and whether the step was taken (the loss was finite)."""
-    tokens = sum(int(s.mask.sum()) for s in samples)
-    sums, most, means = [], [torch.zeros(2, device=world.device)], []
+    c, world, tokens = t.options, t.run.world, sum(int(s.mask.sum()) for s in samples)
+    sums, most = [], [torch.zeros(2, device=world.device)]
     for b in (b.to(world.device) for b in batches):
-        logprobs, entropy = score(model, b, c, entropy=True)
+        logprobs, entropy = score(t.model, b, c, entropy=True)
         loss, m = grpo_loss(logprobs, entropy, b, tokens, len(samples), c)
         (loss * world.size).backward()  # FSDP averages over ranks
         sums.append(torch.stack([loss.detach(), *(v.sum() for v in m.values())]).double())
-        if len(difference := m["sampling/logp_difference_mean"]):
-            most.append(torch.stack([difference.max(), (m["ratio"] - 1).abs().max()]))
-            total = difference.new_zeros(len(b.samples)).index_add(0, b.sequence, difference)
-            means.append((b.samples, total / b.counts))
+        if len(logprobs):
+            off = m["sampling/logp_difference_mean"], (m["ratio"] - 1).abs()
+            most.append(torch.stack([v.max() for v in off]))
     # read only now: between micro-batches the GPU would run dry
     metrics = dict(zip(["loss", *m], all_sum(*torch.stack(sums).sum(0).tolist())))
     most = all_max(*torch.stack(most).amax(0).tolist())
-    mine = {i: v for chosen, of in means for i, v in zip(chosen, of.tolist())}
-    for part in all_gather_objects(mine):  # rank 0 writes every sample's to disk
-        for i, value in part.items():
-            samples[i].logp_difference = value
     how = dict(lr=lr, max_norm=c.grad_clip, loss=metrics["loss"])
-    norm, stepped = optim.guarded_step(model, optimizer, **how)
+    norm, stepped = optim.guarded_step(t.model, t.optimizer, **how)
     maxima = dict(zip(("sampling/logp_difference_max", "ratio_off_one_max"), most))
     return {**metrics, **maxima, "tokens": tokens, "grad_norm": norm}, stepped
 
 
 def train_on(
-    model: Model,
-    reference: Model | None,
-    optimizer: torch.optim.Optimizer,
-    samples: list[Sample],
-    prompts: list[Prompt],
-    lr: float,
-    c: Config,
-    world: World,
+    t: Training, reference: Model | None, samples: list[Sample], prompts: list[Prompt], lr: float
 ) -> tuple[dict[str, float], bool]:
     """All updates on a step's trained samples → (metrics, every update was taken)."""
-    begin, parts, vision = time.perf_counter(), [], model.config.vision
-    images = (model.config.image_token_id, vision.spatial_merge_size if vision else 2)
+    c, world, vision = t.options, t.run.world, t.model.config.vision
+    begin, parts = time.perf_counter(), []
+    images = (t.model.config.image_token_id, vision.spatial_merge_size if vision else 2)
     for groups in np.array_split(np.arange(len(samples)).reshape(-1, c.group), c.updates):
         chosen = [samples[i] for i in groups.flat]
         chosen = [s for s in chosen if s.mask.any() and not (c.overlong_masking and s.truncated)]
         if chosen:  # an update on nothing would still move the weights, by momentum
-            parts.append((chosen, rollout_batches(chosen, prompts, c.micro_tokens, world, *images)))
+            batches = data.rollout_batches(chosen, prompts, c.micro_tokens, world, *images)
+            parts.append((batches, chosen))
     if not parts:
         return {}, True
     with torch.no_grad():
-        for b in (b for _, batches in parts for b in batches):
+        for b in (b for batches, _ in parts for b in batches):
             if len(parts) > 1:
-                b.old_logprobs = score(model, b.to(world.device), c)[0]
+                b.old_logprobs = score(t.model, b.to(world.device), c)[0]
             if reference is not None:
                 with lora_disabled(reference):
                     b.ref_logprobs = score(reference, b.to(world.device), c)[0]
     scored = time.perf_counter()
-    done = [update(model, optimizer, batches, s, lr, c, world) for s, batches in parts]
+    done = [update(t, *part, lr) for part in parts]
     tokens, metrics = sum(m.pop("tokens") for m, _ in done), {}
     for k in done[0][0]:
         values = [m[k] for m, _ in done]
@@ -334,20 +309,11 @@ class Rollouts:
         loaded = self.loader([p.get("images") or [] for p in problems])
         self.seconds["image_s"] += time.perf_counter() - start  # 0 where they were ready
         how = (self.tokenizer, self.images, self.c.prompt_style)
-        prompts = [render_problem(p, *how, x) for p, x in zip(problems, loaded)]
+        prompts = [data.render_problem(p, *how, x) for p, x in zip(problems, loaded)]
         seeds = [problem_seed(p, salt) for p, salt in zip(problems, salts)]
-        samples = sample_on_ranks(
-            self.sampler,
-            self.grader,
-            self.tokenizer,
-            problems,
-            prompts,
-            replace(self.params, **changes),
-            seeds,
-            self.world,
-            self.seconds,
-        )
-        return samples, prompts
+        params, work = replace(self.params, **changes), (problems, prompts, seeds)
+        tools = (self.sampler, self.grader, self.tokenizer)
+        return sample_on_ranks(*tools, *work, params, self.world, self.seconds), prompts
 
     def pause(self, coming: list[dict]) -> None:
         """Free the sampler's GPU memory for training; images of the next step load meanwhile."""
@@ -361,28 +327,24 @@ def sample_step(
 ) -> tuple[list[Sample], list[Prompt], int]:
     """The rollouts of one step from `cursor` of the stream on → (samples, prompts, new cursor).
 
-    drop: groups of equal rewards are not trained on. refill: more problems are sampled until
-    `prompts` groups differ in reward, at most MOST_BATCHES batches; groups beyond those needed are
-    sampled again by the next step, so no problem is passed over.
+    drop: groups of equal rewards are not trained on. refill: batches are sampled until `prompts`
+    groups differ in reward, at most MOST_BATCHES; the first of these groups are trained on.
     """
-    samples, prompts, used, end = [], [], 0, cursor
-    while used < c.prompts and len(prompts) < MOST_BATCHES * c.prompts:
-        seen, n = len(prompts), c.prompts
-        if seen:  # as many as the share of useful groups so far asks for
-            n = min(n, math.ceil((c.prompts - used) * seen / max(used, 1)))
-        positions = list(range(cursor + seen, cursor + seen + n))
+    samples, prompts, useful = [], [], 0
+    for _ in range(MOST_BATCHES if c.zero_variance == "refill" else 1):
+        positions = range(cursor, cursor + c.prompts)
         new, new_prompts = rollouts(next_problems(problems, positions, c.seed), positions)
-        for i, position in enumerate(positions):
-            group, wanted = new[i * c.group : (i + 1) * c.group], used < c.prompts
-            useful = c.zero_variance == "keep" or len({s.reward for s in group}) > 1
+        for i in range(0, len(new), c.group):
+            group = new[i : i + c.group]
+            differs = c.zero_variance == "keep" or len({s.reward for s in group}) > 1
             for s in group:
-                s.problem, s.trained = seen + i, wanted and useful
-            used += wanted and useful
-            end = position + 1 if wanted else end
-        samples, prompts = samples + new, prompts + new_prompts
-        if c.zero_variance != "refill":
+                s.problem = len(prompts) + i // c.group
+                s.trained = differs and useful < c.prompts
+            useful += differs
+        samples, prompts, cursor = samples + new, prompts + new_prompts, positions.stop
+        if useful >= c.prompts:
             break
-    return samples, prompts, end
+    return samples, prompts, cursor
 
 
 def check_rewards(samples: list[Sample], step: int, run: Run) -> None:
@@ -400,32 +362,27 @@ def check_rewards(samples: list[Sample], step: int, run: Run) -> None:
 
 
 def evaluate(rollouts: Rollouts, problems: list[dict], step: int, training: Training) -> None:
-    """Log greedy accuracy and avg@n, with the same random numbers at every step, and keep the best
-    model; nothing where that is done. Collective."""
-    run, n = training.run, rollouts.c.eval_n
-    if any(row["step"] == step for row in run.logged("eval")):
+    """Log greedy accuracy on --eval_data and keep the best model; nothing where that is done.
+    Collective."""
+    if any(row["step"] == step for row in training.run.logged("eval")):
         return
+    samples, _ = rollouts(problems, [-1] * len(problems), n=1, temperature=0.0)
+    rewards = [[s.reward] for s in samples]
 
-    def score_of(e) -> dict:
+    def fields(e) -> dict:
         return {"n": e.n, "greedy": e.mean, "low": e.low, "high": e.high}
 
-    salts = [-1] * len(problems)
-    greedy, _ = rollouts(problems, salts, n=1, temperature=0.0)
-    rewards = [[s.reward] for s in greedy]
-    tasks = accuracy_by("task", problems, rewards) if len({p["task"] for p in problems}) > 1 else {}
-    result = {"step": step, **score_of(accuracy(problems, rewards))}
-    result["truncated"] = mean(s.truncated for s in greedy)
-    result["tasks"] = {task: score_of(e) for task, e in tasks.items()}
-    if n:
-        result[f"avg@{n}"] = mean(s.reward for s in rollouts(problems, salts, n=n)[0])
+    result = {"step": step, **fields(accuracy(problems, rewards))}
+    result["truncated"] = mean(s.truncated for s in samples)
+    tasks = accuracy_by("task", problems, rewards)
+    result["tasks"] = {k: fields(e) for k, e in tasks.items()} if len(tasks) > 1 else {}
     training.keep_best(step, result["greedy"])
-    run.log(result, "eval")
-    run.say(describe_evaluation(result))
+    training.run.log(result, "eval")
+    training.run.say(throughput.describe_evaluation(result))
 
 
 # --------------------------------------------------------------------------------------- the loop
 def grpo(
-    c: Config,
     training: Training,
     reference: Model | None,
     rollouts: Rollouts,
@@ -436,7 +393,8 @@ def grpo(
 
     reference: of the KL term; problems: to train on; held_out: to evaluate on.
     """
-    run, total, seconds = training.run, training.total, rollouts.seconds
+    c, run, total = training.options, training.run, training.total
+    seconds = rollouts.seconds
     moments = optim.Offload(training.optimizer, c.offload_optimizer)
     cursor = training.at.get("cursor", 0)  # position in the endless stream of problems
     for step in range(training.at["step"], total + 1):
@@ -457,39 +415,25 @@ def grpo(
         set_advantages(trained, c)
         warmup = int(c.warmup_ratio * total)
         lr = optim.lr_at(step, lr=c.lr, total_steps=total, schedule=c.schedule, warmup_steps=warmup)
-        models = (training.model, reference, training.optimizer)
-        figures, stepped = train_on(*models, trained, prompts, lr, c, run.world)
+        figures, stepped = train_on(training, reference, trained, prompts, lr)
 
         run.log_samples(step + 1, samples)
         seconds["step_time"] = time.perf_counter() - begun
         metrics = {"step": step + 1, "epoch": round(cursor / len(problems), 4), "learning_rate": lr}
         metrics |= rollout_metrics(samples, c.group) | figures
-        metrics |= grpo_speed(metrics["tokens"], prompts, seconds)
-        if training.step_done(metrics, describe_grpo_step(metrics, total), stepped, cursor=cursor):
+        metrics |= throughput.grpo_speed(metrics["tokens"], prompts, seconds)
+        text = throughput.describe_grpo_step(metrics, total)
+        if training.step_done(metrics, text, stepped, cursor=cursor):
             return run.stopped(step + 1)
 
 
 # ------------------------------------------------------------------------------------ preparation
-def warnings(c: Config, problems: list[dict], images: ImageConfig | None) -> list[str]:
-    """Settings that will not do what they seem to."""
-    n, unused = len(problems), not any(p.get("images") for p in problems)
-    wrong = {
-        "--train_vision: no problem of --data has an image": c.train_vision and unused,
-        "--max_pixels: no problem has an image": c.max_pixels and images is None,
-        f"--prompts {c.prompts}: more than the {n} problems; some come twice": c.prompts > n,
-        "--loss gspo: clips of 0.2 never act on ratios of whole sequences": c.loss == "gspo"
-        and (c.clip_low, c.clip_high) == (0.2, 0.2),
-    }
-    said = trained_on(c.data, c.eval_data, "eval_data")
-    return said + [text for text, true in wrong.items() if true]
-
-
 def load_data(
     c: Config, model_dir: Path, tokenizer, run: Run
 ) -> tuple[list[dict], list[dict], int, ImageConfig | None]:
     """Problems whose prompts fit, problems for evaluation, longest prompt, image settings."""
-    problems, faults = load_problems(c.data, skip_bad_rows=c.skip_bad_rows)
-    held_out = load_problems(c.eval_data, skip_bad_rows=c.skip_bad_rows)[0] if c.eval_data else []
+    problems, faults = data.load_problems(c.data, skip_bad_rows=c.skip_bad_rows)
+    held_out = c.eval_data and data.load_problems(c.eval_data, skip_bad_rows=c.skip_bad_rows)[0]
     images = None
     if any(p.get("images") for p in problems + held_out):
         images = ImageConfig.from_dir(model_dir)
@@ -499,7 +443,7 @@ def load_data(
     lengths, most = [], c.max_prompt_tokens
     bar = tqdm(problems + held_out, "prompt tokens", disable=None if run.world.is_main else True)
     for p in bar:
-        lengths.append(len(prompt_tokens(p, tokenizer, images, c.prompt_style)))
+        lengths.append(len(data.prompt_tokens(p, tokenizer, images, c.prompt_style)))
     fitting = [p for p, n in zip(problems, lengths) if n <= most]
     if not fitting or max(lengths[len(problems) :], default=0) > most:
         what = "a problem of --eval_data has" if fitting else "all problems have"
@@ -509,7 +453,14 @@ def load_data(
         f"{len(problems) - len(fitting)} prompts over {most} tokens left out), {len(held_out)} for "
         "evaluation"
     )
-    for warning in warnings(c, fitting, images):
+    said = trained_on(c.data, c.eval_data, "eval_data")
+    if c.train_vision and not any(p.get("images") for p in fitting):
+        said.append("--train_vision: no problem of --data has an image")
+    if c.prompts > len(fitting):
+        said.append(
+            f"--prompts {c.prompts}: more than all {len(fitting)} problems; some come twice"
+        )
+    for warning in said:
         run.say(f"warning: {warning}")
     return fitting, held_out, max(n for n in lengths if n <= most), images
 
@@ -519,21 +470,18 @@ def build(
 ) -> tuple[Model, Model | None, torch.optim.Optimizer]:
     """Model, reference model (None without a KL term; with LoRA the model itself, whose adapters
     are then switched off), optimizer. --checkpointing auto: what recomputes least and fits."""
-    world, train_vision = run.world, c.train_vision and with_images
-    with torch.device("meta"):
-        shape = Model(ModelConfig.from_dir(model_dir), with_images)
-        if c.lora:
-            add_lora(shape, c.lora)
     cache = dict(kv_gb=c.kv_gb or 0.0, slots=c.slots or 0, max_len=max_len)
     cache |= dict(offload_optimizer=c.offload_optimizer)
-    plan = partial(plan_grpo, reference=bool(c.kl_coef and not c.lora), **cache)
-    setting, text = choose_setting(shape, world, [max(c.micro_tokens, max_len)], c, plan=plan)
+    planned = partial(plan.plan_grpo, reference=bool(c.kl_coef and not c.lora), **cache)
+    shape = meta_model(ModelConfig.from_dir(model_dir), with_images, c.lora)
+    sizes = [max(c.micro_tokens, max_len)]
+    setting, text = plan.choose_setting(shape, run.world, sizes, c, plan=planned)
     run.say(text)
-    compute = compute_dtype(c.dtype, world.device.type == "cuda")
-    load = partial(build_model, model_dir, world, with_vision=with_images, compute_dtype=compute)
+    compute = plan.compute_dtype(c.dtype, run.world.device.type == "cuda")
+    load = partial(build_model, model_dir, run.world, with_vision=with_images)
+    load = partial(load, compute_dtype=compute)
     how = dict(checkpointing=setting.checkpointing, compile_blocks=c.compile, lora=c.lora)
-    model = load(train_vision=train_vision, **how)
-    reference = None
+    model, reference = load(train_vision=c.train_vision and with_images, **how), None
     if c.kl_coef:
         reference = model if c.lora else load(master_dtype=compute)
     for m in (model, reference):  # the same probabilities 0 in sampler, trainer and reference
@@ -550,7 +498,7 @@ def train(c: Config) -> int:
     if run.complete:
         return run.finished()
     model_dir = resolve_model_dir(c.model, world)
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = data.load_tokenizer(model_dir)
     how = dict(rule=c.rule, open_thought=opens_thought(tokenizer))
     how |= dict(reward=c.reward, weights=c.part_weights)
     grader = Grader(c.graders, c.reward_deadline, **how)  # first: a wrong --reward shows at once
@@ -571,7 +519,7 @@ def train(c: Config) -> int:
         attention=attention.backend(world.device, torch.bfloat16),
     )
     with grader:
-        return grpo(c, training, reference, rollouts, problems, held_out)
+        return grpo(training, reference, rollouts, problems, held_out)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,7 +30,6 @@ import torch
 
 from core import attention
 from core.images import ImageConfig
-from core.lora import add_lora
 from core.optim import adamw, guarded_step, lr_at
 from core.options import DATA, MEMORY, OPTIMIZER, RUN, parse_config
 from core.packing import attention_cost, balance, pack_plan, repack
@@ -42,7 +41,7 @@ from core.throughput import describe_step, prefetch, speed
 from core.token_cache import TokenizedDataset
 from core.training import Training, TrainingOptions, trained_on
 from data import Batch, collate, load_tokenizer, tokenize_files
-from model import Model, ModelConfig, build_model, check_model_dir, resolve_model_dir
+from model import Model, ModelConfig, build_model, check_model_dir, meta_model, resolve_model_dir
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Config(TrainingOptions):
     }
 
     max_len: int = DATA(4096, "longest document in tokens (paper: 4096)", ge=2)
-    overlong: Literal["truncate", "drop", "error"] = DATA(
+    overlong: Literal["truncate", "drop"] = DATA(
         "truncate", "documents over max_len (paper: truncate, which cuts off the answer)"
     )
     pack_len: int = DATA(16384, "tokens of a pack of whole documents", ge=2)
@@ -175,15 +174,11 @@ def make_plan(config: Config, world: World) -> Plan:
     with_images = config.train_vision or data.has_images or bool(val and val.has_images)
     images = ImageConfig.from_dir(model_dir) if with_images else None
     steps, steps_per_epoch = plan_steps(data.lengths, config)
-    with torch.device("meta"):
-        model = Model(ModelConfig.from_dir(model_dir), with_images)
-        if config.lora:
-            add_lora(model, config.lora)
+    model = meta_model(ModelConfig.from_dir(model_dir), with_images, config.lora)
     pack, half = config.pack_len, config.pack_len // 2
     sizes = [config.micro_tokens] if config.micro_tokens else [pack, half]
     sizes = [n for n in sizes if n >= config.max_len]
-    how = dict(replicas=config.replicas, detailed=config.plan)
-    setting, memory = choose_setting(model, world, sizes, config, **how)
+    setting, memory = choose_setting(model, world, sizes, config, replicas=config.replicas)
     each, tokens, warnings = config.batch_tokens // pack, int(data.lengths.sum()), []
     if config.batch_tokens > tokens:
         warnings.append(f"--batch_tokens: above the data's {tokens} tokens, an epoch is one step")
@@ -264,8 +259,9 @@ def train(config: Config) -> int:
         return run.finished()
     plan = make_plan(config, world)
     run.say(plan.text)
-    for kind, data in (("training", plan.data), ("validation", plan.val)):
-        run.log_skipped(kind, data.stats["faults"] if data else [])
+    for data in (plan.data, plan.val):
+        for fault in data.stats["faults"][:20] if data else []:  # tools.check names them all
+            run.say(f"skipped {fault}")
     compute = compute_dtype(config.dtype, world.device.type == "cuda")
     model = build_model(
         plan.model_dir,

@@ -36,12 +36,13 @@ import torch  # noqa: E402
 from core import attention  # noqa: E402
 from core.optim import adamw, guarded_step  # noqa: E402
 from core.parallel import init, shard, shutdown  # noqa: E402
+from core.plan import GIB, Setting, plan_step  # noqa: E402
 from core.run import header  # noqa: E402
 from core.throughput import PEAK_FLOPS, train_flops  # noqa: E402
 from data import Batch  # noqa: E402
-from model import CHECKPOINTING, Model, ModelConfig  # noqa: E402
+from model import CHECKPOINTING, Model, ModelConfig, meta_model  # noqa: E402
 from sampler import Sampler, SamplingParams  # noqa: E402
-from tools.memory import meta_model, published_config  # noqa: E402
+from tools.memory import published_config  # noqa: E402
 
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "B200": 8e12}  # bytes/s, vendor's
 SECTIONS = ("check", "sft", "prefill", "decode", "grpo", "vision", "peer")
@@ -254,7 +255,10 @@ def sft(b: Bench, context: int, mode: str, compiled: bool) -> None:
     except torch.OutOfMemoryError:
         return b.row("sft", name, float("nan"), "tok/s", note="out of memory")
     limit = b.peak and context * b.peak / train_flops(b.config, lengths)[0]
-    note = f"{b.memory()}; share is strict MFU"
+    bytes_each = dict(compute_bytes=b.dtype.itemsize, adam_bytes=moments.itemsize)
+    setting = Setting(1, tokens=context, checkpointing=mode, **bytes_each)
+    planned = plan_step(meta_model(b.config), setting)["peak"] / GIB
+    note = f"{b.memory()}, planned {planned:.1f}; share is strict MFU"
     b.row("sft", name, context / seconds, "tok/s", limit, note)
 
 
@@ -298,6 +302,8 @@ def decode(b: Bench, rows: int, context: int) -> None:
 
 def grpo(b: Bench) -> None:
     """Rollouts and update of one step as train_grpo does them, rewards at random."""
+    from types import SimpleNamespace
+
     import numpy as np
 
     import train_grpo
@@ -309,6 +315,8 @@ def grpo(b: Bench) -> None:
     model = sharded_model(b, b.config, "full")
     moments = torch.float32 if b.dry else torch.bfloat16
     optimizer = adamw(model, lr=1e-6, weight_decay=0.0, state_dtype=moments)
+    run = SimpleNamespace(world=b.world)
+    training = SimpleNamespace(model=model, optimizer=optimizer, options=config, run=run)
     prompts, rng = prompts_of(b.config, [length] * count), np.random.default_rng(0)
     sampler = Sampler(model, max_len=length + new, slots=4 if b.dry else None)
     params, sampling, differences, tokens = SamplingParams(n=group, max_new_tokens=new), [], [], []
@@ -326,7 +334,7 @@ def grpo(b: Bench) -> None:
         train_grpo.set_advantages(samples, config)
         sampling.append(time.perf_counter() - begin)
         # a large step: weights left over from the step before would show in the difference
-        of = train_grpo.train_on(model, None, optimizer, samples, prompts, 1e-4, config, b.world)[0]
+        of = train_grpo.train_on(training, None, samples, prompts, 1e-4)[0]
         differences.append(of["sampling/logp_difference_mean"])
         tokens.append(sum(len(s.tokens) for s in samples))
 

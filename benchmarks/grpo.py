@@ -45,35 +45,43 @@ TRL = """
 import sys, json, time, torch, datasets, trl
 torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-model, data, out, steps, prompts, group, length = sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:8])
+
+model, data, out = sys.argv[1:4]
+steps, prompts, group, length = map(int, sys.argv[4:8])
 rows = [json.loads(line) for line in open(data)]
+rows = [{"prompt": f"<|im_start|>{r['question']}<|im_end|>", "answer": r["answer"]} for r in rows]
+
 class Clock(TrainerCallback):
     times = []
     def on_step_begin(self, *a, **k): self.begin = time.perf_counter()
     def on_step_end(self, *a, **k): self.times.append(time.perf_counter() - self.begin)
-clock = Clock()
-begin = []
+
 def reward(completions, answer, **_):
     return [float(c == f"<answer>{a}</answer>") for c, a in zip(completions, answer)]
+
+clock = Clock()
 trainer = trl.GRPOTrainer(
-    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), reward_funcs=reward,
-    args=trl.GRPOConfig(output_dir=out, per_device_train_batch_size=prompts * group, num_generations=group, beta=0.01,
-                        max_completion_length=length, use_cpu=True, report_to="none", max_steps=steps, bf16=False,
-                        gradient_checkpointing=False, disable_tqdm=True, save_strategy="no", learning_rate=3e-6,
-                        logging_steps=1),
-    train_dataset=datasets.Dataset.from_list([{"prompt": f"<|im_start|>{r['question']}<|im_end|>", "answer": r["answer"]}
-                                              for r in rows] * 20),
-    processing_class=AutoTokenizer.from_pretrained(model), callbacks=[clock])
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+    reward_funcs=reward,
+    args=trl.GRPOConfig(
+        output_dir=out, per_device_train_batch_size=prompts * group, num_generations=group,
+        beta=0.01, learning_rate=3e-6, max_completion_length=length, max_steps=steps,
+        use_cpu=True, bf16=False, gradient_checkpointing=False,
+        report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1,
+    ),
+    train_dataset=datasets.Dataset.from_list(rows * 20),
+    processing_class=AutoTokenizer.from_pretrained(model),
+    callbacks=[clock],
+)
 trainer.train()
-log = [e for e in trainer.state.log_history if "completions/mean_length" in e]
-print("RESULT", json.dumps({"step_s": clock.times, "length": [e["completions/mean_length"] for e in log]}))
+lengths = [e["completions/mean_length"] for e in trainer.state.log_history if "reward" in e]
+print("RESULT", json.dumps({"step_s": clock.times, "length": lengths}))
 """
 
 
 def talker(model_dir: Path, mean: int) -> None:
     """Teach the model to write digits and to end at each with probability 1 / mean: completions of
-    very different
-    lengths, as those of a model that thinks. (A random model hardly ever ends.)"""
+    very different lengths, as those of a model that thinks. (A random model hardly ever ends.)"""
     from arithmetic import logprobs_of
     from safetensors.torch import save_file
 
@@ -101,13 +109,13 @@ def talker(model_dir: Path, mean: int) -> None:
 
 def trl(args, folder: Path) -> None:
     """The same model, problems, group, lengths, reward, KL term, one update a step, one thread, in
-    alternating pairs. Both
-    clocks cover a whole step: sampling, grading, reference, update. The first step of each run is
-    left out."""
+    alternating pairs. Both clocks cover a whole step: sampling, grading, reference, update. The
+    first step of each run is left out."""
     talker(make_model(folder / "m"), args.mean)
     write_problems(folder / "p.jsonl")
-    ratios = []
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"}
     for length in args.lengths:
+        ratios = []
         for pair in range(args.pairs):
             out = folder / f"{length}_{pair}"
             sizes = map(str, (args.steps, args.prompts, args.group, length))
@@ -117,29 +125,23 @@ def trl(args, folder: Path) -> None:
             if not lines:
                 raise SystemExit(theirs.stderr[-2000:])
             theirs = json.loads(lines[0][7:])
-            env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"}
-            more = (
-                f"--out {out} --steps {args.steps} --prompts {args.prompts} --group {args.group} "
-            )
-            more += f"--max_new_tokens {length} --save_every 0"
+            more = f"--out {out} --steps {args.steps} --prompts {args.prompts} "
+            more += f"--group {args.group} --max_new_tokens {length} --save_every 0"
             command = [sys.executable, ROOT / "train_grpo.py", *flags(folder, *more.split())]
             subprocess.run(map(str, command), check=True, capture_output=True, env=env)
             ours = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            a, b = (
-                statistics.median(theirs["step_s"][1:]),
-                statistics.median(m["step_time"] for m in ours[1:]),
-            )
+            a = statistics.median(theirs["step_s"][1:])
+            b = statistics.median(m["step_time"] for m in ours[1:])
+            means = np.mean(theirs["length"]), np.mean([m["completions/mean_length"] for m in ours])
             ratios.append(a / b)
             print(
-                f"{args.prompts} prompts × {args.group}, ≤ {length} tokens, pair {pair + 1}: TRL {a:.3f} s a step (mean "
-                f"length {np.mean(theirs['length']):.0f}), ours {b:.3f} s ({np.mean([m['completions/mean_length'] for m in ours]):.0f})"
-                f": {a / b:.1f} ×",
+                f"{args.prompts} prompts × {args.group}, ≤ {length} tokens, pair {pair + 1}: TRL "
+                f"{a:.3f} s a step (mean length {means[0]:.0f}), ours {b:.3f} s ({means[1]:.0f}): "
+                f"{a / b:.1f} ×",
                 flush=True,
             )
-        print(
-            f"≤ {length} tokens: median of {args.pairs} pairs {statistics.median(ratios[-args.pairs :]):.1f} ×",
-            flush=True,
-        )
+        middle = statistics.median(ratios)
+        print(f"≤ {length} tokens: median of {args.pairs} pairs {middle:.1f} ×", flush=True)
 
 
 # ----------------------------------------------------------------------------------------- learning
@@ -163,19 +165,16 @@ def learn(args, folder: Path) -> None:
                 code, said = nursery.run([*COMMON, *settings.split()])
                 if code:
                     raise SystemExit(said)
-                rates = [
-                    np.mean(
-                        [
-                            s["text"] == f"<answer>{gold[s['id']]}</answer>"
-                            for s in map(json.loads, open(f))
-                        ]
-                    )
-                    for f in (out / "rollouts" / f"step_{i + 1}.jsonl" for i in range(args.steps))
-                ]
+                rates = []
+                for step in range(1, args.steps + 1):
+                    rows = map(json.loads, open(out / "rollouts" / f"step_{step}.jsonl"))
+                    right = [s["text"] == f"<answer>{gold[s['id']]}</answer>" for s in rows]
+                    rates.append(np.mean(right))
+                reached = next((i for i, r in enumerate(rates) if r >= 0.9), None)
                 print(
                     f"seed {seed}, {reward}: start {start:.2f}, every 10th step "
-                    f"{' '.join(f'{r:.2f}' for r in rates[::10])}, last five {np.mean(rates[-5:]):.3f}, "
-                    f"≥ 0.9 from step {next((i for i, r in enumerate(rates) if r >= 0.9), None)}, "
+                    f"{' '.join(f'{r:.2f}' for r in rates[::10])}, last five "
+                    f"{np.mean(rates[-5:]):.3f}, ≥ 0.9 from step {reached}, "
                     f"{time.time() - begin:.0f} s",
                     flush=True,
                 )

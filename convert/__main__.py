@@ -16,43 +16,40 @@ from convert import from_samples, select
 from convert.conversion import convert, download, print_report
 from convert.public import HUB, SPECS
 
+DESCRIPTION = {
+    "download": f"data sets: {', '.join(HUB)}",
+    "from_samples": from_samples.__doc__,
+    "select": select.__doc__,
+    "convert": f"{__doc__}\ndata sets: {', '.join(SPECS)}",
+}
+
 
 def parse(argv: list[str]) -> tuple[str, dict]:
-    command = argv[0] if argv[:1] in (["download"], ["from_samples"], ["select"]) else "convert"
-    about = dict(download="", from_samples=from_samples.__doc__, select=select.__doc__)
-    names = {
-        "download": f"data sets: {', '.join(HUB)}",
-        "convert": f"data sets: {', '.join(SPECS)}",
-    }
+    command = argv[0] if argv[:1] and argv[0] in DESCRIPTION else "convert"
     parser = argparse.ArgumentParser(
         prog="python -m convert" + (f" {command}" if command != "convert" else ""),
-        description=about.get(command, __doc__),
-        epilog=names.get(command),
+        description=DESCRIPTION[command],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     if command == "download":
         add("name", help="the data set")
-        add("--out", required=True, help="folder to fill")
         add("--revision", help="branch, tag or commit (default: the pinned commit)")
     elif command == "from_samples":
         add("folder", help="the --out of a finished eval.py")
-        add("--out", required=True, help="the jsonl of conversations to write")
     elif command == "select":
         add("file", help="a converted jsonl")
-        add("--out", required=True, help="jsonl to write, beside it for its images")
         add("--chars", default="0,inf", help="LOW,HIGH characters of a row")
         add("--samples", default="", help="the --out of an eval.py of this file")
         add("--solved", default="0,1", help="LOW,HIGH share of right samples")
-        add("--limit", type=int, default=0, help="keep this many rows; 0: all")
-        add("--seed", type=int, default=0, help="which rows --limit takes")
     else:
         add("name", help="the data set, or chat")
         add("sources", nargs="+", help="files, folders or zips of the release")
-        add("--out", required=True, help="jsonl to write; images go beside it")
-        add("--limit", type=int, help="keep this many rows, over all subsets")
-        add("--seed", type=int, default=0, help="which sample of --limit rows")
+    if command in ("select", "convert"):
+        add("--limit", type=int, help="keep this many rows")
+        add("--seed", type=int, default=0, help="which rows --limit takes")
+    add("--out", required=True, help="jsonl to write, its images beside it; download: the folder")
     return command, vars(parser.parse_args(argv[command != "convert" :]))
 
 

@@ -1,7 +1,7 @@
 """Chat data as people have it → the conversation schema: `python -m convert chat FILE --out …`.
 
 ShareGPT           {"conversations": [{"from": "human|gpt", "value"}], "image(s)"?, "system"?}
-Alpaca             {"instruction", "input"?, "output", "history"?, "system"?}
+Alpaca             {"instruction", "input"?, "output", "system"?}
 prompt/completion  {"prompt", "completion" or "response"}, texts or lists of messages (TRL)
 OpenAI messages    {"messages": [{"role", "content": text or parts}]}, images also as data: URLs
 
@@ -11,24 +11,21 @@ come before the first user turn. Tool calls have no place in the schema: dropped
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from convert.releases import Drop, Row
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-ROLES |= {"model": "assistant", "developer": "system"}
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
 
 
 def turns_of(row: Row) -> list[tuple[str, Any]]:
     """(role, content) of each turn, whatever the format calls them."""
-    turns = row.get("conversations") or row.get("conversation") or row.get("messages")
+    turns = row.get("conversations") or row.get("messages")
     if not turns and "instruction" in row:
         question = "\n\n".join(t for t in (row["instruction"], row.get("input")) if t)
-        pairs = [*(row.get("history") or []), (question, row["output"])]
-        return [turn for pair in pairs for turn in zip(("user", "assistant"), pair)]
+        return [("user", question), ("assistant", row["output"])]
     if not turns and "prompt" in row:
         reply = row["completion"] if "completion" in row else row["response"]
         sides = (("user", row["prompt"]), ("assistant", reply))
@@ -37,8 +34,6 @@ def turns_of(row: Row) -> list[tuple[str, Any]]:
     if not turns:
         fields = ", ".join(map(str, row))[:200]
         raise ValueError(f"not a chat format that is known here (fields: {fields}); see --help")
-    if isinstance(turns, str):  # a list written as JSON into a column of text
-        turns = json.loads(turns)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Drop("turns are not a list of objects")
     if any(turn.get("tool_calls") or turn.get("function_call") for turn in turns):
@@ -59,15 +54,13 @@ def text_and_images(content: Any) -> tuple[str, list[Any]]:
         raise Drop("a turn whose content is neither text nor parts", type(content).__name__)
     texts, images = [], []
     for part in content:
-        part = {"text": part} if isinstance(part, str) else part
         if isinstance(part.get("text"), str):
             if "<image>" in part["text"]:
                 raise Drop("literal <image> in a text part")
             texts.append(part["text"])
-        elif part.get("type") in ("image", "image_url", "input_image"):
-            value = next(
-                (part[k] for k in ("image_url", "image", "url", "path") if k in part), None
-            )
+        elif part.get("type") in ("image", "image_url"):
+            values = [part[key] for key in ("image_url", "image", "url", "path") if key in part]
+            value = values[0] if values else None
             texts.append("<image>")
             images.append(value.get("url", value) if isinstance(value, dict) else value)
         else:
@@ -94,16 +87,11 @@ def chat(row: Row) -> dict:
         rest = iter(given)
         images = [next(rest, None) if image is None else image for image in images]
     elif given:
-        images = given
-        if not any("<image>" in m["content"] for m in messages):
-            first = next((m for m in messages if m["role"] == "user"), None)
-            if first is None:
-                raise Drop("images without a user turn")
-            first["content"] = "<image>" * len(images) + first["content"]
+        images, users = given, [m for m in messages if m["role"] == "user"]
+        if users and not any("<image>" in m["content"] for m in messages):
+            users[0]["content"] = "<image>" * len(images) + users[0]["content"]
     made = {"messages": messages}
     if images:
-        made["images"] = [
-            Path(i) if isinstance(i, str) and not re.match("data:|https?:", i) else i
-            for i in images
-        ]
+        local = re.compile("(?!data:|https?:)").match
+        made["images"] = [Path(i) if isinstance(i, str) and local(i) else i for i in images]
     return made

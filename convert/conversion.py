@@ -1,12 +1,11 @@
 """One conversion: published rows → a checked jsonl with its images and a report; and the download.
 
 What holds for every converted file:
-  * a row that cannot be converted is dropped with a reason, and FILE.info.json counts the reasons;
-    a row without a field that its release has stops the conversion;
+  * a row that cannot be converted, or that training would refuse, is dropped with a reason, and
+    FILE.info.json counts the reasons; a row without a field that its release has is an error;
   * images keep their bytes, are named by their sha256 and are in images/ beside the jsonl; one
     `<image>` per occurrence in reading order, in question and options together;
   * choice answers are letters, options are texts without letters;
-  * every row is checked as training checks it: one that it would refuse is dropped too;
   * the same sources give the same bytes.
 """
 
@@ -17,14 +16,13 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from convert.public import HUB, SPECS
 from convert.releases import Drop, Source, image_extension
 from core.schema import FINDINGS, control_tokens
-from tools.check import check_files
 
 
 def convert(
@@ -39,36 +37,28 @@ def convert(
         raise ValueError(f"unknown data set {name!r}; there are: {', '.join(SPECS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: must be at least 1")
-    target = new_file(out, *sources)
-    source = Source(sources, SPECS[name].tables)
+    target, source = new_file(out, *sources), Source(sources, SPECS[name].tables)
     run, keep = Conversion(name, source, target.parent), None
     if limit is not None:  # a pass without images first: the sample is of what can be converted
         dry = Conversion(name, source, None)
         rows = {row.get("id", str(i)): i for i, row in dry.rows()}
         keep = {rows[key] for key in sample_keys(rows, limit, seed)}
         run.dropped = dry.dropped
-    kinds, subsets, faults = Counter(), Counter(), []
 
     def lines() -> Iterator[str]:
         for _, row in run.rows(keep):
-            kinds[row.get("kind", "conversation")] += 1
-            subsets[row.get("subset", "")] += 1
             yield json.dumps(row, ensure_ascii=False)
-
-    def check(file: Path) -> None:
-        if not kinds:
+        if not run.subsets:
             why = "; ".join(f"{reason} ({where[0]})" for reason, where in run.dropped.items())
             why = why or "the tables are empty"
             raise ValueError(f"no row of {', '.join(sources)} could be converted: {why}")
-        faults.extend(check_files([str(file)], run.schema)[2])
 
-    digest = write_lines(target, lines(), check)
+    write_lines(target, lines())
     info = dict(name=name, rows_in=run.rows_in, rows_expected=SPECS[name].rows)
-    info |= dict(rows_out=kinds.total(), kinds=dict(kinds), subsets=dict(sorted(subsets.items())))
-    info |= dict(limit=limit, seed=None if limit is None else seed, notes=dict(run.notes))
+    info |= dict(rows_out=run.subsets.total(), kinds=run.kinds, images=len(run.images))
+    info |= dict(subsets=dict(sorted(run.subsets.items())), notes=run.notes, limit=limit)
+    info |= dict(seed=None if limit is None else seed, download=source_revision(sources))
     info["dropped"] = {r: {"rows": len(w), "examples": w[:3]} for r, w in run.dropped.items()}
-    info |= dict(images=len(run.images), sha256=digest, download=source_revision(sources))
-    info["check"] = dict(Counter(re.sub(r" as .*|\d+", "", f.why)[:60] for f in faults))
     write_info(target, info)
     return info
 
@@ -78,10 +68,9 @@ class Conversion:
     for a pass that stores no images."""
 
     def __init__(self, name: str, source: Source, folder: Path | None):
-        self.name, self.source, self.folder = name, source, folder
-        self.rows_in, self.schema = 0, "conversation"
+        self.name, self.source, self.folder, self.rows_in = name, source, folder, 0
         self.dropped: dict[str, list[str]] = {}  # reason → where, one entry a row
-        self.notes: Counter[str] = Counter()
+        self.notes, self.kinds, self.subsets = Counter(), Counter(), Counter()
         self.images: set[str] = set()
 
     def rows(self, keep: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
@@ -96,15 +85,15 @@ class Conversion:
                 row = SPECS[self.name].convert_row(published)
                 if images := row.get("images"):
                     row["images"] = [self.store(image) for image in images]
-                if "messages" not in row:
-                    self.schema = "problem"
+                schema = "conversation" if "messages" in row else "problem"
+                if schema == "problem":
                     id = i if row["id"] is None else row["id"]
                     row |= dict(id=f"{self.name}/{id}", task=self.name)
                     if row["id"] in seen:
                         raise Drop("id seen before", row["id"])
                     if images:  # error bars group questions about one image
                         row["meta"] = row.get("meta", {}) | {"cluster": Path(row["images"][0]).stem}
-                for field, why, _ in FINDINGS[self.schema](row, self.folder or Path(), forbidden):
+                for field, why, _ in FINDINGS[schema](row, self.folder or Path(), forbidden):
                     if self.folder or field != "images":
                         raise Drop(re.sub(r"\d+", "N", f"{field}: {why}")[:80], why)
             except Drop as drop:
@@ -115,6 +104,8 @@ class Conversion:
                 raise ValueError(f"{where}: {e}") from None
             seen.add(row.get("id"))
             self.notes.update(published.notes)
+            self.kinds[row.get("kind", "conversation")] += 1
+            self.subsets[row.get("subset", "")] += 1
             yield i, row
 
     def store(self, value: Any) -> str:
@@ -140,13 +131,12 @@ class Conversion:
             return "images/dry"
         data = value() if callable(value) else value
         name = f"images/{hashlib.sha256(data).hexdigest()[:16]}.{image_extension(data)}"
-        target = self.folder / name
         if name not in self.images:
-            if not (target.is_file() and target.stat().st_size == len(data)):
-                target.parent.mkdir(exist_ok=True)
-                partial = target.with_name(target.name + ".tmp")
-                partial.write_bytes(data)
-                partial.replace(target)
+            file = self.folder / name
+            file.parent.mkdir(exist_ok=True)
+            partial = file.with_name(file.name + ".tmp")
+            partial.write_bytes(data)
+            partial.replace(file)
             self.images.add(name)
         return name
 
@@ -158,35 +148,25 @@ def sample_keys(keys: Iterable[str], limit: int, seed: int) -> set[str]:
 
 
 def new_file(out: str, *sources: str) -> Path:
-    """`out` as a file that can be written; its folder is made. Raises ValueError."""
+    """`out` as a file that can be written; its folder is made. Raises ValueError, OSError."""
     target = Path(out)
     if target.is_dir():
         raise ValueError(f"--out {out}: a folder; name the jsonl file to write")
     if target.resolve() in [Path(s).resolve() for s in sources]:
         raise ValueError(f"--out {out}: is the source itself; name another file")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"--out {out}: its folder cannot be created ({e.strerror})") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
 
-def write_lines(
-    target: Path, lines: Iterable[str], check: Callable[[Path], None] | None = None
-) -> str:
-    """Write aside, check, rename: the file is whole or as it was. Returns its sha256."""
+def write_lines(target: Path, lines: Iterable[str]) -> None:
+    """Write aside and rename: the file is whole or as it was."""
     partial = target.with_name(target.name + ".tmp")
     try:
         with open(partial, "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
-        if check:
-            check(partial)
-        with open(partial, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-    return digest
 
 
 def write_info(target: Path, info: dict) -> None:
@@ -196,14 +176,11 @@ def write_info(target: Path, info: dict) -> None:
 
 
 def print_report(info: dict, out: str) -> None:
-    rows = f"{info['rows_out']:,} rows of {info['rows_in']:,} read, {info['images']:,} images"
-    print(f"{out}: {rows}, sha256 {info['sha256'][:16]}")
+    print(f"{out}: {info['rows_out']:,} rows of {info['rows_in']:,}, {info['images']:,} images")
     for reason, what in info["dropped"].items():
         print(f"  dropped {what['rows']:,}: {reason}; first: {what['examples'][0]}")
     for note, count in info["notes"].items():
         print(f"  {count:,} times: {note}")
-    for why, count in info["check"].items():
-        print(f"  {count:,} rows to look at (`python -m tools.check {out}`): {why}")
     if info["rows_expected"] not in (None, info["rows_in"]):
         print(f"  the whole split has {info['rows_expected']:,} rows: a part or another version")
 

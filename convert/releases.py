@@ -8,6 +8,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Source:
     and zips whose names match `pattern`. Where a file is named, the rest only serves images."""
 
     def __init__(self, paths: list[str], pattern: str):
-        self.members: dict[str, Path | tuple] = {}  # name inside the release → file, or (zip, info)
+        self.members: dict[str, Callable[[], bytes]] = {}  # name inside the release → its reader
         self.roots: list[Path] = []  # folders of files named outright: images are looked up there
         self.stems: dict[str, list[str]] = {}  # "a" → members called a.png, x/a.jpg, …
         self.tables = []
@@ -74,7 +75,7 @@ class Source:
 
     def add(self, path: Path, name: str) -> None:
         if path.suffix.lower() != ".zip":
-            self.members[name] = path
+            self.members[name] = path.read_bytes
             return
         try:
             archive = zipfile.ZipFile(path)
@@ -82,18 +83,12 @@ class Source:
             raise ValueError(f"{path}: not a zip, or truncated ({e}); download it again") from None
         for info in archive.infolist():
             if not info.is_dir():
-                self.members[f"{name}/{info.filename}"] = archive, info
-
-    def read(self, name: str) -> bytes:
-        member = self.members[name]
-        return member.read_bytes() if isinstance(member, Path) else member[0].read(member[1])
+                self.members[f"{name}/{info.filename}"] = partial(archive.read, info)
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """("table row 3", row) from 0, tables in order of their names."""
         for table in self.tables:
-            file = self.members[table]
-            file = file if isinstance(file, Path) else io.BytesIO(self.read(table))
-            for i, row in enumerate(read_table(table, file)):
+            for i, row in enumerate(read_table(table, self.members[table]())):
                 row = {"turns": row} if isinstance(row, list) else row  # Orz: a row is two turns
                 if not isinstance(row, dict):
                     kind = type(row).__name__
@@ -101,8 +96,8 @@ class Source:
                 yield f"{table} row {i}", Row(row)
 
     def find(self, *names: str) -> Callable[[], bytes]:
-        """Reader of the image with the first of these names that there is: its path beside a named
-        table, or the end of a path in the release, with or without an extension."""
+        """Reader of the image with the first of these names that there is: a path beside a named
+        table, or the end of one in the release, with or without an extension."""
         for name in names:
             if name.startswith("/") or ".." in name.split("/"):
                 raise Drop("image path leaves the release", name[:80])
@@ -114,11 +109,11 @@ class Source:
             if len(found) > 1:
                 raise Drop("image name is ambiguous", " ".join([name[:80], *sorted(found)[:3]]))
             for member in found:
-                return lambda: self.read(member)
+                return self.members[member]
         raise Drop("image not found", " or ".join(names)[:80])
 
 
-def read_table(name: str, file: Path | io.BytesIO) -> Iterator[Any]:
+def read_table(name: str, content: bytes) -> Iterator[Any]:
     """Rows of one table. A json file holds a list, or an object of rows."""
     if name.lower().endswith(".parquet"):
         try:
@@ -126,30 +121,30 @@ def read_table(name: str, file: Path | io.BytesIO) -> Iterator[Any]:
         except ImportError:
             raise ValueError(f"{name}: parquet needs pyarrow; pip install pyarrow") from None
         try:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=32):
+            table = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+            for batch in table.iter_batches(batch_size=32):
                 yield from batch.to_pylist()  # few at a time: rows carry images
         except (pyarrow.ArrowInvalid, OSError) as e:
             raise ValueError(f"{name}: not parquet, or truncated ({e})") from None
         return
-    number, raw = 0, file.read_bytes() if isinstance(file, Path) else file.read()
-    try:
-        text = raw.decode("utf-8-sig")
-        if name.lower().endswith(".jsonl"):
-            for line in text.split("\n"):  # splitlines would split at U+2028 in a string
-                number += 1
-                if line.strip():
-                    yield json.loads(line)
-            return
-        value = json.loads(text)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{name}: not UTF-8 at byte {e.start}") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{name} line {number or e.lineno}: not JSON ({e.msg})") from None
+    if name.lower().endswith(".jsonl"):
+        for number, line in enumerate(content.split(b"\n"), 1):
+            if line.strip():
+                yield parse_json(line, f"{name} line {number}")
+        return
+    value = parse_json(content, name)
     if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
         value = list(value.values())
     if not isinstance(value, list):
         raise ValueError(f"{name}: expected a list of rows, found {type(value).__name__}")
     yield from value
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except ValueError as e:
+        raise ValueError(f"{where}: not JSON in UTF-8 ({e})") from None
 
 
 def image_extension(data: bytes) -> str:

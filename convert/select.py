@@ -36,29 +36,23 @@ def characters(row: dict) -> int:
     return sum(map(len, [*texts, *row.get("options", ())]))
 
 
-def interval(text: str) -> tuple[float, float]:
-    """ "0.25,0.75" → (0.25, 0.75). Raises ValueError."""
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise ValueError(f"{text!r}: write two numbers, such as 0.25,0.75") from None
-    return low, high
-
-
 def select(
     file: str,
     out: str,
     chars: str = "0,inf",
     samples: str = "",
     solved: str = "0,1",
-    limit: int = 0,
+    limit: int | None = None,
     seed: int = 0,
 ) -> dict:
     """Write the chosen rows of `file` to `out`, in their order, and counts to `out`.info.json."""
     target, info = new_file(out, file), dict(locals())
     lines = [x for x in Path(file).read_text(encoding="utf-8").split("\n") if x]
     shares = solved_shares(samples) if samples else None
-    (low, high), (hard, easy) = interval(chars), interval(solved)
+    try:
+        (low, high), (hard, easy) = (map(float, text.split(",")) for text in (chars, solved))
+    except ValueError:
+        raise ValueError(f"--chars {chars}, --solved {solved}: LOW,HIGH, as 0.25,0.75") from None
     dropped, kept = {"length": 0, "difficulty": 0, "not asked": 0, "beyond --limit": 0}, {}
     for i, line in enumerate(lines):
         row = json.loads(line)

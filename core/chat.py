@@ -18,10 +18,9 @@ def load_tokenizer(model_dir: str | Path):
     from transformers import AutoTokenizer
 
     model_dir = Path(model_dir)
-    if not model_dir.is_dir():
-        raise ValueError(f"{model_dir}: no such model directory")
     if not any((model_dir / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ValueError(f"{model_dir}: no tokenizer (tokenizer.json) in this model directory")
+        what = "no tokenizer.json" if model_dir.is_dir() else "no such model directory"
+        raise ValueError(f"{model_dir}: {what}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     except Exception as e:  # transformers and tokenizers raise a dozen kinds of exceptions
@@ -99,22 +98,19 @@ def chat_segments(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
         if m["role"] != "assistant":
             continue
         before, after = render(i, True), render(i + 1, False).rstrip()
-        if not (whole.startswith(after) and after.startswith(before) and len(before) >= at):
-            raise ValueError(
-                f"the chat template renders turn {i} differently when more follows (some strip "
-                "earlier thoughts): make one row of each assistant turn, or change the template"
-            )
         reply, thought = after[len(before) :], chat[i].get("reasoning_content")
         parts = [m["content"]] if thought is None else [chat[i]["content"], thought]
-        if not all(part.strip() in reply for part in parts):
-            raise ValueError(f"the chat template drops a part of assistant turn {i}: change it")
-        if before.rstrip().endswith("<think>") and "<think>" in reply:
-            raise ValueError(f"the chat template opens the thought of turn {i} twice: change it")
-        if not reply.endswith(tuple(tokenizer.all_special_tokens)):
-            raise ValueError(
-                f"the chat template ends assistant turn {i} without a special token, so the model "
-                "could not learn to stop: change it"
-            )
+        why = ""
+        if not (whole.startswith(after) and after.startswith(before) and len(before) >= at):
+            why = "is written differently when more follows; or make one row of each assistant turn"
+        elif not all(part.strip() in reply for part in parts):
+            why = "loses a part of its text"
+        elif before.rstrip().endswith("<think>") and "<think>" in reply:
+            why = "opens its thought twice"
+        elif not reply.endswith(tuple(tokenizer.all_special_tokens)):
+            why = "ends without a special token, so the model could not learn to stop"
+        if why:
+            raise ValueError(f"change the chat template: with it, assistant turn {i} {why}")
         segments += [(whole[at : len(before)], False), (reply, True)]
         at = len(after)
     return [s for s in [*segments, (whole[at:], False)] if s[0]]

@@ -6,16 +6,17 @@ OUT/checkpoints/ of two ranks with keep_last 2, killed while it saved step 600:
         __0_0.distcp          rank 0's shards: model.NAME, exp_avg.NAME, exp_avg_sq.NAME, step.NAME
         __1_0.distcp          rank 1's
         .metadata             which file holds which rows; any number of ranks can read them
-        complete.json         {"step": 400, "files": {"__0_0.distcp": 1048576, ...}, "extra": {...},
+        complete.json         {"files": {"__0_0.distcp": 1048576, ...}, "extra": {"step": 400, ...},
                                "data": {"train.jsonl": "sha256 ..."}}       sizes in bytes
     step_600.tmp/             the kill: no checkpoint; the run resumes from step_400
 
     save_state(root, step, ...)      one checkpoint more, the oldest one less
-    resume(root, "auto", ...)        newest whole one → model and optimizer, bit for bit
+    resume(root, ...)                newest whole one → model and optimizer, bit for bit
     require_space(...)               is there room for what a run will save?
 
-The format is torch's distributed checkpoint, which can hold pickles: load only what your own runs
-wrote. A model directory for others is made by `python -m tools.export`.
+To branch off a run with other settings, copy (or link) its step_N to NEW/checkpoints/ and train
+with --out NEW. A model directory for others is made by `python -m tools.export`. The format is
+torch's distributed checkpoint, which can hold pickles: load only what your own runs wrote.
 """
 
 from __future__ import annotations
@@ -30,17 +31,20 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from core.out_dir import free_bytes, gb, require_free
 from core.parallel import World, barrier, from_rank0
 
 MARKER = "complete.json"  # written last: a directory without it was truncated
 
 
+def trained_weights(model: nn.Module) -> dict:
+    """{"model.NAME": (sharded) tensor} of what is trained: with LoRA the adapters alone."""
+    return {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
 def _state_tensors(model: nn.Module, optimizer: Optimizer) -> dict:
-    """All that training changes, by name: {"model.NAME", "exp_avg.NAME", …} → (sharded) tensor.
-    Frozen parameters stay out: with LoRA a checkpoint holds the adapters alone."""
-    names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-    state = {f"model.{n}": p.detach() for p, n in names.items()}
+    """All that training changes, by name: {"model.NAME", "exp_avg.NAME", …} → (sharded) tensor."""
+    names = {p: n for n, p in model.named_parameters()}
+    state = trained_weights(model)
     for p, slots in optimizer.state.items():
         state.update({f"{slot}.{names[p]}": value for slot, value in slots.items()})
     return state
@@ -48,7 +52,7 @@ def _state_tensors(model: nn.Module, optimizer: Optimizer) -> dict:
 
 def state_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     """The size of one checkpoint over all ranks, in bytes (7B: 91 GB with fp32 moments)."""
-    return sum(t.numel() * t.element_size() for t in _state_tensors(model, optimizer).values())
+    return sum(t.nbytes for t in _state_tensors(model, optimizer).values())
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -66,102 +70,77 @@ def save_state(
     the data, …) and `data` ({training file: sha256}, which `resume` compares). Collective.
 
     A kill at any moment leaves either the whole checkpoint or none. Raises ValueError, with older
-    checkpoints as they were, when the disk has no room or a file could not be written.
+    checkpoints as they were, when a file could not be written.
     """
     root, final, tmp = Path(root), Path(root) / f"step_{step}", Path(root) / f"step_{step}.tmp"
-    size = state_bytes(model, optimizer)
 
     def prepare() -> None:
-        for left_behind in root.glob("step_*.tmp"):  # by a kill during an earlier save
-            shutil.rmtree(left_behind, ignore_errors=True)
-        require_free(root, size, f"the checkpoint of step {step}")
+        remove_partial(root)
         tmp.mkdir(parents=True)
 
+    from_rank0(world, prepare)
     try:
-        from_rank0(world, prepare)
         dcp.save(_state_tensors(model, optimizer), checkpoint_id=tmp)
+    except CheckpointException as e:
         if world.is_main:
-            marker = {"step": step, "files": _sizes(tmp), "extra": extra, "data": data or {}}
-            (tmp / MARKER).write_text(json.dumps(marker, indent=1))
-    except (OSError, RuntimeError, CheckpointException) as e:
-        if world.is_main:
-            shutil.rmtree(tmp, ignore_errors=True)
-        kept = _state_dirs(root)
+            remove_partial(root)
+        free = shutil.disk_usage(root).free
         raise ValueError(
-            f"{final} could not be saved: {_cause(e)} ({gb(free_bytes(root))} free, {gb(size)} "
-            f"needed). {f'{kept[0]} is whole' if kept else 'There is no earlier checkpoint'}; "
-            "make room, then rerun the command"
+            f"{final} could not be saved: {_cause(e)} ({free / 1e9:.1f} GB free, "
+            f"{state_bytes(model, optimizer) / 1e9:.1f} GB needed). Make room, then rerun the "
+            "command: it resumes from the checkpoint before"
         ) from e
     if world.is_main:
+        files = {f.name: f.stat().st_size for f in sorted(tmp.iterdir())}
+        marker = {"files": files, "extra": extra, "data": data or {}}
+        (tmp / MARKER).write_text(json.dumps(marker, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         tmp.rename(final)
         # what is newer than this step was not whole, or this run would have resumed from it
-        newer = [p for p in _state_dirs(root) if _step_of(p) > step]
-        for old in newer + _state_dirs(root)[len(newer) + keep_last :]:
+        kept = [p for p in _state_dirs(root) if _step_of(p) <= step][:keep_last]
+        for old in set(_state_dirs(root)) - set(kept):
             shutil.rmtree(old, ignore_errors=True)
     barrier()
     return final
 
 
-def _cause(e: BaseException) -> str:
+def remove_partial(root: Path) -> None:
+    """Remove what a kill or a full disk left of a checkpoint."""
+    for partial in root.glob("step_*.tmp"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cause(e: CheckpointException) -> str:
     """The first line of what went wrong on the first rank that failed."""
-    failures = getattr(e, "failures", None)  # of a CheckpointException: {rank: (exception, trace)}
-    e = next(iter(failures.values()))[0] if failures else e
-    return str(e).strip().split("\n")[0] or type(e).__name__
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != MARKER}
+    first, _ = next(iter(e.failures.values()))  # {rank: (exception, traceback)}
+    return str(first).strip().partition("\n")[0] or type(first).__name__
 
 
 # ------------------------------------------------------------------------------------ reading
 def resume(
-    root: str | Path,
-    source: str,
-    model: nn.Module,
-    optimizer: Optimizer,
-    world: World,
-    data: dict[str, str],
+    root: Path, model: nn.Module, optimizer: Optimizer, world: World, data: dict[str, str]
 ) -> dict | None:
-    """Fill model and optimizer from the newest whole checkpoint under `root`, else from `source`
-    (--resume); returns its `extra`, or None when there is neither. Collective.
+    """Fill model and optimizer from the newest whole checkpoint under `root`; returns its `extra`,
+    or None when there is none. Collective.
 
     data: the training files' hashes as they are now, needed on rank 0 only. Raises ValueError when
     they differ from those under `root`: a changed file gives another plan of rows, silently.
     """
     folder = newest_state(root, world)
-    if folder is not None:
-        from_rank0(world, lambda: _check_data(folder, data))
-    elif source != "auto":
-        folder = Path(source)
-        from_rank0(world, lambda: _check_source(folder, Path(root)))
     if folder is None:
         return None
-    if world.is_main:
+
+    def compare() -> None:
+        for (file, now), was in zip(data.items(), _marker(folder)["data"].values()):
+            if now != was:
+                raise ValueError(
+                    f"--data {file} has changed since {folder} was saved: the steps to come would "
+                    "not be the planned ones. Restore the file, or name a new --out"
+                )
         print(f"resuming from {folder}", flush=True)
+
+    from_rank0(world, compare)
     return load_state(folder, model, optimizer)
-
-
-def _check_data(folder: Path, data: dict[str, str]) -> None:
-    for (file, now), was in zip(data.items(), _marker(folder)["data"].values()):
-        if now != was:
-            raise ValueError(
-                f"--data {file} has changed since {folder} was saved: the steps to come would not "
-                f"be the planned ones. Restore the file, or name a new --out"
-            )
-
-
-def _check_source(folder: Path, root: Path) -> None:
-    """A whole checkpoint of the same script: both runs say in their config.json which it is."""
-    if not is_whole(folder):
-        raise ValueError(f"--resume {folder}: not a whole checkpoint (OUT/checkpoints/step_N)")
-    configs = [p.absolute().parent / "config.json" for p in (folder.parent, root)]
-    scripts = [json.loads(c.read_text()).get("script") if c.is_file() else None for c in configs]
-    if None not in scripts and scripts[0] != scripts[1]:
-        raise ValueError(
-            f"--resume {folder}: a checkpoint of {scripts[0]}, not of {scripts[1]}. To train its "
-            f"model: `python -m tools.export {folder} --out DIR`, then --model DIR"
-        )
 
 
 def load_state(folder: str | Path, model: nn.Module, optimizer: Optimizer) -> dict:
@@ -184,16 +163,15 @@ def newest_state(root: str | Path, world: World) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Is every file that the marker lists there in its size? Prints the first that is not."""
+    """Is every file that the marker lists there in its size? Says so when not."""
     try:
-        files, now = _marker(folder)["files"], _sizes(folder)
-        wrong = next((name for name, size in files.items() if now.get(name) != size), None)
-        why = f"{wrong} should have {files.get(wrong)} bytes, has {now.get(wrong, 'none')}"
-    except (OSError, ValueError, KeyError):
-        wrong, why = MARKER, f"{MARKER} is missing or truncated"
-    if wrong:
-        print(f"{folder}: {why}; passing over this checkpoint", flush=True)
-    return not wrong
+        sizes = _marker(folder)["files"].items()
+        whole = all((folder / name).stat().st_size == size for name, size in sizes)
+    except (OSError, ValueError):
+        whole = False
+    if not whole:
+        print(f"{folder}: a file is missing or truncated; passing over this checkpoint", flush=True)
+    return whole
 
 
 def _marker(folder: Path) -> dict:
@@ -202,8 +180,8 @@ def _marker(folder: Path) -> dict:
 
 def _state_dirs(root: Path) -> list[Path]:
     """Checkpoint directories under root, newest first."""
-    found = [p for p in Path(root).glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return sorted(found, key=lambda p: -_step_of(p))
+    found = [p for p in root.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def _step_of(folder: Path) -> int:
@@ -212,16 +190,15 @@ def _step_of(folder: Path) -> int:
 
 # -------------------------------------------------------------------------------------- space
 def require_space(
-    root: str | Path,
+    root: Path,
     model: nn.Module,
     optimizer: Optimizer,
     world: World,
     *,
     copies: int,
     export_bytes: int,
-) -> str:
-    """Raise ValueError unless the disk has room for what a run will save, which is returned in
-    words. Collective.
+) -> None:
+    """Raise ValueError unless the disk has room for what a run will save. Collective.
 
     copies: checkpoints at a time (keep_last + 1: the new one is written before the oldest goes);
     those already there are not counted again. export_bytes: of all model directories to come.
@@ -229,10 +206,16 @@ def require_space(
     """
     size = state_bytes(model, optimizer)
 
-    def check() -> str:
-        missing = max(0, copies - len(_state_dirs(Path(root))))
-        what = f"{missing} × {gb(size)} of checkpoints, {gb(export_bytes)} of exports"
-        require_free(Path(root), missing * size + export_bytes, f"this run ({what})")
-        return what
+    def check() -> None:
+        remove_partial(root)
+        missing = max(0, copies - len(_state_dirs(root)))
+        there = next(p for p in root.absolute().parents if p.exists())
+        need, free = missing * size + export_bytes, shutil.disk_usage(there).free
+        if need > free:
+            raise ValueError(
+                f"{root}: this run will save {missing} checkpoints of {size / 1e9:.1f} GB and "
+                f"models of {export_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Make room, "
+                "lower --keep_last, or put --out on a larger disk"
+            )
 
-    return from_rank0(world, check)
+    from_rank0(world, check)

@@ -64,6 +64,17 @@ class ModelConfig:
         except ValueError as e:  # broken JSON too
             raise ValueError(f"{file}: {e}") from e
 
+    def room_for(self, prompt: int, new_tokens: int) -> int:
+        """prompt + new_tokens: the longest prompt, and what may be sampled after it. Raises
+        ValueError where the model has fewer positions."""
+        text = self.raw.get("text_config", self.raw)
+        if prompt + new_tokens > (most := text.get("max_position_embeddings", 10**9)):
+            raise ValueError(
+                f"the longest prompt ({prompt} tokens) and {new_tokens} new ones exceed the model's"
+                f" context of {most}; lower --max_new_tokens, or leave out long prompts"
+            )
+        return prompt + new_tokens
+
     @staticmethod
     def from_dict(raw: dict) -> ModelConfig:
         """Read a config.json: flat as Qwen2.5-VL's was published, or nested in `text_config`."""

@@ -1,4 +1,5 @@
-"""Attention of one new token per sequence over its KV cache, and CUDA graphs of whole decode steps.
+"""Attention of one new token per sequence over its KV cache, what is compiled into one kernel, and
+CUDA graphs of whole decode steps. Attention:
 
     torch varlen_attn   CUDA, bf16 or fp16: the cache is one flat stream, and `seqused_k` says how
                         many tokens of each sequence count
@@ -12,11 +13,14 @@ have run on fake tensors, and on no GPU yet.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
+
+from core.attention import apply_rope
 
 SPLITS = 4  # parts of a sequence that are reduced side by side: fills a GPU at small batches
 CPU_ROWS = 8  # sequences per SDPA call: fewer follow their lengths closer, more have less overhead
@@ -78,6 +82,43 @@ def _attend_sdpa(q, k, v, parts):
         o = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask.to(q.dtype))
         out[a:b] = o.flatten(1, 2)
     return out
+
+
+# --------------------------------------------------------------------------- compiled on a GPU
+# The compiler keeps a kernel's intermediate values in fp32. TORCH_COMPILE_DISABLE=1 turns it off.
+compiled = cache(torch.compile)
+
+
+def as_one_kernel(function: Callable, *args):
+    """function(*args), compiled where the first argument is on a GPU."""
+    return (compiled(function) if args[0].is_cuda else function)(*args)
+
+
+def rotate(qkv, cos, sin, q_norm, k_norm, eps: float, kv_heads: int, size: int):
+    """qkv (T, (Hq + 2 Hkv) D) → rotated q (T, Hq, D) and k (T, Hkv, D), after Qwen3's norms of the
+    heads where there are any; and v (T, Hkv, D)."""
+    q, k, v = qkv.unflatten(1, (-1, size)).tensor_split([-2 * kv_heads, -kv_heads], dim=1)
+    if q_norm is not None:
+        q, k = F.rms_norm(q, (size,), q_norm, eps), F.rms_norm(k, (size,), k_norm, eps)
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+def add_norm(x, delta, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, delta (T, C) → x + delta, and its norm."""
+    x = x + delta
+    return x, F.rms_norm(x, weight.shape, weight, eps)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """(T, 2 I) → (T, I)"""
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate) * up
+
+
+def exp_and_sum(logits: torch.Tensor, top: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (B, V), their maxima (B, 1) → exp(logits - top), its sums (B, 1)."""
+    p = (logits - top).exp_()
+    return p, p.sum(-1, keepdim=True)
 
 
 # ------------------------------------------------------------------------------------ CUDA graphs

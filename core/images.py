@@ -10,9 +10,8 @@ differ or keep silent:
     EXIF orientation is applied; transparent pixels are laid on white; of an animation the first
     frame counts. The content decides the format, not the file's extension.
     16-bit grey is scaled by 255/65535, where Pillow's own conversion would clip and turn a
-    radiograph white. Grey of 32 bits or floats has no white of its own: it is the smallest of
-    1 (floats only), 255, 65535 that nothing exceeds. Colour profiles are ignored, as transformers
-    does. One resize only: qwen_vl_utils resizes with its own limits first.
+    radiograph white; 32-bit grey likewise, unless nothing exceeds 255. Colour profiles are
+    ignored, as transformers does. One resize only: qwen_vl_utils resizes with its own limits first.
 """
 
 from __future__ import annotations
@@ -53,22 +52,20 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     Raises ValueError, which names the file and how to fix it, when it is missing, not an image,
     damaged, larger than MAX_PIXELS, longer than MAX_ASPECT, or has no known white.
     """
-    opened = isinstance(source, Image.Image)
-    if not opened and not Path(source).is_file():  # also keeps us from waiting for a pipe
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source)
+    if not Path(source).is_file():  # also keeps us from waiting for a pipe
         raise ValueError(
             f"{source}: no such image file; image paths are relative to the folder of their jsonl"
         )
-    name = "a PIL image" if opened else source
     try:
-        if opened:
-            return _upright_rgb(source)
         with open(source, "rb") as file:  # by name, Pillow 13 maps a turned TIFF with sides swapped
             return _upright_rgb(Image.open(file, formats=FORMATS))
     except (ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{name}: {e}") from e
+        raise ValueError(f"{source}: {e}") from e
     except Exception as e:  # Pillow's parsers raise nearly anything on foreign bytes
         raise ValueError(
-            f"{name}: damaged or not an image ({e}); fetch it again, or save it as PNG or JPEG"
+            f"{source}: damaged or not an image ({e}); fetch it again, or save it as PNG or JPEG"
         ) from e
 
 
@@ -101,12 +98,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
     if turn is not None:
         image = image.transpose(turn)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if image.mode[0] in "IF":  # I, I;16, I;16B, F
         return _wide_grey_to_rgb(image)
-    if image.mode == "La":  # Pillow has no direct way to RGBA
-        image = image.convert("LA")
-    has_alpha = {"A", "a"} & set(image.getbands())
-    if has_alpha or image.info.get("transparency") is not None:
+    if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
@@ -114,15 +108,13 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image)  # (H, W) uint16, int32 or float32
-    low, high = float(values.min()), float(values.max())
-    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
-    # none also for NaN and infinity
-    white = next((w for w in whites if 0 <= low and high <= w), None)
-    if white is None:
+    low, high = values.min(), values.max()
+    white = 255 if image.mode == "I" and high <= 255 else 65535
+    if image.mode == "F" or low < 0 or high > white:
         raise ValueError(
             f"grey values from {low:g} to {high:g} do not say what is white; save it as 8-bit RGB"
         )
-    grey = np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
+    grey = np.rint(values * (255 / white)).astype(np.uint8)
     if isinstance(key := image.info.get("transparency"), int):  # this one value is transparent
         grey[values == key] = 255
     return Image.fromarray(grey).convert("RGB")
@@ -156,26 +148,21 @@ class ImageConfig:
         """
         file, nested = (Path(model_dir) / f"{n}_config.json" for n in ("preprocessor", "processor"))
         file = nested if nested.is_file() and not file.is_file() else file
+        fixed = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
         try:
             raw = json.loads(file.read_text())
-            return ImageConfig.from_dict(raw.get("image_processor", raw))
+            raw = {k: v for k, v in raw.get("image_processor", raw).items() if v is not None}
+            for field, value in (fixed | {"rescale_factor": 1 / 255}).items():
+                if raw.get(field, value) != value:
+                    raise ValueError(f"{field} is {raw[field]!r}, only {value!r} is supported")
+            for field, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+                if field not in raw and edge not in raw.get("size", ()):
+                    raise ValueError("no min_pixels and max_pixels (Qwen2.5-VL: 3136 and 12845056)")
+                raw.setdefault(field, raw.get("size", {}).get(edge))
+            known = {k: v for k, v in raw.items() if k in ImageConfig.__dataclass_fields__}
+            return ImageConfig(**{k: tuple(v) if type(v) is list else v for k, v in known.items()})
         except (OSError, ValueError) as e:
             raise ValueError(f"{file}: {e}; copy it from the published model") from e
-
-    @staticmethod
-    def from_dict(raw: dict) -> ImageConfig:
-        """The fields of a preprocessor_config.json; see `from_dir`."""
-        fixed = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
-        for field, value in (fixed | {"rescale_factor": 1 / 255}).items():
-            if raw.get(field, value) != value:
-                raise ValueError(f"{field} is {raw[field]!r}, only {value!r} is supported")
-        size = raw.get("size") or {}
-        limits = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-        limits |= {k: v for k, v in raw.items() if v is not None}
-        given = {k: v for k, v in limits.items() if k in ImageConfig.__dataclass_fields__}
-        if None in (given["min_pixels"], given["max_pixels"]):
-            raise ValueError("no min_pixels and max_pixels (Qwen2.5-VL: 3136 and 12845056)")
-        return ImageConfig(**{k: tuple(v) if type(v) is list else v for k, v in given.items()})
 
 
 def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int]:

@@ -23,7 +23,8 @@ def rows_of_logits(weight: torch.Tensor) -> int:
 
 
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with an fp32 result that was never rounded to bf16."""
+    """a @ b with an fp32 result that was never rounded to bf16. Call it without a graph: on CUDA
+    `mm(out_dtype=…)` has no gradient, and `ChunkedLogProbs` computes its own."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:

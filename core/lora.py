@@ -47,13 +47,12 @@ class LoRA:
         an adapter to start from are its own."""
         rank, alpha = config.lora_rank, config.lora_alpha
         if config.adapter:
-            saved = read_adapter_config(config.adapter)
-            rank, alpha = saved["r"], saved["r"] * adapter_scale(saved)
-            if config.lora_rank not in (0, rank) or config.lora_alpha not in (32, alpha):
+            if rank or alpha != 32:
                 raise ValueError(
-                    f"--adapter {config.adapter}: has rank {rank} and alpha {alpha:g}, which "
-                    "count; leave --lora_rank and --lora_alpha out"
+                    "--adapter: has a rank and alpha; leave --lora_rank, --lora_alpha out"
                 )
+            saved = read_adapter_config(config.adapter)
+            rank, alpha = saved["r"], saved["lora_alpha"]
         elif not rank:
             if alpha != 32 or config.lora_targets != "all-linear":
                 raise ValueError("--lora_alpha, --lora_targets: no effect without --lora_rank")
@@ -100,10 +99,6 @@ def add_lora(model: nn.Module, lora: LoRA) -> None:
     for name, layer in model.model.layers.named_modules():
         if name.split(".")[-1] not in TARGETS[lora.targets]:
             continue
-        if lora.rank > (most := min(layer.weight.shape)):
-            raise ValueError(
-                f"--lora_rank {lora.rank}: above {most}, the smaller dimension of {name}"
-            )
         layer.__class__ = LoRALinear
         layer.scaling, layer.adapter_on = lora.alpha / lora.rank, True
         options = dict(dtype=torch.float32, device=layer.weight.device)
@@ -200,37 +195,26 @@ def read_adapter_config(adapter_dir: str | Path) -> dict:
         raise ValueError(f"{adapter_dir}: not a PEFT adapter (adapter_config.json is missing)")
     config = json.loads(file.read_text())
     plain = dict(peft_type="LORA", bias="none", modules_to_save=[], use_dora=False)
-    for key, value in (plain | dict(rank_pattern={}, alpha_pattern={})).items():
+    plain |= dict(use_rslora=False, rank_pattern={}, alpha_pattern={})
+    for key, value in plain.items():
         if (config.get(key) or value) != value:
             raise ValueError(f"{file}: {key} = {config[key]!r} is not supported")
     return config
 
 
-def adapter_scale(config: dict) -> float:
-    """The factor of B A that an adapter_config.json asks for."""
-    return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-
-
 def load_adapter(model: nn.Module, adapter_dir: str | Path) -> None:
-    """Fill a model's adapters from a PEFT adapter of the same rank and targets; its alpha counts.
-    Raises ValueError when rank, targets or the adapter's kind differ."""
-    file, scale = Path(adapter_dir), adapter_scale(read_adapter_config(adapter_dir))
-    stored = load_file(file / "adapter_model.safetensors")
+    """Fill a model's adapters from a PEFT adapter of the same rank and targets, else ValueError."""
+    file = Path(adapter_dir) / "adapter_model.safetensors"
     stored = {
         k.removeprefix("base_model.model.").replace("model.language_model.", "model."): tensor
-        for k, tensor in stored.items()
+        for k, tensor in load_file(file).items()
     }
     wanted = {f"{n}.weight": p for n, p in model.named_parameters() if is_adapter(n)}
-    if differ := sorted(stored.keys() ^ wanted.keys()):
+    found, asked = ({(n, tuple(t.shape)) for n, t in d.items()} for d in (stored, wanted))
+    if differ := sorted(found ^ asked):
         raise ValueError(
-            f"{file}: {len(differ)} tensors do not match --lora_targets, the first is {differ[0]}"
+            f"{file}: {len(differ)} tensors do not match this model and --lora_targets, the first "
+            f"is {differ[0]}"
         )
     for name, p in wanted.items():
-        if stored[name].shape != p.shape:
-            raise ValueError(
-                f"{file}: {name} has shape {tuple(stored[name].shape)}, --lora_rank gives "
-                f"{tuple(p.shape)}"
-            )
         fill(p, stored[name].float())
-    for _, layer in lora_layers(model):
-        layer.scaling = scale

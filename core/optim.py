@@ -1,4 +1,5 @@
-"""What both trainers share of an optimizer step: AdamW, learning rate, the guarded update."""
+"""What both trainers share of an optimizer step: AdamW, learning rate, the guarded update, moments
+in bf16 or, while sampling, in host memory."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import math
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw as adamw_update
 
-from core.bf16_moments import step_with_bf16_moments
 from core.parallel import grad_norm
+
+CHUNK = 2**26  # elements that bf16 moments update at a time: 0.8 GB of fp32 copies and noise
 
 
 def adamw(
@@ -96,6 +99,49 @@ def guarded_step(
     return value, stepped
 
 
+@torch.no_grad()
+def step_with_bf16_moments(optimizer: torch.optim.AdamW) -> None:
+    """One AdamW step computed in fp32, its moments rounded to bf16 at random, up or down.
+
+    Rounded to the nearest, v · 0.999 is v again (bf16 has 8 bits, a step of at least 0.4%): the
+    second moment could only grow, and updates shrink to 0.4 of what they should be within 4,000
+    steps. The noise is a function of step and shard: a resumed run repeats it, and the replicas of
+    HSDP stay equal.
+    """
+    first, state = next(iter(optimizer.state.items()))
+    shard = first.device_mesh.get_coordinate()[-1] if isinstance(first, DTensor) else 0
+    generator = torch.Generator(first.device).manual_seed(1_000_003 * int(state["step"]) + shard)
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        settings = {k: group[k] for k in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
+        for p in (p for p in group["params"] if p.grad is not None):
+            state = optimizer.state[p]
+            tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+            flat = (_local(t).view(-1).split(CHUNK) for t in tensors)
+            for x, g, m, v in zip(*flat):
+                wide, step = (m.float(), v.float()), state["step"].clone()
+                update = ([x], [g], [wide[0]], [wide[1]], [], [step])
+                adamw_update(*update, fused=True, beta1=beta1, beta2=beta2, **settings)
+                for narrow, full in zip((m, v), wide):
+                    narrow.copy_(round_to_bf16(full, generator))
+            state["step"] += 1
+
+
+def _local(t: torch.Tensor) -> torch.Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def round_to_bf16(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """fp32 → one of the two bf16 neighbours, the nearer the likelier: the expectation is x.
+
+    bf16 is the upper half of fp32's bits: 0x3F80_4000 is a quarter of the way from 0x3F80 to
+    0x3F81; adding 16 random bits carries into the upper half in a quarter of all cases.
+    """
+    how = dict(dtype=torch.int32, device=x.device, generator=generator)
+    noise = torch.randint(0, 2**16, x.shape, **how)
+    return ((x.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
 class Offload:
     """AdamW's moments in host memory while sampling needs the GPU's; nothing unless `on`.
 
@@ -108,8 +154,7 @@ class Offload:
 
     def _moments(self) -> list[torch.Tensor]:
         states = self.optimizer.state.values()
-        moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
-        return [m.to_local() if isinstance(m, DTensor) else m for m in moments]
+        return [_local(state[name]) for state in states for name in ("exp_avg", "exp_avg_sq")]
 
     @torch.no_grad()
     def to_host(self) -> None:

@@ -62,32 +62,30 @@ def init(device: str = "auto", timeout_minutes: float = 30) -> World:
     Raises ValueError when this machine has no GPU for this process.
     """
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, place = int(os.environ.get("LOCAL_RANK", 0)), torch.device("cpu")
     if use_cuda:
         if local_rank >= (count := torch.cuda.device_count()):
             raise ValueError(
                 f"--device {device}: process {local_rank} of this machine has no GPU, "
                 f"torch sees {count}; start fewer processes, or use --device cpu"
             )
-        torch.cuda.set_device(local_rank)
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    options = {"backend": backend, "timeout": timedelta(minutes=timeout_minutes)}
+    options = {"backend": "cpu:gloo,cuda:nccl" if use_cuda else "gloo"}
     if "RANK" not in os.environ:  # no torchrun
         options.update(store=dist.HashStore(), rank=0, world_size=1)
     if not dist.is_initialized():
-        dist.init_process_group(**options)
-    place = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+        dist.init_process_group(timeout=timedelta(minutes=timeout_minutes), **options)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, place)
 
 
-def shutdown(together: bool = False) -> None:
-    """Leave the process group; together: after all ranks have come here (one that leaves during
-    another's collective can abort). Not after an error: NCCL may block on its way out."""
+def shutdown() -> None:
+    """Leave the process group after all ranks have come here (one that leaves during another's
+    collective can abort). Not after an error: NCCL may block on its way out."""
     if dist.is_initialized():
-        if together:
-            barrier()
+        barrier()
         dist.destroy_process_group()
 
 

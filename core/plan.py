@@ -2,9 +2,8 @@
 
 Counted, for one rank: its shards of fp32 master weights, gradients and Adam moments; the weights
 gathered in the compute dtype; what each block keeps for its backward pass; and the largest of the
-working sets (output head, backward pass of one block, reduction of the root's gradients). Not
-counted: the CUDA context and NCCL (about 1.5 GiB), and what the allocator loses (5 to 10 %, less
-with PYTORCH_ALLOC_CONF=expandable_segments:True).
+working sets, see `plan_step`. Not counted: the CUDA context and NCCL (about 1.5 GiB), and what the
+allocator loses (5 to 10 %, less with PYTORCH_ALLOC_CONF=expandable_segments:True).
 
 `model` is a `model.Model`, on the meta device if it has no other use. `python -m tools.memory`
 prints these plans for published sizes.
@@ -23,6 +22,7 @@ from core.parallel import World, all_max
 
 GIB = 2**30
 FASTEST_FIRST = ("none", "matmul", "full")  # checkpointing modes by how little they recompute
+LOGIT_ROWS = 4096  # of a chunk of the output head on a GPU
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,7 @@ class Setting:
     compute_bytes: int = 2  # bf16; 4: fp32
     adam_bytes: int = 4  # of each moment
     checkpointing: str = "full"
-    reshard: bool = True
     train_vision: bool = False
-    logit_rows: int = 4096  # rows of one chunk of the output head
-    fused: bool = True  # the CUDA kernels; False: what torch does on the CPU
 
     @property
     def shards(self) -> int:
@@ -47,66 +44,48 @@ class Setting:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """{"block" (one), "blocks", "embedding", "head", "norm", "vision", "adapters", "ranks",
-    "total"}; a tied head has 0. adapters: LoRA's, which are among the blocks' too; ranks: the sum
-    of theirs in one block (7 layers of rank 32: 224), and of other parameters none is trained.
+    """{"block" (one), "blocks", "root" (embedding, head, norm), "vision", "adapters", "ranks",
+    "total"}. adapters: LoRA's, which are among the blocks' too; ranks: the sum of theirs in one
+    block (7 layers of rank 32: 224).
 
-    The 7B: block 233,057,792, embedding and head 544,997,376 each, total 7,615,616,512 without the
-    vision tower.
+    The 7B: block 233,057,792, root 1,089,998,336, total 7,615,616,512 without the vision tower.
     """
-
-    def count(module) -> int:
-        return sum(p.numel() for p in module.parameters()) if module is not None else 0
-
-    decoder = model.model
-    layers, first = len(decoder.layers), decoder.layers[0]  # all are alike
-    counts = {
-        "block": count(first),
-        "blocks": layers * count(first),
-        "embedding": count(decoder.embed_tokens),
-        "head": count(model.lm_head),
-        "norm": count(decoder.norm),
-        "vision": count(model.visual),
-    }
-    adapters = {n: p for n, p in first.named_parameters() if is_adapter(n)}
+    layers, tower = model.model.layers, model.visual  # all layers are alike
+    total, block = (sum(p.numel() for p in m.parameters()) for m in (model, layers[0]))
+    vision = sum(p.numel() for p in tower.parameters()) if tower is not None else 0
+    adapters = [(n, p) for n, p in layers[0].named_parameters() if is_adapter(n)]
     return {
-        **counts,
-        "ranks": sum(len(p) for n, p in adapters.items() if n.endswith(".lora_A")),
-        "adapters": layers * sum(p.numel() for p in adapters.values()),
-        "total": sum(counts.values()) - counts["block"],
+        "block": block,
+        "blocks": len(layers) * block,
+        "root": total - len(layers) * block - vision,
+        "vision": vision,
+        "adapters": len(layers) * sum(p.numel() for _, p in adapters),
+        "ranks": sum(len(p) for n, p in adapters if n.endswith(".lora_A")),
+        "total": total,
     }
 
 
-def block_activations(
-    c, tokens: int, mode: str, compute_bytes: int = 2, *, fused: bool = True, ranks: int = 0
-) -> int:
+def block_activations(c, tokens: int, mode: str, compute_bytes: int = 2, ranks: int = 0) -> int:
     """Bytes that one decoder block keeps between its forward and its backward pass, with its input.
 
     full: the input. matmul: also the outputs of attention (with its log-sum-exp) and of every
     matrix product (q, k, v, o, gate, up, down). none: what autograd asks for: inputs and statistics
-    of both norms, normed inputs, rotated q and k, v, attention's output, four MLP tensors. On the
-    CPU (fused False) a norm also keeps fp32 copies, and attention's output exists per document and
-    joined. With LoRA (ranks > 0) also the products with A; frozen norms keep one copy less. c: the
-    model's configuration.
+    of both norms, normed inputs, rotated q and k, v, attention's output, four MLP tensors. With
+    LoRA (ranks > 0) also the products with A. c: the model's configuration.
     The 7B in bf16, 28 blocks of 16,384 tokens, GiB: full 3.06, matmul 48.6, none about 84.
     """
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    attention = q * compute_bytes + 4 * c.num_attention_heads
-    per_token = c.hidden_size * compute_bytes
-    if mode == "matmul":
-        products = q + 2 * kv + 2 * c.hidden_size + 2 * c.intermediate_size
-        per_token += attention + products * compute_bytes
-    elif mode == "none":
-        kept = 3 * c.hidden_size + q + 2 * kv + 4 * c.intermediate_size
-        per_token += kept * compute_bytes + attention + 2 * 4
-        heads = q + kv if c.qk_norm else 0  # inputs of the norms on the heads, and statistics
-        per_token += heads * compute_bytes + 4 * heads // c.head_dim
-        if not fused:  # x̂ in fp32 (and x itself, where it was bf16); attention's output joined
-            copies = (0 if ranks else 4) + (4 - compute_bytes)
-            per_token += (2 * c.hidden_size + heads) * copies + q * compute_bytes
+    values, statistics = c.hidden_size, 0  # a token's: in the compute dtype, in fp32
     if mode != "full":
-        per_token += ranks * compute_bytes
-    return per_token * tokens
+        values += q + ranks
+        statistics += c.num_attention_heads
+    if mode == "matmul":
+        values += q + 2 * kv + 2 * c.hidden_size + 2 * c.intermediate_size
+    elif mode == "none":
+        heads = q + kv if c.qk_norm else 0  # inputs of the norms on the heads
+        values += 3 * c.hidden_size + q + 2 * kv + 4 * c.intermediate_size + heads
+        statistics += 2 + heads // c.head_dim
+    return tokens * (values * compute_bytes + statistics * 4)
 
 
 def tower_activations(c, tokens: int, recompute: bool, compute_bytes: int) -> tuple[int, int]:
@@ -116,81 +95,62 @@ def tower_activations(c, tokens: int, recompute: bool, compute_bytes: int) -> tu
     Kept: the patches as they come (fp32) and as they enter, four tensors of each merger, and of a
     block its input, or without recomputation what autograd asks for.
     """
-    size, inner = c.hidden_size, c.intermediate_size
+    size, inner, b = c.hidden_size, c.intermediate_size, compute_bytes
     pixels = c.in_channels * c.temporal_patch_size * c.patch_size**2
     mergers = 1 + len(c.deepstack_visual_indexes)
-    block = (
-        10 * size + (2 if c.is_qwen3 else 4) * inner
-    )  # q, k, v in one product and rotated: 5 sizes
+    # q, k, v in one product and rotated: 5 sizes
+    block = 10 * size + (2 if c.is_qwen3 else 4) * inner
     kept = c.depth * (size if recompute else block) + 4 * mergers * size
-    patches, b = tokens * c.spatial_merge_size**2, compute_bytes
     backward = (block - size if recompute else 0) + 2 * inner + size
+    patches = tokens * c.spatial_merge_size**2
     return patches * (kept * b + pixels * (4 + b)), patches * backward * b
 
 
-def working_sets(c, s: Setting, counts: dict[str, int]) -> dict[str, int]:
-    """Bytes that exist for a moment only, at moments of which the largest counts.
-
-    head: a chunk of logits in fp32 with their exponentials, or their gradient in the compute dtype
-    while the head's gradient (fp32) is added to; hidden states, normed, and their gradient. block:
-    backward pass of its MLP: what was recomputed, two gradients of the MLP's size, its input's,
-    down's; the block itself, gathered; the head's gradient. In all blocks but the last, one
-    block's activations are gone, and an fp32 buffer holds the gradients that are being reduced.
-    tower: the same of a trained vision tower, while the root's gradients wait. root: its gradients
-    on their way.
-    """
-    b, matrix = s.compute_bytes, c.vocab_size * c.hidden_size
-    hidden, how = s.tokens * c.hidden_size * b, dict(fused=s.fused, ranks=counts["ranks"])
-    kept = block_activations(c, s.tokens, s.checkpointing, b, **how)
-    block = block_activations(c, s.tokens, "none", b, **how) - kept + hidden
-    block += s.tokens * b * 2 * c.intermediate_size
-    root = counts["embedding"] + counts["head"] + counts["norm"]
-    root += counts["vision"] if s.train_vision else 0
-    trained = counts["block"]
-    if counts["adapters"]:  # no gradient but the adapters'
-        matrix, root, trained = 0, 0, counts["adapters"] // c.num_hidden_layers
-    else:
-        block += c.hidden_size * c.intermediate_size * b + matrix * b
-    block += counts["block"] * b if s.reshard else 0
-    if c.num_hidden_layers > 1:
-        block += max(0, trained * (4 if s.ranks > 1 or b < 4 else 0) - kept)
-    chunk = min(s.logit_rows, s.tokens) * c.vocab_size
-    casts = (b if s.fused else 4 + b) * chunk + 4 * matrix if b < 4 else 0
-    sets = {
-        "head": 4 * (chunk + matrix) + max(4 * chunk, casts) + 3 * hidden,
-        "block": block,
-        "root": root * (b + 4),
-    }
-    if s.train_vision and counts["vision"]:
-        recompute = s.checkpointing != "none"
-        sets["tower"] = tower_activations(c.vision, s.tokens, recompute, b)[1] + root * b
-    return sets
-
-
 def plan_step(model: nn.Module, s: Setting) -> dict[str, int]:
-    """Bytes on one rank while it trains: each item, and "peak", with the largest working set."""
+    """Bytes on one rank while it trains: each item, and "peak", with the largest working set.
+
+    A working set exists for a moment only. head: a chunk of logits in fp32 with their exponentials,
+    or their gradient in the compute dtype while the head's gradient (fp32) is added to; hidden
+    states, normed, and their gradient. block: backward pass of its MLP: what was recomputed, two
+    gradients of the MLP's size, its input's, down's; the block itself, gathered; the head's
+    gradient. In all blocks but the last, one block's activations are gone, and an fp32 buffer holds
+    the gradients that are being reduced. tower: the same of a trained vision tower, while the
+    root's gradients wait. root: its gradients on their way.
+    """
     c, counts, b = model.config, count_parameters(model), s.compute_bytes
+    lora, with_tower = counts["adapters"] > 0, s.train_vision and counts["vision"] > 0
     trained = counts["adapters"] or counts["total"] - (0 if s.train_vision else counts["vision"])
-    frozen = counts["total"] - trained if counts["adapters"] else 0  # in the compute dtype
-    # a block gathered ahead, which one rank alone does not do
-    blocks = counts["block"] * (s.shards > 1) if s.reshard else counts["blocks"]
-    how = dict(fused=s.fused, ranks=counts["ranks"])
-    kept = c.num_hidden_layers * block_activations(c, s.tokens, s.checkpointing, b, **how)
-    sets = working_sets(c, s, counts)
+    frozen = counts["total"] - trained if lora else 0  # in the compute dtype
+    kept, everything = (
+        block_activations(c, s.tokens, mode, b, counts["ranks"])
+        for mode in (s.checkpointing, "none")
+    )
     plan = {
         "weights": ((counts["total"] - frozen) * 4 + frozen * b) // s.shards,
         "gradients": trained * 4 // s.shards,
         "optimizer": trained * 2 * s.adam_bytes // s.shards,
-        "gathered": (counts["total"] - counts["blocks"] + blocks) * b,
+        # with a block gathered ahead, which one rank alone does not do
+        "gathered": (counts["total"] - counts["blocks"] + counts["block"] * (s.shards > 1)) * b,
+        "activations": c.num_hidden_layers * kept,
     }
-    steady, tower = sum(plan.values()), 0
-    plan["activations"] = kept
-    if s.train_vision and counts["vision"]:
-        tower = tower_activations(c.vision, s.tokens, s.checkpointing != "none", b)[0]
-        plan["tower activations"] = tower
-    plan |= {f"working set: {k}": v for k, v in sets.items()}
+    matrix = 0 if lora else c.vocab_size * c.hidden_size  # no gradient but the adapters'
+    root = 0 if lora else counts["root"] + s.train_vision * counts["vision"]
+    reduced = counts["adapters"] // c.num_hidden_layers if lora else counts["block"]
+    hidden, chunk = s.tokens * c.hidden_size * b, min(LOGIT_ROWS, s.tokens) * c.vocab_size
+    block = everything - kept + hidden + s.tokens * b * 2 * c.intermediate_size
+    block += (counts["block"] + matrix + (not lora) * c.hidden_size * c.intermediate_size) * b
+    if c.num_hidden_layers > 1:
+        block += max(0, reduced * (4 if s.ranks > 1 or b < 4 else 0) - kept)
+    casts = b * chunk + 4 * matrix if b < 4 else 0
+    head = 4 * (chunk + matrix) + max(4 * chunk, casts) + 3 * hidden
+    sets, tower = {"head": head, "block": block, "root": root * (b + 4)}, 0
+    if with_tower:
+        tower, added = tower_activations(c.vision, s.tokens, s.checkpointing != "none", b)
+        plan["tower activations"], sets["tower"] = tower, added + root * b
+    steady = sum(plan.values()) - plan["activations"] - tower
     # backward goes from the head to the tower; the root's gradients are reduced last
-    moments = kept + tower + max(sets["head"], sets["block"]), tower + sets.get("tower", 0)
+    moments = plan["activations"] + tower + max(head, block), tower + sets.get("tower", 0)
+    plan |= {f"working set: {k}": v for k, v in sets.items()}
     return {**plan, "peak": steady + max(*moments, sets["root"])}
 
 
@@ -200,7 +160,7 @@ def fits(plan: dict[str, int], free: int) -> bool:
 
 
 def fastest_setting(
-    model: nn.Module, s: Setting, free: int, tokens: list[int], plan: Callable | None = None
+    model: nn.Module, s: Setting, free: int, tokens: list[int], plan: Callable = plan_step
 ) -> Setting:
     """The setting that recomputes least and fits into `free` bytes. s.checkpointing "auto" tries
     every mode, each with these numbers of tokens; the last of them is taken if none fits. plan:
@@ -211,7 +171,7 @@ def fastest_setting(
     """
     modes = FASTEST_FIRST if s.checkpointing == "auto" else (s.checkpointing,)
     tries = [replace(s, checkpointing=mode, tokens=n) for mode in modes for n in tokens]
-    return next((x for x in tries if fits((plan or plan_step)(model, x), free)), tries[-1])
+    return next((x for x in tries if fits(plan(model, x), free)), tries[-1])
 
 
 def compute_dtype(name: str, on_gpu: bool) -> torch.dtype:
@@ -227,27 +187,39 @@ def choose_setting(
     *,
     replicas: int = 1,
     plan: Callable = plan_step,
-    detailed: bool = False,
 ) -> tuple[Setting, str]:
     """`fastest_setting` for a script's flags (`core.training.TrainingOptions`) and this machine's
-    memory (4 GiB a rank are assumed on a CPU), and what it needs in words. plan: or GRPO's.
-    """
+    memory (4 GiB a rank are assumed on a CPU), and what it needs in words, with a warning if it
+    does not fit. plan: or GRPO's."""
     on_gpu = world.device.type == "cuda"
     setting = Setting(
         world.size,
         replicas,
         compute_bytes=compute_dtype(options.dtype, on_gpu).itemsize,
-        adam_bytes=2 if options.adam_dtype == "bf16" else 4,
+        adam_bytes=options.moments_dtype.itemsize,
         checkpointing=options.checkpointing,
         train_vision=options.train_vision,
-        logit_rows=4096 if on_gpu else max(16, 2**23 // model.config.vocab_size),
-        fused=on_gpu,
     )
     free = 4 * GIB
     if on_gpu:  # the least that is free on any rank
         free = -int(all_max(-torch.cuda.mem_get_info()[0])[0])
-    setting = fastest_setting(model, setting, free, tokens, plan)
-    return setting, describe(setting, plan(model, setting), free, detailed=detailed)
+    s = fastest_setting(model, setting, free, tokens, plan)
+    needed = plan(model, s)
+    text = (
+        f"memory: --checkpointing {s.checkpointing} and {s.tokens} tokens a micro-batch need "
+        f"{needed['peak'] / GIB:.2f} GiB on each of {s.ranks} rank(s): {in_gib(needed)}"
+    )
+    if not fits(needed, free):
+        text += (
+            f"\nwarning: that is too much for {free / GIB:.0f} GiB; use more GPUs, a lower "
+            "--max_len and --micro_tokens, or --adam_dtype bf16"
+        )
+    return s, text
+
+
+def in_gib(plan: dict[str, int]) -> str:
+    """The items of a plan on a line."""
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.items())
 
 
 def kv_bytes(c, compute_bytes: int = 2) -> int:
@@ -264,38 +236,28 @@ def plan_grpo(
     slots: int = 0,
     max_len: int = 0,
     offload_optimizer: bool = False,
-    keep_sampler: bool = False,
 ) -> dict[str, int]:
     """Bytes on one rank in both halves of a GRPO step: "sampling peak", "training peak", "peak".
 
     Training is `plan_step`, with the reference model's shards and its gathered root if there is
     one (with LoRA it is the model itself, adapters off). Sampling holds every weight once, in the
-    compute dtype: on a GPU the sampler's copy, into which one unit after the other is gathered, the
-    largest being the root with its shards cast. It also holds the KV cache (kv_gb in GB, or slots ×
-    max_len tokens), three rows of fp32 logits a slot, no gradients, and no Adam moments when these
-    are offloaded. Without keep_sampler there is no cache yet while the copy is made; with it, cache
-    and copy stay while training.
+    sampler's copy, into which one unit after the other is gathered, the largest being the root with
+    its shards cast. After that comes the KV cache (kv_gb in GB, or slots × max_len tokens) with
+    three rows of fp32 logits a slot. No gradients, and no Adam moments when these are offloaded.
     """
-    step, counts = plan_step(model, s), count_parameters(model)
-    root = (counts["total"] - counts["blocks"]) * s.compute_bytes
-    weights = counts["total"] * s.compute_bytes
-    reference = reference and not counts["adapters"]
+    c, step, counts, b = model.config, plan_step(model, s), count_parameters(model), s.compute_bytes
+    root, weights = (counts["total"] - counts["blocks"]) * b, counts["total"] * b
+    gathered = root + root // s.shards
+    if counts["adapters"]:  # nothing to cast; the largest W, B A and their sum in fp32, and rounded
+        matrix = c.intermediate_size * c.hidden_size
+        gathered, reference = max(root, counts["block"] * b + matrix * 14), False
     shard = weights // s.shards if reference else 0
-    cache = slots * max_len * kv_bytes(model.config, s.compute_bytes)
-    cache = int(kv_gb * 1e9) if kv_gb else cache
-    gathered = root + (0 if counts["adapters"] else root // s.shards) if s.fused else 0
-    if counts["adapters"]:  # the largest W, B A and their sum in fp32, and rounded
-        matrix = model.config.intermediate_size * model.config.hidden_size
-        gathered = max(gathered, counts["block"] * s.compute_bytes + matrix * 14)
-    decoding = cache + slots * model.config.vocab_size * 12
+    cache = int(kv_gb * 1e9) if kv_gb else slots * max_len * kv_bytes(c, b)
     states = step["weights"] + (0 if offload_optimizer else step["optimizer"]) + shard
-    sampling = states + weights
-    sampling += cache + gathered if keep_sampler else max(gathered, decoding)
-    sampling = max(sampling, states + weights + decoding)
-    kept = cache + (weights if s.fused else 0) if keep_sampler else 0
-    training = step["peak"] + shard + (root if reference else 0) + kept
+    sampling = states + weights + max(gathered, cache + slots * c.vocab_size * 12)
+    training = step.pop("peak") + shard + (root if reference else 0)
     return {
-        **{k: v for k, v in step.items() if k != "peak"},
+        **step,
         "reference": shard,
         "KV cache": cache,
         "weights to sample": weights,
@@ -304,24 +266,3 @@ def plan_grpo(
         "training peak": training,
         "peak": max(sampling, training),
     }
-
-
-def table(plan: dict[str, int]) -> str:
-    """A plan as lines of GiB."""
-    width = max(map(len, plan))
-    return "\n".join(f"  {name:<{width}}  {size / GIB:8.2f} GiB" for name, size in plan.items())
-
-
-def describe(s: Setting, plan: dict[str, int], free: int, *, detailed: bool) -> str:
-    """The setting and its memory as text; a warning if it does not fit."""
-    text = (
-        f"memory: --checkpointing {s.checkpointing} and {s.tokens} tokens a micro-batch need "
-        f"{plan['peak'] / GIB:.2f} GiB on each of {s.ranks} {'GPU' if s.fused else 'CPU rank'}(s)"
-    )
-    text += f"\n{table(plan)}" if detailed else ""
-    if fits(plan, free):
-        return text
-    return (
-        f"{text}\nwarning: that is too much for {free / GIB:.0f} GiB; use more GPUs, a lower "
-        "--max_len and --micro_tokens, or --adam_dtype bf16"
-    )

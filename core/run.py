@@ -1,51 +1,53 @@
-"""One run of one script: run directory, metrics.jsonl, how it ends.
+"""One run of one script: its directory, its logs, how it ends.
 
 OUT/config.json      script and settings            OUT/metrics.jsonl     one JSON object a step
 OUT/header.json      command, versions, commit      OUT/validation.jsonl  validation losses
 OUT/status           running | stopped | finished   OUT/eval.jsonl        evaluations in training
                      | failed: why                  OUT/checkpoints/      resumable training state
 OUT/best, OUT/final  models as Hugging Face directories
+OUT/lock             the process that writes here
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
+import secrets
 import shlex
+import socket
 import subprocess
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Collection, Iterator
 
 import torch
 from tqdm import tqdm
 
 from core.options import exit_on_value_error
-from core.out_dir import assert_shared, claim, free_bytes, gb, write_json
-from core.parallel import World, from_rank0, shutdown
+from core.parallel import World, all_gather_objects, from_rank0, shutdown
 from core.samples import Sample, write_samples
 from core.trackers import Tracker
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
+SECONDS_TO_APPEAR = 5.0  # a network file system may show a new file a moment late
 _current: Run | None = None  # this process's run: a failure is written to its status
 
 
 # ------------------------------------------------------------------------- how a script ends
 @contextmanager
 def script() -> Iterator[None]:
-    """The frame of a script's `main`: all ranks leave together, or a failure is told.
-
-    A ValueError is a user's mistake: one line, exit code 2. Anything else passes through, with no
-    collective on its way (see `run_and_exit`). Either way OUT/status says `failed: why`.
-    """
+    """Run the body of a script's `main`: all ranks leave together, or OUT/status says
+    `failed: why`. A ValueError is a user's mistake: one line, exit code 2."""
     try:
         with exit_on_value_error(_failed):
             yield
@@ -54,73 +56,161 @@ def script() -> Iterator[None]:
     except BaseException as e:
         _failed(e)
         raise
-    shutdown(together=True)
+    shutdown()
 
 
 def _failed(e: BaseException) -> None:
     if _current is not None:
-        why = str(e).strip().split("\n")[0]
         kind = "" if isinstance(e, ValueError) else f"{type(e).__name__} "
-        _current.set_status(f"failed: {kind}{why}".strip())
+        _current.set_status(f"failed: {kind}{str(e).strip().partition(chr(10))[0]}".strip())
 
 
 def run_and_exit(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process with its exit code, at once.
 
-    After an error the traceback comes first, then the process ends without another collective: a
-    rank that tried to leave the group properly could block, and torchrun would wait with it. And
-    the interpreter is not torn down: gloo's threads may still hold tensors, and would abort it.
+    After an error the traceback comes first, then no other collective: a rank that tried to leave
+    the group properly could block, and torchrun would wait with it. And the interpreter is not torn
+    down: gloo's threads may still hold tensors, and would abort it.
     """
     code = 0
     try:
         main()
     except SystemExit as e:
         code = e.code or 0
-        if not isinstance(code, int):  # a message
-            print(code, file=sys.stderr)
-            code = 1
-    except BaseException as e:
+    except BaseException:
         traceback.print_exc()
-        code = 130 if isinstance(e, KeyboardInterrupt) else 1
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-# ----------------------------------------------------------------------------- run directory
+# ---------------------------------------------------------------- whose directory is it
+def claim(
+    out: str | Path, script: str, settings: dict[str, Any], changeable: Collection[str] = ()
+) -> tuple[dict[str, Any] | None, str]:
+    """Take `out`, which is new, empty or holds a run of `script`, for a run with these settings:
+    lock it and write its config.json. For rank 0 alone.
+
+    changeable: settings that may differ from those of the run in `out`, as `out` itself may. Until
+    that run has done a step or a sample, any may.
+    Returns (settings of the run that is continued, or None for a new one; what `lock` returned).
+    Raises ValueError, with nothing in `out` changed, when it holds something else or is in use.
+    """
+    out = Path(out)
+    old = stored_settings(out, script)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        token = lock(out)
+    except OSError as e:
+        raise ValueError(f"--out {out}: cannot be written ({e.strerror})") from None
+    done = (f for name in ("metrics.jsonl", "samples*.jsonl") for f in out.glob(name))
+    if not any(f.stat().st_size for f in done):
+        old = None
+        for name in ("validation.jsonl", "eval.jsonl"):  # may hold other settings' step 0
+            (out / name).unlink(missing_ok=True)
+    else:
+        same = {"script", "out", *changeable}
+        keys = sorted({**old, **settings}.keys() - same)
+        if differ := [k for k in keys if old.get(k) != settings.get(k)]:
+            k = differ[0]
+            raise ValueError(
+                f"--out {out} holds a run whose {k} is {old.get(k)!r}, now {settings.get(k)!r} "
+                f"(settings that differ: {', '.join(differ)}); use its settings or another --out"
+            )
+    write_json(out / "config.json", {"script": script, **settings})
+    return old, token
+
+
+def stored_settings(out: Path, script: str) -> dict:
+    """The settings in `out`/config.json; none where `out` is new, or was begun by --plan or with a
+    copied checkpoint."""
+    found = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    if found <= {"lock", "cache", "checkpoints"}:
+        return {}
+    try:
+        old = json.loads((out / "config.json").read_text())
+        owner = old["script"]
+    except (OSError, ValueError, KeyError, TypeError):
+        owner = None
+    if owner != script:
+        what = f"a run of {owner}" if owner else f"other files, as {min(found)}"
+        raise ValueError(f"--out {out}: holds {what}, no run of {script}; name a new directory")
+    return old
+
+
+def lock(out: Path) -> str:
+    """Hold `out` until this process ends; returns the text of OUT/lock, unlike any other run's.
+    Raises ValueError with the holder's pid and host.
+
+    A POSIX record lock: the kernel drops it when the process dies, and a forked child does not
+    inherit it. (Do not open OUT/lock again in this process: closing it would release the lock.)
+    """
+    file = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = os.pread(file, 4096, 0).decode()
+        os.close(file)
+        raise ValueError(
+            f"--out {out}: in use by {holder}; wait for it, stop it, or name another"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    mine = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}"
+    os.ftruncate(file, 0)
+    os.pwrite(file, mine.encode(), 0)
+    return mine
+
+
+def assert_shared(out: Path, token: str, world: World) -> None:
+    """Raise ValueError on every rank unless all ranks read in OUT/lock the `token` of rank 0.
+
+    Checkpoints are written by all ranks and listed by rank 0: on two disks with the same path each
+    node would hold half of one. Collective.
+    """
+    end, seen = time.monotonic() + SECONDS_TO_APPEAR, world.is_main
+    while not seen and time.monotonic() < end:
+        seen = (out / "lock").is_file() and (out / "lock").read_text() == token
+        time.sleep(0 if seen else 0.2)
+    all_seen = all_gather_objects((f"rank {world.rank} on {socket.gethostname()}", seen))
+    if blind := [rank for rank, ok in all_seen if not ok]:
+        raise ValueError(
+            f"--out {out}: {', '.join(blind)} cannot see what rank 0 wrote there; put it on a file "
+            "system that all nodes share"
+        )
+
+
+# -------------------------------------------------------------------------------- the run
 class Run:
     """The run directory, written by rank 0; a no-op on the other ranks."""
 
     def __init__(self, out: str | Path, config: Any, world: World):
         """Claim `out` for this configuration (a dataclass with CHANGEABLE, the names of settings
-        that may differ when a run is resumed). Collective.
-
-        Raises ValueError, with nothing in `out` changed, when it holds anything else, is in use, or
-        is not the same directory on all nodes.
-        """
+        that may differ when a run is resumed). Collective; raises ValueError as `claim` does, or
+        when `out` is not the same directory on all nodes."""
         self.out, self.world, self.tracker = Path(out), world, None
-        self.settings = settings = dataclasses.asdict(config)
+        self.settings = dataclasses.asdict(config)
         name = Path(sys.modules[type(config).__module__].__file__).stem
-
-        def take() -> tuple[bool, str]:
-            free = config.CHANGEABLE
-            old, token = claim(out, name, settings, changeable=free, held=_has_done_a_step)
-            same = old is not None and all(old.get(k) == v for k, v in settings.items())
-            status, final = self.out / "status", self.out / "final" / "config.json"
-            finished = status.is_file() and status.read_text() == "finished\n"
-            return same and finished and final.is_file(), token
-
-        self.complete, token = from_rank0(world, take)  # complete: this very run has ended before
+        old, token = from_rank0(world, lambda: claim(out, name, self.settings, config.CHANGEABLE))
         assert_shared(self.out, token, world)
+        same = old is not None and all(old.get(k) == v for k, v in self.settings.items())
+        self.complete = (  # this very run has ended before
+            same
+            and (self.out / "final" / "config.json").is_file()
+            and (self.out / "status").read_text() == "finished\n"
+        )
 
-    def start(self, header: dict, step: int) -> None:
-        """Write the header; drop what is logged of steps after `step`, which will be done again."""
+    def start(self, header: dict, step: int, total: int) -> None:
+        """Write the header; drop what is logged of steps after `step`, which will be done again.
+        The clock for the time left starts here. total: steps of the run."""
         global _current
+        self.first, self.total, self.begun = step, total, time.monotonic()
         if not self.world.is_main:
             return
         _current = self
         self.set_status("running")
-        write_json(self.out / "header.json", {**header, "resumed_at_step": step})
+        write_json(self.out / "header.json", header)
         for kind in ("metrics", "validation", "eval"):
             if lines := _whole_lines(file := self.out / f"{kind}.jsonl"):
                 tmp = file.with_suffix(".tmp")
@@ -129,12 +219,12 @@ class Run:
         for file in self.out.glob("rollouts/step_*.jsonl"):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
-        self.tracker = Tracker(
-            self.settings.get("report_to", "none"), self.out, self.settings, step
-        )
+        kind = self.settings.get("report_to", "none")
+        if kind != "none":
+            self.tracker = Tracker(kind, self.out, self.settings, step)
 
     def say(self, text: str) -> None:
-        """Print on rank 0, above the progress bar when there is one."""
+        """Print on rank 0, above a progress bar where there is one."""
         if self.world.is_main:
             tqdm.write(text)
             sys.stdout.flush()
@@ -145,8 +235,16 @@ class Run:
             bad = {k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)}
             with open(self.out / f"{kind}.jsonl", "a") as f:
                 f.write(json.dumps(metrics | dict.fromkeys(bad)) + "\n")
-            if self.tracker is not None:
+            if self.tracker:
                 self.tracker.log(metrics, kind)
+
+    def log_step(self, metrics: dict, text: str) -> None:
+        """Log a step's metrics and print `text` with the time left, at the mean pace since `start`
+        with all that came between steps."""
+        self.log(metrics)
+        left = self.total - metrics["step"]
+        pace = (time.monotonic() - self.begun) / (metrics["step"] - self.first)
+        self.say(f"{text} | {timedelta(seconds=round(pace * left))} left" if left else text)
 
     def logged(self, kind: str) -> list[dict]:
         """What KIND.jsonl holds, on every rank. Collective."""
@@ -154,18 +252,9 @@ class Run:
         return from_rank0(self.world, lambda: [json.loads(x) for x in _whole_lines(file)])
 
     def log_samples(self, step: int, samples: list[Sample]) -> None:
-        """Write OUT/rollouts/step_N.jsonl, and some of it to the tracker."""
+        """Write OUT/rollouts/step_N.jsonl."""
         if self.world.is_main:
             write_samples(self.out / "rollouts" / f"step_{step}.jsonl", samples)
-            self.tracker.log_samples(step, samples)
-
-    def log_skipped(self, kind: str, faults: list[str]) -> None:
-        """Write every bad row that is left out to bad_rows_KIND.txt, and print the first."""
-        if self.world.is_main and faults:
-            file = self.out / f"bad_rows_{kind}.txt"
-            file.write_text("\n".join(faults) + "\n")
-            more = f"\nall {len(faults)} of them: {file}" if len(faults) > 20 else ""
-            self.say("\n".join(f"skipped {f}" for f in faults[:20]) + more)
 
     def stopped(self, step: int) -> int:
         """Say that a signal ended the run early; returns the exit code for it."""
@@ -180,22 +269,13 @@ class Run:
         return 0
 
     def set_status(self, status: str) -> None:
-        """Write OUT/status; on a full disk the old one stays."""
+        """Write OUT/status, if the disk has room."""
         if self.world.is_main:
-            try:
-                tmp = self.out / "status.tmp"
-                tmp.write_text(status + "\n")
-                tmp.rename(self.out / "status")
-            except OSError as e:
-                print(f"{self.out / 'status'} could not be written: {e}", file=sys.stderr)
-            if self.tracker is not None and status != "running":
+            with suppress(OSError):
+                (self.out / "status").write_text(status + "\n")
+            if self.tracker and status != "running":
                 self.tracker.close(failed=status.startswith("failed"))
                 self.tracker = None
-
-
-def _has_done_a_step(out: Path) -> bool:
-    """Does this directory hold a training run, not only a start that failed?"""
-    return bool(_whole_lines(out / "metrics.jsonl")) or any(out.glob("checkpoints/step_*"))
 
 
 def _whole_lines(file: Path) -> list[str]:
@@ -204,54 +284,20 @@ def _whole_lines(file: Path) -> list[str]:
     return [line for line in lines if line.endswith("\n")]
 
 
-# ------------------------------------------------------------------------- progress, header
-class Progress:
-    """Prints each step with the time left, and after the first one what the run will take; a bar
-    where stderr is a terminal."""
-
-    def __init__(self, run: Run, total: int, done: int, disk: str = ""):
-        """The clock starts here. disk: what the run will save, in words."""
-        self.run, self.total, self.done, self.disk = run, total, done, disk
-        self.begun, hidden = time.monotonic(), None if run.world.is_main else True
-        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=hidden)
-
-    def step_done(self, metrics: dict, text: str) -> None:
-        """Time left: at this start's mean seconds a step, with all that came between steps."""
-        step, out = metrics["step"], self.run.out
-        seconds = (time.monotonic() - self.begun) / (step - self.done)
-        left = self.total - step
-        end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds * left))
-        self.run.say(f"{text} | {duration(seconds * left)} left, until {end}" if left else text)
-        self.bar.update()
-        if step > self.done + 1 or not self.run.world.is_main:
-            return
-        rollouts = sum(f.stat().st_size for f in out.glob(f"rollouts/step_{step}.jsonl"))
-        disk = f"{self.disk}, {gb(rollouts)} of rollouts a step" if rollouts else self.disk
-        self.run.say(
-            f"first step and what came before: {seconds:.1f} s, so {left + 1} steps take about "
-            f"{duration(seconds * (left + 1))}; peak memory {metrics['memory_gib']:.2f} GiB a "
-            f"rank; disk: {disk}, {gb(free := free_bytes(out))} free"
-        )
-        if rollouts * left > free:
-            self.run.say(f"warning: {gb(rollouts * left)} of rollouts will not fit; make room")
+def write_json(file: Path, value: dict) -> None:
+    """Write a json file whole or not at all."""
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    tmp.rename(file)
 
 
-def duration(seconds: float) -> str:
-    """45 → "45 s", 600 → "10 min", 3700 → "1 h 02 min", 200000 → "55 h 33 min"."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
+# -------------------------------------------------------------- what it takes to repeat a run
 def header(**more) -> dict:
-    """What it takes to repeat a run: command, commit, versions, machine, and the script's own."""
+    """Command, commit, versions, machine, and the script's own facts."""
 
     def installed(package: str) -> str | None:
-        try:
+        with suppress(PackageNotFoundError):
             return version(package)
-        except PackageNotFoundError:
-            return None
 
     packages = ("torch", "transformers", "safetensors", "numpy", "flash-attn", "math-verify")
     on_cpu = f"CPU, {torch.get_num_threads()} thread(s) a rank"
@@ -270,11 +316,9 @@ def header(**more) -> dict:
 def git_commit() -> str | None:
     """The commit of this code, '+changes' when the tree differs; None outside a git checkout."""
     command = "git describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
-    try:
+    with suppress(OSError, subprocess.CalledProcessError):
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.decode().strip()
+        return done.stdout.decode().strip()
 
 
 def hash_files(paths: list[str | Path]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 {"id": "gsm8k/7", "task": "gsm8k", "sample": 0, "seed": 812…, "prompt": "…", "text": "…",
  "tokens": [151, …], "finish_reason": "stop", "gold": "18", "answer": "18", "reward": 1.0, …}
 
-samples, waited = generate_and_grade(sampler, grader, tokenizer, problems, prompts, params, …)
+samples = sample_on_ranks(sampler, grader, tokenizer, problems, prompts, seeds, params, …)
 write_samples(file, samples)  # OUT/rollouts/step_N.jsonl of GRPO, OUT/samples.jsonl of eval
 samples = read_samples(file)
 """
@@ -50,7 +50,6 @@ class Sample:
     # GRPO
     problem: int | None = None  # index of the problem within the step
     advantage: float | None = None
-    logp_difference: float | None = None  # mean |trainer - sampler log-probability| of its tokens
     trained: bool | None = None  # False: left out of the update
     # evaluation
     lenient: float | None = None  # reward under lenient extraction
@@ -121,41 +120,6 @@ def set_grade(sample: Sample, grade) -> None:
     sample.why, sample.parts = grade.why or None, getattr(grade, "parts", None) or None
 
 
-def generate_and_grade(
-    sampler,
-    grader,
-    tokenizer,
-    problems: Sequence[dict],
-    prompts: Sequence,
-    params,
-    *,
-    seeds: Sequence[int],
-    indices: Sequence[int] | None = None,
-) -> tuple[list[Sample], float]:
-    """params.n graded completions of each prompt (or only those of `indices`), in order of
-    (problem, sample); each is graded as soon as it ends, while others still decode.
-
-    seeds: one a problem (`problem_seed`). Sample.problem is the problem's index in this call. Also
-    returns the seconds waited for grades after the last token. Not a collective; the model's
-    weights must be whole (inside `sampler.weights()`).
-    """
-    texts = [tokenizer.decode(p.tokens) for p in prompts]
-    pending = []
-
-    def grade(completion) -> None:
-        i = completion.prompt_index
-        sample = make_sample(problems[i], completion, tokenizer, prompt=texts[i], seed=seeds[i])
-        sample.problem = i
-        pending.append((sample, grader.submit(problems[i], sample.text, sample.finish_reason)))
-
-    sampler.generate(prompts, params, sample_ids=seeds, indices=indices, on_finish=grade)
-    decoded = time.perf_counter()
-    for sample, future in pending:
-        set_grade(sample, future.result())
-    samples = sorted((s for s, _ in pending), key=lambda s: (s.problem, s.sample))
-    return samples, time.perf_counter() - decoded
-
-
 def deal(problems: int, n: int, rank: int, ranks: int) -> tuple[range, range]:
     """What one rank samples of a step of problems × n samples: (problems, samples of each).
 
@@ -176,26 +140,36 @@ def sample_on_ranks(
     tokenizer,
     problems: Sequence[dict],
     prompts: Sequence,
-    params,
     seeds: Sequence[int],
+    params,
     world: World,
     seconds: dict[str, float],
 ) -> list[Sample]:
-    """`generate_and_grade` with every rank doing its share; all samples on every rank, in order of
-    (problem, sample). Adds to seconds["sample_s"] and seconds["reward_s"] (grading that was not
-    hidden behind decoding). Collective."""
-    begin = time.perf_counter()
+    """params.n graded completions of each prompt, every rank doing its share; all of them on every
+    rank, in order of (problem, sample), Sample.problem being the index in `problems`. Collective.
+
+    seeds: one a problem (`problem_seed`). A completion is graded as soon as it ends, while others
+    still decode. Adds to seconds["sample_s"], and to seconds["reward_s"] what grading took longer.
+    """
+    begin, pending = time.perf_counter(), []
     mine, indices = deal(len(problems), params.n, world.rank, world.size)
-    problems, prompts, seeds = ([x[i] for i in mine] for x in (problems, prompts, seeds))
+    texts = {i: tokenizer.decode(prompts[i].tokens) for i in mine}
+
+    def grade(completion) -> None:
+        i = mine[completion.prompt_index]
+        sample = make_sample(problems[i], completion, tokenizer, prompt=texts[i], seed=seeds[i])
+        sample.problem = i
+        pending.append((sample, grader.submit(problems[i], sample.text, sample.finish_reason)))
+
+    ids, chosen = [seeds[i] for i in mine], [prompts[i] for i in mine]
     with sampler.weights():  # whole: no collective while decoding
-        samples, waited = generate_and_grade(
-            sampler, grader, tokenizer, problems, prompts, params, seeds=seeds, indices=indices
-        )
-    seconds["sample_s"] += time.perf_counter() - begin - waited
-    seconds["reward_s"] += waited
-    for s in samples:
-        s.problem = mine[s.problem]
-    everyone = [s for part in all_gather_objects(samples) for s in part]
+        sampler.generate(chosen, params, sample_ids=ids, indices=indices, on_finish=grade)
+        decoded = time.perf_counter()
+        for sample, future in pending:
+            set_grade(sample, future.result())
+    seconds["sample_s"] += decoded - begin
+    seconds["reward_s"] += time.perf_counter() - decoded
+    everyone = [s for part in all_gather_objects([s for s, _ in pending]) for s in part]
     return sorted(everyone, key=lambda s: (s.problem, s.sample))
 
 

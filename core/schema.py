@@ -57,75 +57,56 @@ class Fault:
         return f"{self.file}:{self.line}: {self.field}: {why} ({self.fix})"
 
 
-def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
+def progress(items: Iterable | None, what: str) -> tqdm:
     """A bar on rank 0 for what takes over two seconds; in a log file, a line a minute."""
-    every, quiet = (0.2 if os.isatty(2) else 60), os.environ.get("RANK", "0") != "0"
-    return tqdm(items, what, total, False, unit=" rows", mininterval=every, delay=2, disable=quiet)
+    how = dict(mininterval=0.2 if os.isatty(2) else 60, delay=2, leave=False)
+    return tqdm(items, what, unit=" rows", disable=os.environ.get("RANK", "0") != "0", **how)
 
 
 # ---------------------------------------------------------------------- reading
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | Fault]]:
     """(line number from 1, object or the Fault of that line); blank lines are skipped.
-    Raises ValueError for a missing or empty file, and for one that is no jsonl."""
+    Raises ValueError for a missing or empty file."""
     path, empty = Path(path), True
     if not path.is_file():
         raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     with open(path, "rb") as file:
-        refuse_other_file(path, file.peek())
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            empty, why = False, ""
+            empty = False
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                why = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
+                if not isinstance(row, dict):
+                    raise ValueError(f"a {type(row).__name__}")
             except (ValueError, RecursionError) as e:
-                why = f"not JSON: {e}"
-            fix = "one JSON object on each line"
-            yield number, Fault(str(path), number, "line", why, fix) if why else row
+                fix = "one JSON object on each line"
+                row = Fault(str(path), number, "line", f"not a JSON object: {e}", fix)
+            yield number, row
     if empty:
         raise ValueError(f"{path}: the file is empty")
 
 
-def refuse_other_file(path: Path, head: bytes) -> None:
-    """Raise ValueError when a file that begins with `head`, some KB, is no jsonl: one line instead
-    of a fault for each of its lines."""
-    for magic, what in (
-        (b"PAR1", f"parquet; convert it with {CONVERT}"),
-        (b"[", f"one JSON list, not one object on each line; convert it with {CONVERT}"),
-        ((b"{\n", b"{\r\n"), "an object over several lines; write each object on one line"),
-        ((b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd"), "compressed; unpack it first"),
-    ):
-        if head.startswith(magic):
-            raise ValueError(f"{path}: {what}")
-    if b"\0" in head:
-        raise ValueError(f"{path}: binary or UTF-16, not jsonl; jsonl is UTF-8 text")
-
-
-def refuse_other_schema(path: str | Path, rows: Sequence[object], schema: str) -> None:
-    """Raise ValueError when all of a file's first rows are of the other schema, or of neither."""
-    rows = [row for row in rows if isinstance(row, dict)]
-    kinds = {("messages" in row, "question" in row) for row in rows}
-    if kinds == {(False, False)}:
-        fields = ", ".join(rows[0])[:200]
+def refuse_other_format(path: str | Path, rows: Sequence[dict | Fault], schema: str) -> None:
+    """Raise ValueError when none of a file's first rows is of the schema: one message instead of a
+    fault for each row."""
+    wanted = {"conversation": "messages", "problem": "question"}[schema]
+    objects = [row for row in rows if isinstance(row, dict)]
+    if not any(wanted in row for row in objects):
+        why = f"fields {', '.join(objects[0])}; no {wanted!r}" if objects else rows[0].why
         raise ValueError(
-            f"{path}: of neither schema (no messages, no question; fields: {fields}). {CONVERT} "
-            "reads ShareGPT, Alpaca and prompt/completion"
+            f"{path}: no jsonl of {schema}s ({why:.200}): write one JSON object on each line. For "
+            f"parquet, JSON lists and other chat formats: {CONVERT}"
         )
-    if kinds == {(schema == "problem", schema == "conversation")}:
-        found = "problems" if schema == "conversation" else "conversations"
-        raise ValueError(f"{path}: a file of {found}, where one of {schema}s is needed")
 
 
 # ---------------------------------------------------------------------- one row
 def text_findings(value: object, field: str, forbidden: re.Pattern) -> Iterator[Finding]:
     """Of a text that must be there."""
-    if not isinstance(value, str):
-        why = "missing" if value is None else f"{type(value).__name__} instead of text"
-        parts = f"; for parts of text and images: {CONVERT}" if isinstance(value, list) else ""
-        yield field, why, f"write it as a string{parts}"
-    elif not value.strip():
-        yield field, "empty", "fill it in or remove the row"
+    if value is not None and not isinstance(value, str):
+        yield field, f"{type(value).__name__} instead of text", f"write a string, or use {CONVERT}"
+    elif not (value or "").strip():
+        yield field, "missing or empty", "fill it in or remove the row"
     elif found := forbidden.search(value):
         why = f"holds the control token {found[0]}"
         yield field, why, "remove it, or write it with spaces, as in '< |im_end| >'"
@@ -143,77 +124,63 @@ def image_findings(images: object, folder: Path, tags: int, optional: bool) -> I
         why = f"{tags} <image> in the text, {len(names)} images"
         yield "images", why, "one <image> for each image, in order"
     for name in names:
-        if name[:5] == "data:" or len(name) > 1000:
-            yield "images", f"{name[:40]}… is no file name", f"{CONVERT} writes images to files"
-        elif isinstance(size := image_size(folder / name), str):
-            yield "images", size, "a readable file, relative to the jsonl's folder"
+        if isinstance(size := image_size(folder / name), str):
+            yield "images", size, f"a file beside the jsonl; {CONVERT} writes data: URLs to files"
 
 
 def conversation_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator[Finding]:
     """All that is wrong with a row of the conversation schema."""
-    messages = row.get("messages")
+    messages, roles, tags = row.get("messages"), [], 0
     if not isinstance(messages, list) or not messages:
-        why = "not a list" if messages else "missing or empty"
-        yield "messages", why, "a list of {role, content}"
+        yield "messages", "not a list, or empty", "a list of {role, content}"
         return
-    roles, tags = [], 0
     for i, m in enumerate(messages):
-        field = f"messages[{i}]"
-        if not isinstance(m, dict):
-            yield field, f"{type(m).__name__} instead of an object", '{"role": …, "content": …}'
+        if not isinstance(m, dict) or m.get("role") not in ROLES:
+            why = f"its role is none of {', '.join(ROLES)}: {m!r:.60}"
+            yield f"messages[{i}]", why, '{"role": "user", "content": "…"}'
             continue
-        role, content = m.get("role"), m.get("content")
-        roles.append(role)
-        if role not in ROLES:
-            why = "missing" if role is None else f"unknown role {role!r:.40}"
-            yield f"{field}.role", why, "system, user or assistant"
-        yield from text_findings(content, f"{field}.content", forbidden)
+        role, content, field = m["role"], m.get("content"), f"messages[{i}].content"
+        yield from text_findings(content, field, forbidden)
         here = content.count("<image>") if isinstance(content, str) else 0
         if here and role == "assistant":
             fix = "images belong to user turns; rewrite the text"
-            yield f"{field}.content", "<image> in an assistant turn", fix
-        else:
-            tags += here
-    if len(roles) == len(messages) and all(role in ROLES for role in roles):
-        if "assistant" not in roles:
-            yield "messages", "no assistant turn", "there is nothing to learn from this row"
-        elif "user" not in roles[: roles.index("assistant")]:
-            yield "messages", "begins with the assistant", "a user turn comes before it"
-        if "system" in roles[1:]:
-            yield "messages", "system turn after the first place", "put it first"
+            yield field, "<image> in an assistant turn", fix
+            here = 0
+        roles.append(role)
+        tags += here
+    order = "".join(role[0] for role in roles)
+    if len(roles) == len(messages) and not re.fullmatch("s?u+a[ua]*", order):
+        fix = "begin with a user turn, after a system turn if any; have an assistant turn"
+        yield "messages", f"roles in the order {', '.join(roles)}", fix
     yield from image_findings(row.get("images"), folder, tags, optional=False)
 
 
 def problem_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator[Finding]:
     """All that is wrong with a row of the problem schema."""
     kind, options, answer = row.get("kind"), row.get("options"), row.get("answer")
+    choice = kind == "choice"
+    if kind not in ("math", "choice", "open"):
+        yield "kind", f"missing or unknown: {kind!r:.40}", "math, choice or open"
     for field in ("id", "task", "question"):
         yield from text_findings(row.get(field), field, forbidden)
-    for gold in answer if isinstance(answer, list) and answer and kind != "choice" else [answer]:
+    for gold in answer if isinstance(answer, list) and answer and not choice else [answer]:
         yield from text_findings(gold, "answer", forbidden)
-    if not isinstance(row.get("subset") or "", str):
-        yield "subset", "not text", "write it as a string"
-    if not isinstance(row.get("meta") or {}, dict):
-        yield "meta", "not an object", '{"name": value}'
-    if kind not in ("math", "choice", "open"):
-        why = "missing" if kind is None else f"unknown kind {kind!r:.40}"
-        yield "kind", why, "math, choice or open"
-    if options is not None and not (isinstance(options, list) and 1 <= len(options) <= 26):
-        yield "options", "not a list of 1 to 26 texts", '["first option", "second option"]'
-        options = []
-    for i, option in enumerate(options or []):
-        yield from text_findings(option, f"options[{i}]", forbidden)
-    letters = LETTERS[: len(options or [])]
-    if kind == "choice" and row.get("options") is None:
-        yield "options", "missing", "a choice problem lists its options, without letters"
-    elif kind == "choice" and options and isinstance(answer, str) and answer.strip():
-        if len(answer) != 1 or answer not in letters:
-            why = f"{answer[:40]!r} is not a letter of its {len(options)} options"
-            yield "answer", why, f"a capital letter from A to {letters[-1]}"
-    elif options and kind in ("math", "open"):
+    for field, kinds in (("subset", str), ("meta", dict)):
+        if not isinstance(row.get(field) or kinds(), kinds):
+            yield field, f"{type(row[field]).__name__}, not {kinds.__name__}", "see README"
+    listed = isinstance(options, list) and 1 <= len(options) <= 26
+    if options and kind in ("math", "open"):
         yield "options", f"given for kind {kind!r}", "only kind 'choice' has options"
-    texts = [t for t in [row.get("question"), *(options or [])] if isinstance(t, str)]
-    tags = sum(t.count("<image>") for t in texts)
+    elif choice and not listed:
+        yield "options", "not a list of 1 to 26 texts", "the texts, without their letters"
+    options = options if listed else []
+    for i, option in enumerate(options):
+        yield from text_findings(option, f"options[{i}]", forbidden)
+    letters = list(LETTERS[: len(options)])
+    if choice and listed and isinstance(answer, str) and answer.strip() and answer not in letters:
+        why = f"{answer!r:.40} is not a letter of its {len(options)} options"
+        yield "answer", why, f"a capital letter from A to {letters[-1]}"
+    tags = sum(t.count("<image>") for t in [row.get("question"), *options] if isinstance(t, str))
     yield from image_findings(row.get("images"), folder, tags, optional=True)
 
 
@@ -240,7 +207,7 @@ def scan(
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         folder, rows = Path(path).resolve().parent, read_jsonl(path)
         first = list(islice(rows, 20))  # missing or empty: an error at once
-        refuse_other_schema(path, [row for _, row in first], schema)
+        refuse_other_format(path, [row for _, row in first], schema)
         rows = iter(progress(chain(first, rows), f"checking {Path(path).name}"))
         while batch := list(islice(rows, 256)):
             read_images(batch, folder)
@@ -265,10 +232,10 @@ def scan(
 def read_images(rows: Iterable[tuple[int, dict | Fault]], folder: Path) -> None:
     """Read the images of some rows on all cores; their check then finds them in the cache."""
     lists = [row.get("images") for _, row in rows if isinstance(row, dict)]
-    names = {n for i in lists if isinstance(i, list) for n in i if isinstance(n, str)}
+    names = {n for names in lists if isinstance(names, list) for n in names if isinstance(n, str)}
     if len(names) > 1:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(image_size, [folder / n for n in names if n and len(n) <= 1000]))
+            list(pool.map(image_size, [folder / name for name in names]))
 
 
 def refuse(faults: list[Fault], skip_bad_rows: bool, good: int) -> None:

@@ -12,7 +12,7 @@ from typing import Sequence
 
 import torch
 
-from core.plan import kv_bytes
+from core.plan import GIB, kv_bytes
 
 
 @dataclass
@@ -79,11 +79,30 @@ class Slots:
         self.free(source, length)
 
 
+def prefill_bytes(c, tokens: int, compute_bytes: int) -> int:
+    """Bytes that prefilling a pack of this many tokens takes for a moment: its KV and that of the
+    pack before, whose last samples may wait; tensors of the MLP, of attention and of the residual.
+    The 7B in bf16, 16,384 tokens: 4.1 GiB."""
+    sizes = 3 * c.intermediate_size + 6 * c.hidden_size
+    return tokens * (2 * kv_bytes(c, compute_bytes) + compute_bytes * sizes)
+
+
 def number_of_slots(
-    wanted: int | None, kv_gb: float | None, capacity: int, c, dtype, device: torch.device
+    wanted: int | None,
+    kv_gb: float | None,
+    capacity: int,
+    prefill_tokens: int,
+    c,
+    dtype,
+    device: torch.device,
 ) -> int:
     """How many slots to allocate: those wanted, else as many as the KV memory holds, at most 256 on
-    CUDA and 64 on CPU. Raises ValueError where not even those wanted, or one, would fit."""
+    CUDA and 64 on CPU. Raises ValueError where not even those wanted, or one, would fit.
+
+    On CUDA the KV memory is, unless kv_gb is given, what is free but for a prefill of
+    `prefill_tokens`, 2 GiB (recorded graphs, workspaces of matrix products) and 5 % (a step's
+    logits, the allocator's loss). The cache itself is one tensor, which fragments nothing.
+    """
     cuda = device.type == "cuda"
     slot_bytes = kv_bytes(c, dtype.itemsize) * capacity
     budget = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -91,12 +110,13 @@ def number_of_slots(
         budget = kv_gb * 1e9
     elif cuda:
         torch.cuda.empty_cache()
-        budget = 0.8 * torch.cuda.mem_get_info(device)[0]
-    fitting, least = int(budget / slot_bytes), wanted or 1
+        budget = 0.95 * torch.cuda.mem_get_info(device)[0] - 2 * GIB
+        budget -= prefill_bytes(c, prefill_tokens, dtype.itemsize)
+    fitting, least = max(0, int(budget / slot_bytes)), wanted or 1
     if least > fitting:
         raise ValueError(
             f"{least} slot(s) of {capacity} tokens take {least * slot_bytes / 1e9:.3g} GB of KV "
-            f"cache; {fitting} would fit in {budget / 1e9:.3g} GB. Lower --slots or "
+            f"cache; {fitting} would fit in {max(0, budget) / 1e9:.3g} GB. Lower --slots or "
             "--max_new_tokens, or raise --kv_gb"
         )
     return wanted or min(fitting, 256 if cuda else 64)

@@ -54,6 +54,19 @@ def speed(
     }
 
 
+def grpo_speed(tokens: int, prompts: list, seconds: dict[str, float]) -> dict:
+    """Tokens a second, peak memory, and where a GRPO step's seconds went on the slowest rank."""
+    names = ("step_time", "rollout_s", "image_s", "sample_s", "reward_s")
+    memory, *times = all_max(memory_gib(), *(seconds[k] for k in names))
+    return {
+        "prompt_tokens": sum(len(p.tokens) for p in prompts),
+        "tok_per_s": round(tokens / times[0], 1),
+        "sample_tok_per_s": round(tokens / max(times[1], 1e-9), 1),
+        **{k: round(v, 3) for k, v in zip(names, times)},
+        "memory_gib": round(memory, 3),
+    }
+
+
 def peak_flops() -> float | None:
     """The GPU's dense bf16 peak in FLOP/s; None where it is not known (then no MFU is printed)."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -69,8 +82,24 @@ def memory_gib() -> float:
     return peak
 
 
+def train_flops(config: ModelConfig, lengths: list[int] | torch.Tensor) -> tuple[float, float]:
+    """FLOPs of forward + backward over documents of these lengths: (strict, PaLM convention).
+
+    Both: 6 · (parameters in matmuls, head included, embedding lookup excluded) a token. Attention:
+    strict counts the causal half within each document, 6·L·Hq·D·len² a document; PaLM counts
+    12·L·Hq·D·T a token at the full stream length T. Recomputation is never counted.
+    """
+    c, lens = config, torch.as_tensor(lengths, dtype=torch.float64)
+    tokens, attention_size = float(lens.sum()), c.num_attention_heads * c.head_dim
+    projections = 2 * attention_size + 2 * c.num_key_value_heads * c.head_dim
+    layer = c.hidden_size * (projections + 3 * c.intermediate_size)
+    matmul = 6 * (c.num_hidden_layers * layer + c.vocab_size * c.hidden_size) * tokens
+    per_pair = 6 * c.num_hidden_layers * attention_size
+    return matmul + per_pair * float((lens**2).sum()), matmul + 2 * per_pair * tokens**2
+
+
+# ------------------------------------------------------------------------------ metrics on a line
 def describe_step(m: dict, total: int) -> str:
-    """A step's metrics on one line."""
     text = (
         f"step {m['step']}/{total} | loss {m['loss']:.4f} | lr {m['learning_rate']:.2e} | "
         f"norm {m['grad_norm']:.3f} | {m['tok_per_s']:.0f} tok/s | mem {m['memory_gib']:.2f} GiB | "
@@ -79,41 +108,7 @@ def describe_step(m: dict, total: int) -> str:
     return text + (f" | MFU {m['mfu']:.1%} (PaLM {m['mfu_palm']:.1%})" if m["mfu"] else "")
 
 
-def train_flops(config: ModelConfig, lengths: list[int] | torch.Tensor) -> tuple[float, float]:
-    """FLOPs of forward + backward over documents of these lengths: (strict, PaLM convention).
-
-    Both: 6 · (parameters in matmuls, head included, embedding lookup excluded) a token. Attention:
-    strict counts the causal half within each document, 6·L·Hq·D·len² a document; PaLM counts
-    12·L·Hq·D·T a token at the full stream length T. Recomputation is never counted.
-    """
-    lens = torch.as_tensor(lengths, dtype=torch.float64)
-    c, tokens = config, float(lens.sum())
-    attention_size = c.num_attention_heads * c.head_dim
-    per_layer = (
-        c.hidden_size * (2 * attention_size + 2 * c.num_key_value_heads * c.head_dim)
-        + 3 * c.hidden_size * c.intermediate_size
-    )
-    matmul = 6 * (c.num_hidden_layers * per_layer + c.vocab_size * c.hidden_size) * tokens
-    per_pair = 6 * c.num_hidden_layers * attention_size
-    return matmul + per_pair * float((lens**2).sum()), matmul + 2 * per_pair * tokens**2
-
-
-# ------------------------------------------------------------------------------------ steps of GRPO
-def grpo_speed(tokens: int, prompts: list, seconds: dict[str, float]) -> dict:
-    """Tokens a second, peak memory, and where a step's seconds went on the slowest rank."""
-    names = ("step_time", "rollout_s", "image_s", "sample_s", "reward_s")
-    memory, *times = all_max(memory_gib(), *(seconds[k] for k in names))
-    return {
-        "prompt_tokens": sum(len(p.tokens) for p in prompts),
-        "tok_per_s": round(tokens / times[0], 1),
-        "sample_tok_per_s": round(tokens / max(times[1], 1e-9), 1),
-        **{k: round(v, 3) for k, v in zip(names, times)},
-        "memory_gib": round(memory, 3),
-    }
-
-
 def describe_grpo_step(m: dict, total: int) -> str:
-    """A step's metrics on one line."""
     text = (
         f"step {m['step']}/{total} | reward {m['reward']:.3f} | "
         f"zero variance {m['frac_reward_zero_std']:.0%} | "
@@ -126,14 +121,12 @@ def describe_grpo_step(m: dict, total: int) -> str:
             f"norm {m['grad_norm']:.3f} | "
             f"logp difference {m['sampling/logp_difference_mean']:.1e} | "
         )
-    return (
-        f"{text}{m['tok_per_s']:.0f} tok/s | rollouts {m['rollout_s']:.1f} of "
-        f"{m['step_time']:.1f} s"
-    )
+    rollouts = f"rollouts {m['rollout_s']:.1f} of {m['step_time']:.1f} s"
+    return f"{text}{m['tok_per_s']:.0f} tok/s | {rollouts}"
 
 
 def describe_evaluation(m: dict) -> str:
-    """An evaluation during training: a line, and one more for each data set.
+    """A line, and one more for each data set:
     step 2 | n 4 | greedy 0.500 [0.250, 0.750] | truncated 0.000"""
     lines = []
     for name, row in [("", m), *m["tasks"].items()]:

@@ -1,7 +1,7 @@
 """Weights & Biases or TensorBoard, for --report_to; imported only if asked for.
 
-They get train/NAME of every step, eval/NAME of evaluations, the settings and tables of samples. A
-resumed run continues the tracker's: OUT/wandb_id.txt holds its id, OUT/tensorboard its event files.
+They get train/NAME of every step, eval/NAME of evaluations, and the settings. A resumed run
+continues the tracker's: OUT/wandb_id.txt holds its id, OUT/tensorboard its event files.
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ import json
 import math
 import os
 import secrets
-from itertools import islice
 from pathlib import Path
-from typing import Iterable
 
 KINDS = ("none", "wandb", "tensorboard")
-SAMPLES_EVERY, ROWS = 10, 16  # a table of 16 samples at step 1 and every 10 steps
-COLUMNS = ("id", "sample", "reward", "finish_reason", "answer", "gold", "prompt", "text")
 
 
 def check_installed(kind: str) -> None:
@@ -34,48 +30,36 @@ def flat(values: dict, prefix: str) -> dict[str, float]:
 
 
 class Tracker:
-    """Rank 0's connection to a tracker; does nothing for kind "none"."""
+    """Rank 0's connection to a tracker."""
 
     def __init__(self, kind: str, out: Path, settings: dict, step: int):
         """step: the run resumes after it; what TensorBoard has of later steps is replaced."""
-        self.kind, self.module = kind, None
-        if kind == "wandb":
-            self.module = wandb = importlib.import_module("wandb")
-            if not (file := out / "wandb_id.txt").is_file():
-                file.write_text(secrets.token_hex(4))
-            names = dict(id=file.read_text(), resume="allow", name=out.name, dir=str(out))
-            project = os.environ.get("WANDB_PROJECT", "x-reasoner")
-            try:
-                self.run = wandb.init(config=settings, project=project, **names)
-            except wandb.Error as e:
-                raise ValueError(f"--report_to wandb: {e}; or set WANDB_MODE=offline") from e
-            self.run.define_metric("*", step_metric="step")
-        elif kind == "tensorboard":
-            self.module = importlib.import_module("torch.utils.tensorboard")
-            self.run = self.module.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self.kind = kind
+        if kind == "tensorboard":
+            module = importlib.import_module("torch.utils.tensorboard")
+            self.run = module.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
             self.run.add_text("settings", f"```\n{json.dumps(settings, indent=2)}\n```", step)
+            return
+        wandb = importlib.import_module("wandb")
+        if not (file := out / "wandb_id.txt").is_file():
+            file.write_text(secrets.token_hex(4))
+        names = dict(id=file.read_text(), resume="allow", name=out.name, dir=str(out))
+        project = os.environ.get("WANDB_PROJECT", "x-reasoner")
+        try:
+            self.run = wandb.init(config=settings, project=project, **names)
+        except wandb.Error as e:
+            raise ValueError(f"--report_to wandb: {e}; or set WANDB_MODE=offline") from e
+        self.run.define_metric("*", step_metric="step")
 
-    def log(self, metrics: dict, kind: str = "metrics") -> None:
+    def log(self, metrics: dict, kind: str) -> None:
         """One row of metrics.jsonl, validation.jsonl or eval.jsonl."""
         values = flat(metrics, "train/" if kind == "metrics" else "eval/")
         if self.kind == "wandb":
             self.run.log({"step": metrics["step"], **values})
-        elif self.kind == "tensorboard":
-            for name, value in values.items():
-                self.run.add_scalar(name, value, metrics["step"])
-            self.run.flush()
-
-    def log_samples(self, step: int, samples: Iterable) -> None:
-        """A table of a step's samples (core.samples.Sample), where one is due."""
-        if self.kind == "none" or (step > 1 and step % SAMPLES_EVERY):
             return
-        rows = [[str(getattr(s, c)) for c in COLUMNS] for s in islice(samples, ROWS)]
-        if self.kind == "wandb":
-            self.run.log({"step": step, "samples": self.module.Table(list(COLUMNS), rows)})
-        else:
-            text = "\n\n".join("\n".join(f"{c}: {v}" for c, v in zip(COLUMNS, r)) for r in rows)
-            self.run.add_text("samples", f"```\n{text}\n```", step)
+        for name, value in values.items():
+            self.run.add_scalar(name, value, metrics["step"])
+        self.run.flush()
 
     def close(self, failed: bool) -> None:
-        if self.kind != "none":
-            self.run.finish(int(failed)) if self.kind == "wandb" else self.run.close()
+        self.run.finish(int(failed)) if self.kind == "wandb" else self.run.close()

@@ -19,12 +19,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from core.checkpoint import MARKER, require_space, resume, save_state
+from core.checkpoint import require_space, resume, save_state
 from core.lora import LoRA, save_adapter
 from core.options import DATA, MEMORY, OBJECTIVE, OPTIMIZER, RUN
-from core.out_dir import write_json
 from core.parallel import all_any, from_rank0
-from core.run import Progress, Run, header
+from core.run import Run, header, write_json
 from core.trackers import KINDS, check_installed
 from core.weights import export_hf
 
@@ -37,7 +36,7 @@ class TrainingOptions:
     schedule, warmup_ratio, weight_decay, micro_tokens, save_every."""
 
     CHANGEABLE: ClassVar[set[str]] = {  # on resume: what changes neither data nor method
-        *("steps", "epochs", "micro_tokens", "checkpointing", "compile", "resume", "report_to"),
+        *("steps", "epochs", "micro_tokens", "checkpointing", "compile", "report_to"),
         *("save_every", "keep_last", "export_every"),
     }
 
@@ -64,7 +63,6 @@ class TrainingOptions:
     compile: bool = MEMORY(False, "torch.compile each decoder block")
     device: Literal["auto", "cpu", "cuda"] = MEMORY("auto", "where to run")
     seed: int = RUN(0, "of the order of the data, and of sampling", ge=0)
-    resume: str = RUN("auto", "OUT/checkpoints/step_N to start from when --out has none")
     keep_last: int = RUN(2, "checkpoints to keep", ge=1)
     export_every: int = RUN(0, "write OUT/exports/step_N every n steps; 0: never", ge=0)
     report_to: Literal[KINDS] = RUN("none", "also log to a tracker; pip install it first")
@@ -72,11 +70,6 @@ class TrainingOptions:
     def __post_init__(self):
         check_installed(self.report_to)
         self.lora = LoRA.from_flags(self)
-        own = Path(self.out) / "checkpoints"
-        if self.resume != "auto" and not own.is_dir() and not Path(self.resume, MARKER).is_file():
-            raise ValueError(
-                f"--resume {self.resume}: not a whole checkpoint (OUT/checkpoints/step_N)"
-            )
 
     @property
     def moments_dtype(self) -> torch.dtype:
@@ -99,8 +92,8 @@ class Training:
         best: bool = False,
         **facts,
     ):
-        """Resume from this run's newest checkpoint, else from --resume; check the disk; begin the
-        log. The model and optimizer are filled in place.
+        """Resume from the newest checkpoint; check the disk; begin the log. The model and optimizer
+        are filled in place.
 
         source: the model directory that training started from; total: steps; data: {training file:
         hash}; best: will `keep_best` be called? facts: the script's own, for header.json.
@@ -108,7 +101,7 @@ class Training:
         self.run, self.options, self.model, self.optimizer = run, options, model, optimizer
         self.source, self.total, self.data = source, total, data
         self.root, world, o = run.out / "checkpoints", run.world, options
-        at = resume(self.root, o.resume, model, optimizer, world, data)
+        at = resume(self.root, model, optimizer, world, data)
         self.at = at = at or {"step": 0, "bad_steps": 0, "bad_in_a_row": 0}
         if at["step"] > total:
             raise ValueError(
@@ -122,10 +115,9 @@ class Training:
         size = sum(f.stat().st_size for f in source.glob("*.safetensors"))
         copies = min(o.keep_last + 1, 1 + (total // o.save_every if o.save_every else 0))
         room = dict(copies=copies, export_bytes=models * size)
-        disk = require_space(self.root, model, optimizer, world, **room)
+        require_space(self.root, model, optimizer, world, **room)
         facts = {"world_size": world.size, "model": str(source), "data": data} | facts
-        run.start(header(**facts) if world.is_main else {}, at["step"])
-        self.progress = Progress(run, total, at["step"], disk)
+        run.start(header(**facts) if world.is_main else {}, at["step"], total)
         if folder := self.due_export(at["step"]):  # a kill between a save and its export
             if not from_rank0(world, folder.is_dir):
                 self.export(folder)
@@ -145,8 +137,8 @@ class Training:
         bad, in_a_row = self.at["bad_steps"], 0 if stepped else self.at["bad_in_a_row"] + 1
         bad += not stepped
         self.at = {"step": step, "bad_steps": bad, "bad_in_a_row": in_a_row, **position}
-        self.run.log(metrics | {"bad_steps": bad})
-        self.progress.step_done(metrics, text + (f" | bad steps {bad}" if bad else ""))
+        text += f" | bad steps {bad}" if bad else ""
+        self.run.log_step(metrics | {"bad_steps": bad}, text)
         stopping, failing = all_any(self.stop.requested), in_a_row >= MAX_BAD_STEPS
         if stopping or failing or step == total or (every and step % every == 0):
             state = (self.model, self.optimizer, self.at, self.run.world)

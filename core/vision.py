@@ -12,8 +12,8 @@ positions that the decoder gives to image tokens.
     merger     norm, join 4 patches, 2 matrices  the same; and DeepStack: the output of 3 blocks
                                                  goes through mergers that join first
 
-Both equal transformers' towers to rounding (tests/test_vision.py). Video is not supported: a grid's
-t is 1 for images.
+Both equal transformers' towers to rounding (tests/test_vision.py). Images only, no video: the t of
+a grid (t, h, w) is 1, and is not read.
 
 Shapes: P patches, M = P / 4 merged tokens, C tower width, D head size, K DeepStack blocks.
 """
@@ -69,19 +69,19 @@ class VisionConfig:
         # no defaults for Qwen3-VL: they would be those of one size
         if missing := [k for k in (names if qwen3 else names[:1]) if k not in raw]:
             raise ValueError(f"vision_config has no {missing}; is it another model's?")
-        act = "gelu_pytorch_tanh" if qwen3 else "silu"
-        if raw.get("hidden_act", act) != act:
-            raise ValueError(f"vision_config.hidden_act {raw['hidden_act']!r}: only {act!r} works")
-        rope = raw.get("rope_parameters") or {}
-        if rope.get("rope_theta", 1e4) != 1e4 or rope.get("rope_type", "axial") != "axial":
-            raise ValueError(f"vision_config.rope_parameters {rope}: only axial, theta 10000 works")
-        given = {k: tuple(raw[k]) if "indexes" in k else raw[k] for k in names if k in raw}
-        c = VisionConfig(**given)
-        if c.hidden_size % (4 * c.num_heads):
-            raise ValueError(
-                f"vision_config: hidden_size {c.hidden_size} must be a multiple of 4 · num_heads "
-                f"({c.num_heads}): half of each head turns by row, half by column, in pairs"
-            )
+        c = VisionConfig(
+            **{k: tuple(raw[k]) if "indexes" in k else raw[k] for k in names if k in raw}
+        )
+        act, rope = "gelu_pytorch_tanh" if qwen3 else "silu", raw.get("rope_parameters") or {}
+        for name, found, only in (
+            ("hidden_act", raw.get("hidden_act", act), act),
+            ("rope_parameters.rope_type", rope.get("rope_type", "axial"), "axial"),
+            ("rope_parameters.rope_theta", rope.get("rope_theta", 1e4), 1e4),
+            # half of each head turns by row, half by column, in pairs
+            ("hidden_size modulo 4 · num_heads", c.hidden_size % (4 * c.num_heads), 0),
+        ):
+            if found != only:
+                raise ValueError(f"vision_config.{name} {found!r}: only {only!r} works")
         return c
 
     def tower(self) -> VisionTower:
@@ -118,9 +118,7 @@ def mrope_positions(
             f"{wanted}; was it cut inside an image, or tokenised with other pixel limits?"
         )
     pieces, done, position, seen = [], 0, 0, 0  # done tokens, next position, placeholders seen
-    for t, h, w in grids:
-        if t != 1:
-            raise ValueError(f"grid {(t, h, w)}: only still images (t = 1) are supported")
+    for _, h, w in grids:
         rows, columns = h // merge_size, w // merge_size
         start, end = places[seen], places[seen + rows * columns - 1] + 1
         if end - start != rows * columns:
@@ -138,15 +136,6 @@ def mrope_positions(
 
 
 # ---------------------------------------------------------------------- where patches are
-def image_sizes(grid_thw: torch.Tensor, patches: int) -> list[tuple[int, int]]:
-    """(h, w) of each image in patches; frames (t > 1) count as images of their own.
-    Raises ValueError when they do not sum to the number of patches."""
-    sizes = [(h, w) for t, h, w in grid_thw.tolist() for _ in range(t)]
-    if (wanted := sum(h * w for h, w in sizes)) != patches:
-        raise ValueError(f"{patches} patches, but the grids {grid_thw.tolist()} ask for {wanted}")
-    return sizes
-
-
 def window_layout(
     sizes: list[tuple[int, int]], config: VisionConfig
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -261,7 +250,7 @@ class VisionBlock(nn.Module):
         self.norm1 = norm(c.hidden_size, eps=1e-6)
         self.norm2 = norm(c.hidden_size, eps=1e-6)
         self.attn = VisionAttention(c)
-        self.mlp = VisionMLP3(c) if c.is_qwen3 else VisionMLP(c)
+        self.mlp = GeluMLP(c) if c.is_qwen3 else SwiGLU(c)
         self.recompute = False  # in backward, all from the block's input
 
     def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
@@ -275,9 +264,8 @@ class VisionBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# ---------------------------------------------------------------------- layers of Qwen2.5-VL
-class VisionMLP(nn.Module):
-    """SwiGLU with biases."""
+class SwiGLU(nn.Module):
+    """Qwen2.5-VL's MLP, with biases."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
@@ -289,26 +277,8 @@ class VisionMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Merger(nn.Module):
-    """merge² neighbouring patches → one token of the decoder's width."""
-
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.merged = c.hidden_size * c.spatial_merge_size**2
-        self.ln_q = nn.RMSNorm(c.hidden_size, eps=1e-6)
-        self.mlp = nn.Sequential(
-            nn.Linear(self.merged, self.merged),
-            nn.GELU(),
-            nn.Linear(self.merged, c.out_hidden_size),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.ln_q(x).view(-1, self.merged))  # (M, merge² · C) → (M, out)
-
-
-# ---------------------------------------------------------------------- layers of Qwen3-VL
-class VisionMLP3(nn.Module):
-    """Two matrices with a tanh GELU between; the mergers' GELU is the exact one."""
+class GeluMLP(nn.Module):
+    """Qwen3-VL's MLP, with a tanh GELU; the mergers' GELU is the exact one."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
@@ -319,19 +289,28 @@ class VisionMLP3(nn.Module):
         return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
 
 
-class Merger3(nn.Module):
-    """merge² neighbouring patches → one token of the decoder. join_first: DeepStack's."""
+class Merger(nn.Module):
+    """merge² neighbouring patches → one token of the decoder's width. join_first: DeepStack's,
+    which join before they norm."""
 
-    def __init__(self, c: VisionConfig, join_first: bool):
+    def __init__(self, c: VisionConfig, join_first: bool = False):
         super().__init__()
-        self.joined, self.join_first = c.hidden_size * c.spatial_merge_size**2, join_first
-        self.norm = nn.LayerNorm(self.joined if join_first else c.hidden_size, eps=1e-6)
-        self.linear_fc1 = nn.Linear(self.joined, self.joined)
-        self.linear_fc2 = nn.Linear(self.joined, c.out_hidden_size)
+        size = c.hidden_size * c.spatial_merge_size**2
+        self.size, self.join_first = size, join_first
+        first, second = nn.Linear(size, size), nn.Linear(size, c.out_hidden_size)
+        if c.is_qwen3:
+            self.norm = nn.LayerNorm(size if join_first else c.hidden_size, eps=1e-6)
+            self.linear_fc1, self.linear_fc2 = first, second
+        else:
+            self.ln_q = nn.RMSNorm(c.hidden_size, eps=1e-6)
+            self.mlp = nn.Sequential(first, nn.GELU(), second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x.view(-1, self.joined) if self.join_first else x).view(-1, self.joined)
-        return self.linear_fc2(F.gelu(self.linear_fc1(x)))  # (M, merge² · C) → (M, out)
+        """(P, C) → (M, out)"""
+        if hasattr(self, "mlp"):
+            return self.mlp(self.ln_q(x).view(-1, self.size))
+        x = self.norm(x.view(-1, self.size) if self.join_first else x).view(-1, self.size)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
 
 
 # ---------------------------------------------------------------------- tower
@@ -346,9 +325,9 @@ class VisionTower(nn.Module):
         if c.is_qwen3:
             self.pos_embed = nn.Embedding(c.num_position_embeddings, c.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
-        self.merger = Merger3(c, join_first=False) if c.is_qwen3 else Merger(c)
+        self.merger = Merger(c)
         if c.is_qwen3:
-            mergers = (Merger3(c, join_first=True) for _ in c.deepstack_visual_indexes)
+            mergers = (Merger(c, join_first=True) for _ in c.deepstack_visual_indexes)
             self.deepstack_merger_list = nn.ModuleList(mergers)
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
@@ -359,9 +338,11 @@ class VisionTower(nn.Module):
         layer k (Qwen3-VL). Raises ValueError when patches and grids do not fit.
         """
         c, device = self.config, patches.device
-        sizes = image_sizes(grid_thw, len(patches))
-        order, positions, windows = window_layout(sizes, c)
+        sizes = [(h, w) for _, h, w in grid_thw.tolist()]
         images = [h * w for h, w in sizes]
+        if sum(images) != len(patches):
+            raise ValueError(f"{len(patches)} patches, but the grids {sizes} ask for {sum(images)}")
+        order, positions, windows = window_layout(sizes, c)
         order, back, positions, cu_windows, cu_images = (
             t.to(device, non_blocking=True)
             for t in (order, order.argsort(), positions, boundaries(windows), boundaries(images))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,67 +42,50 @@ def parameter_name(key: str) -> str:
 
 
 class WeightFiles:
-    """The safetensors files of a model directory, opened lazily.
-
-    `where` maps the name of each parameter to its file and to the key that it has there.
-    """
+    """The safetensors files of a model directory, opened: `where` maps the name of each parameter
+    to (path, key in that file, open file). Reads headers only."""
 
     def __init__(self, model_dir: str | Path):
-        self.dir = Path(model_dir)
-        self.open_files: dict[Path, safe_open] = {}
-        files = sorted(self.dir.glob("*.safetensors"))
-        if not files:
+        self.dir, self.where = Path(model_dir), {}
+        for path in sorted(self.dir.glob("*.safetensors")):
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as e:
+                raise ValueError(f"{path}: missing or truncated ({e}); fetch it again") from e
+            self.where |= {parameter_name(key): (path, key, file) for key in file.keys()}
+        if not self.where:
             raise ValueError(
                 f"{self.dir}: no *.safetensors weights found; convert pickles (*.bin, *.pt) first"
             )
-        if not (self.dir / INDEX).is_file():
-            self.where = {parameter_name(k): (f, k) for f in files for k in self._open(f).keys()}
-            return
-        try:
-            keys = json.loads((self.dir / INDEX).read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as e:
-            raise ValueError(f"{self.dir / INDEX}: broken index ({e}); fetch it again") from e
-        self.where = {parameter_name(k): (self.dir / f, k) for k, f in keys.items()}
-
-    def _open(self, file: Path):
-        if file not in self.open_files:
-            try:
-                self.open_files[file] = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as e:
-                raise ValueError(f"{file}: missing or truncated ({e}); fetch it again") from e
-        return self.open_files[file]
 
     def slice(self, name: str):
         """A lazy view with get_shape(), get_dtype() and indexing that reads only those rows."""
-        file, key = self.where[name]
-        try:
-            return self._open(file).get_slice(key)
-        except SafetensorError as e:
-            raise ValueError(f"{file}: {e}, but {INDEX} names it; fetch both again") from e
+        _, key, file = self.where[name]
+        return file.get_slice(key)
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless the files hold every parameter of the model, in its shape, and
-        nothing unknown. Reads headers only.
+        nothing unknown.
 
         A model that does not hold everything that its files do names the prefixes of the rest:
         `not_built` (copied on export) and `tied` (second copies, dropped on export).
         """
-        stored = {name: tuple(self.slice(name).get_shape()) for name in self.where}
-        wanted = {n: tuple(p.shape) for n, p in model.named_parameters() if not is_adapter(n)}
-        if missing := [n for n in wanted if n not in stored]:
+        wanted = {n: p for n, p in model.named_parameters() if not is_adapter(n)}
+        if missing := [n for n in wanted if n not in self.where]:
             raise ValueError(
-                f"{self.dir}: {len(missing)} parameters are missing, the first is {missing[0]}"
+                f"{self.dir}: {len(missing)} parameters are missing, the first is {missing[0]}; "
+                "fetch all *.safetensors files"
             )
         others = (*model.not_built, *model.tied)
-        if unknown := [n for n in stored if n not in wanted and not n.startswith(others)]:
+        if unknown := [n for n in self.where if n not in wanted and not n.startswith(others)]:
             raise ValueError(
                 f"{self.dir}: {len(unknown)} tensors are not part of this architecture, the first "
                 f"is {unknown[0]}; is config.json from another model?"
             )
-        for name, shape in wanted.items():
-            if stored[name] != shape:
+        for name, p in wanted.items():
+            if (shape := tuple(self.slice(name).get_shape())) != p.shape:
                 raise ValueError(
-                    f"{self.dir}: {name} has shape {stored[name]}, config.json asks for {shape}"
+                    f"{self.dir}: {name} has shape {shape}, config.json asks for {tuple(p.shape)}"
                 )
 
 
@@ -130,13 +112,7 @@ def load_hf(model: nn.Module, model_dir: str | Path) -> None:
 
 
 # ---------------------------------------------------------------------- writing
-def export_hf(
-    model: nn.Module,
-    source_dir: str | Path,
-    out_dir: str | Path,
-    world: World,
-    weights: Mapping[str, torch.Tensor] | None = None,
-) -> None:
+def export_hf(model: nn.Module, source_dir: str | Path, out_dir: str | Path, world: World) -> None:
     """Write a complete Hugging Face model directory, atomically.
 
     Files, keys and dtypes are those of the source: transformers loads Qwen3-VL under other keys
@@ -145,14 +121,11 @@ def export_hf(
     processor file too. LoRA adapters are merged in fp32, then rounded once.
     Of a tied model no `lm_head.weight` is written: transformers would use the old one.
     GPUs gather one tensor at a time, rank 0 collects one file in host memory. Collective.
-    weights: by parameter name, instead of the model's own (tools/export.py reads a checkpoint's).
     """
     source_dir, out_dir, tmp = Path(source_dir), Path(out_dir), Path(f"{out_dir}.tmp")
     source = WeightFiles(source_dir)
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     adapted = {f"{n}.weight": layer for n, layer in lora_layers(model)}
-    if weights is not None:
-        trained, adapted = weights, {}
     if world.is_main:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
@@ -160,9 +133,9 @@ def export_hf(
             if file.suffix in (".json", ".txt", ".jinja", ".model") and file.name != INDEX:
                 shutil.copy(file, tmp)
     weight_map, size = {}, 0
-    for file in sorted({file for file, _ in source.where.values()}):
+    for file in sorted({file for file, *_ in source.where.values()}):
         tensors = {}
-        for name, (f, key) in sorted(source.where.items()):
+        for name, (f, key, _) in sorted(source.where.items()):
             if f == file and not name.startswith(model.tied):
                 layer = adapted.get(name)
                 p = trained.get(name) if layer is None else layer.merged_weight()

@@ -5,8 +5,8 @@ published form.
     python recipes/smoke_data.py teach OUT PROBLEMS    stored samples of eval.py become a teacher's
 
 The rows are the miniature's chains (toy/world.py) in the fields of the real releases, so the same
-converters run. The model is the shipped miniature base where there is one, else random weights; for
-a MODEL named Qwen3-VL, a random one of that architecture. None can think, hence `teach` for QwQ.
+converters run. The model is the shipped miniature base; for a MODEL named Qwen3-VL, a random one of
+that architecture. None can think, hence `teach` for QwQ.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import shutil
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Iterator
 
@@ -35,18 +36,18 @@ SHIPPED = ROOT / "toy" / "assets"
 class Maker:
     """Random chains as questions with options, and as pictures."""
 
-    def __init__(self, seed: int = 0):
-        self.rng = np.random.default_rng(seed)
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
 
     def question(self) -> dict:
         """text, answer, options, letter, gold (its text), picture of one chain; its thought."""
         chain = toy.draw_chain(self.rng, 3)
         options, letter = toy.draw_options(self.rng, chain)
-        picture = io.BytesIO()
-        toy.draw_line(chain.text, self.rng).save(picture, "PNG")
+        file = io.BytesIO()
+        toy.draw_line(chain.text, self.rng).save(file, "PNG")
+        picture, gold = {"bytes": file.getvalue(), "path": "x.png"}, options[LETTERS.index(letter)]
         said = dict(text=chain.text, answer=str(chain.answer), thought=toy.think(chain))
-        said |= dict(options=options, letter=letter, gold=options[LETTERS.index(letter)])
-        return said | dict(picture={"bytes": picture.getvalue(), "path": "x.png"})
+        return said | dict(options=options, letter=letter, gold=gold, picture=picture)
 
     def rows(self, form, times: int = 1) -> list:
         """form(question, number) of ROWS questions, or that many times as many."""
@@ -81,13 +82,13 @@ def mmlu_pro(q: dict, i: int) -> dict:
     return row | dict(category="health" if i % 2 else "math")
 
 
-def medqa(q: dict, count: int) -> dict:
+def medqa(q: dict, i: int, count: int) -> dict:
     row = dict(question=q["text"], answer=q["gold"], options=lettered(q, count))
     return row | dict(answer_idx=q["letter"], meta_info="step1")
 
 
-def mmmu(q: dict, id: str) -> dict:
-    row = dict(id=id, question="<image 1>", options=str(q["options"]), answer=q["letter"])
+def mmmu(q: dict, i: int, id: str) -> dict:
+    row = dict(id=f"{id}{i}", question="<image 1>", options=str(q["options"]), answer=q["letter"])
     return row | dict(image_1=q["picture"], question_type="multiple-choice")
 
 
@@ -99,12 +100,10 @@ def mmstar(q: dict, i: int) -> dict:
 
 def mathvista(q: dict, i: int) -> dict:
     row = dict(pid=str(i), question="Which?", unit=None, precision=None, metadata={"task": "sums"})
-    row |= dict(decoded_image=q["picture"], image="images/x.png")
-    if i:
-        more = dict(choices=q["options"], answer=q["gold"], answer_type="text")
-        return row | more | dict(question_type="multi_choice")
-    more = dict(choices=None, answer=q["answer"], answer_type="integer")
-    return row | more | dict(question_type="free_form")
+    row |= dict(decoded_image=q["picture"], question_type="free_form", answer_type="integer")
+    row |= dict(choices=None, answer=q["answer"])
+    choice = dict(choices=q["options"], answer=q["gold"], question_type="multi_choice")
+    return row | choice if i else row
 
 
 def mathvision(q: dict, i: int) -> dict:
@@ -142,16 +141,14 @@ def releases(make: Maker) -> Iterator[tuple[str, list | bytes | dict]]:
     yield "orz57k/orz_math_57k_collected.json", make.rows(orz57k, 3)
     yield "gsm8k/main/test-0.parquet", make.rows(gsm8k)
     yield "mmlu_pro/data/test-0.parquet", make.rows(mmlu_pro)
-    splits = {s: make.rows(lambda q, i: medqa(q, 5)) for s in ("train", "test")}
-    members = {f"data_clean/questions/US/{s}.jsonl": rows for s, rows in splits.items()}
-    yield "medqa/data_clean.zip", members
-    yield "medqa_4ops/phrases_no_exclude_test.jsonl", make.rows(lambda q, i: medqa(q, 4))
-    both = []
+    files = [f"data_clean/questions/US/{split}.jsonl" for split in ("train", "test")]
+    yield "medqa/data_clean.zip", {file: make.rows(partial(medqa, count=5)) for file in files}
+    yield "medqa_4ops/phrases_no_exclude_test.jsonl", make.rows(partial(medqa, count=4))
     for subject in ("Pharmacy", "Math"):
-        rows = make.rows(lambda q, i, subject=subject: mmmu(q, f"validation_{subject}_{i}"))
+        rows = make.rows(partial(mmmu, id=f"validation_{subject}_"))
         yield f"mmmu/{subject}/validation-0.parquet", rows
-        both += make.rows(lambda q, i, subject=subject: mmmu(q, f"test_{subject}_{i}"))
-    yield "mmmu_pro/standard (10 options)/test-0.parquet", both
+    rows = make.rows(partial(mmmu, id="test_Pharmacy_")) + make.rows(partial(mmmu, id="test_Math_"))
+    yield "mmmu_pro/standard (10 options)/test-0.parquet", rows
     yield "mmstar/mmstar.parquet", make.rows(mmstar)
     yield "mathvista/data/testmini-0.parquet", make.rows(mathvista)
     yield "mathvision/data/test-0.parquet", make.rows(mathvision)
@@ -191,55 +188,28 @@ def file_bytes(name: str, content: list | bytes | dict) -> bytes:
 
 
 # ---------------------------------------------------------------------- model and teacher
-def write_base(folder: Path) -> None:
-    """The shipped miniature base, or random weights in the same architecture."""
-    if list(SHIPPED.glob("*.safetensors")):
-        shutil.copytree(SHIPPED, folder)
-        return
-    write_model_files(folder)
-    write_random_weights(folder)
-
-
-def write_random_weights(folder: Path, prefixes: dict[str, str] | None = None) -> None:
-    """Weights for the config.json of a directory; prefixes: names of ours → keys in the file."""
-    import torch
-    from safetensors.torch import save_file
-
-    from model import Model, ModelConfig
-
-    torch.manual_seed(0)
-    model, tensors = Model(ModelConfig.from_dir(folder), with_vision=True), {}
-    for name, p in model.named_parameters():
-        first = name.split(".")[0]
-        key = name.replace(first, (prefixes or {}).get(first, first), 1)
-        tensors[key] = p.detach().to(torch.bfloat16).contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def write_qwen3_vl(folder: Path) -> None:
     """A random Qwen3-VL, tied as the 2B and 4B are, with the miniature's tokenizer."""
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
     write_model_files(folder)
     old = json.loads((folder / "config.json").read_text())
     sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size".split()
-    text = {k: old[k] for k in (*sizes, "num_key_value_heads", "rms_norm_eps")}
-    text |= dict(model_type="qwen3_vl_text", head_dim=48, rope_theta=5000000)
-    text["rope_scaling"] = {"rope_type": "default", "mrope_section": [10, 8, 6]}
-    tower = ("depth", "hidden_size", "num_heads", "in_channels")
-    vision = {k: old["vision_config"][k] for k in tower} | dict(intermediate_size=128)
-    vision |= dict(model_type="qwen3_vl", out_hidden_size=old["hidden_size"])
-    vision |= dict(hidden_act="gelu_pytorch_tanh", patch_size=16, temporal_patch_size=2)
-    vision |= dict(spatial_merge_size=2, num_position_embeddings=2304)
+    text = {k: old[k] for k in (*sizes, "num_key_value_heads", "rms_norm_eps")} | dict(head_dim=48)
+    rope = dict(rope_type="default", rope_theta=5000000, mrope_section=[10, 8, 6])
+    text |= dict(rope_parameters=rope, tie_word_embeddings=True)
+    vision = {k: old["vision_config"][k] for k in ("depth", "hidden_size", "num_heads")}
+    vision |= dict(intermediate_size=128, out_hidden_size=old["hidden_size"])
     vision |= dict(deepstack_visual_indexes=[0, 1])
-    config = dict(architectures=["Qwen3VLForConditionalGeneration"], model_type="qwen3_vl")
-    config |= {k: v for k, v in old.items() if k.endswith("token_id")}
-    config |= dict(tie_word_embeddings=True, text_config=text, vision_config=vision)
-    images = dict(size={"shortest_edge": 32 * 32, "longest_edge": 80 * 32 * 32})
-    images |= dict(patch_size=16, temporal_patch_size=2, merge_size=2)
-    images |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, processor_class="Qwen3VLProcessor")
-    images |= dict(image_processor_type="Qwen2VLImageProcessorFast")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
-    write_random_weights(folder, {"model": "model.language_model", "visual": "model.visual"})
+    tokens = {k: v for k, v in old.items() if k.endswith("token_id")}
+    sides = dict(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**sides, **tokens))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    images = dict(size={"shortest_edge": 32 * 32, "longest_edge": 80 * 32 * 32}, patch_size=16)
+    images |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
 
 
 def write(folder: Path, model: str = "") -> None:
@@ -255,7 +225,7 @@ def write(folder: Path, model: str = "") -> None:
             (release / "download.json").write_text(note)
     aside = folder / "base.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    (write_qwen3_vl if "Qwen3-VL" in model else write_base)(aside)
+    write_qwen3_vl(aside) if "Qwen3-VL" in model else shutil.copytree(SHIPPED, aside)
     aside.rename(folder / "base")
     print(f"{folder}: base and {len(list(top.iterdir()))} releases of {ROWS} rows and more")
 
@@ -278,14 +248,8 @@ def teach(out: Path, problems: Path) -> None:
     print(f"{out}: {len(rows)} samples rewritten, {right:.0f} of them right")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) in (2, 3) and argv[0] == "write":
-        write(Path(argv[1]), *argv[2:])
-    elif len(argv) == 3 and argv[0] == "teach":
-        teach(Path(argv[1]), Path(argv[2]))
-    else:
-        raise SystemExit(__doc__)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
+    command, folder, *rest = sys.argv[1:]
+    write(Path(folder), *rest) if command == "write" else teach(Path(folder), Path(*rest))

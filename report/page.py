@@ -3,9 +3,9 @@
     python -m report runs/demo --out report.html                # every run below a directory
     python -m report base=runs/eval_base SFT=runs/eval_sft runs/sft runs/grpo --out report.html
 
-It reads run directories of train_sft.py, train_grpo.py and eval.py: finished, running or killed.
-The page is one file that opens from disk; nothing is fetched. At most --samples samples are taken,
-in whole groups from evenly spaced steps, and long texts lose their middle; the page says so.
+Runs of train_sft.py, train_grpo.py and eval.py: finished, running or killed. The page is one file
+that opens from disk; nothing is fetched. It holds at most --samples samples, whole groups from
+evenly spaced steps, and says how many there are.
 
 What a model wrote stays text: JSON that cannot end its element, shown by textContent only, and the
 page's policy allows no script but its own.
@@ -35,7 +35,6 @@ from scoring.tables import COLUMNS, PAIRED, by_run, by_set, paired, plus_minus
 
 TEMPLATE = Path(__file__).with_name("template.html")
 COLOURS = "#3d85c6 #c2571a #2e8b57 #8e5ea2 #b8860b #c2185b #00838f #8d99a6".split()  # one a run
-POINTS = 400  # a longer curve is drawn as means of bins, with their range shaded
 LABELS = json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9}
 STYLE |= {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False}
@@ -44,28 +43,16 @@ esc = html.escape
 
 
 # ---- curves
-def thin(points: dict[int, float]) -> list[list[float]]:
-    """[steps, values, lowest, highest]: the points, or of more than POINTS the means of even bins.
-    {1: 5, 2: 7, 3: 6} of POINTS = 2: [[1.5, 3], [6, 6], [5, 6], [7, 6]]"""
-    xs, size = sorted(points), math.ceil(len(points) / POINTS)
-    bins = [xs[i : i + size] for i in range(0, len(xs), size)]
-    values = [[points[x] for x in b] for b in bins]
-    middle = [[sum(v) / len(v) for v in some] for some in (bins, values)]
-    return [*middle, list(map(min, values)), list(map(max, values))]
-
-
-def panel(
-    title: str, metrics: list[str], runs: list[dict], x: str = "step", note: str = ""
-) -> dict:
-    """A chart's data; runs: metric → step → value. An evaluation's 95% interval becomes a band."""
+def panel(title: str, metrics: list[str], runs: list[dict], note: str = "", x="step") -> dict:
+    """A chart's data; runs: metric → step → value. An evaluation's 95% interval becomes a band:
+    points [steps, values, low ends, high ends]."""
     lines = []
     for metric in metrics:
         for i, series in enumerate(runs):
             if metric in series:
-                points = thin(series[metric])
-                ends = [metric.removesuffix("greedy") + end for end in ("low", "high")]
-                if metric.startswith("eval/") and all(e in series for e in ends):
-                    points[2:] = (thin(series[e])[1] for e in ends)
+                steps, prefix = sorted(series[metric]), metric.removesuffix("greedy")
+                band = [f"{prefix}low", f"{prefix}high"] if f"{prefix}low" in series else []
+                points = [steps, *([series[k][step] for step in steps] for k in [metric, *band])]
                 lines.append({"run": i, "metric": metric, "points": points})
     log = title.startswith("sampler against trainer")
     return {"title": title, "metrics": metrics, "x": x, "note": note, "log": log, "lines": lines}
@@ -81,13 +68,13 @@ def chart_group(runs: list[RunDir], title: str, kind: str) -> list[dict]:
         metrics = [k for t in tests for k in left if re.fullmatch(t, k)]
         left = {k: None for k in left if k not in metrics}
         if metrics:
-            panels.append(panel(heading, metrics, series, note=note))
-    bands = {k for k in left if re.fullmatch(r"eval/(.+/)?(low|high|n)", k)}
-    others = [panel(k, [k], series) for k in left if k not in bands]
-    groups = [{"title": title, "runs": names, "panels": panels}]
+            panels.append(panel(heading, metrics, series, note))
+    others = [k for k in left if not re.fullmatch(r"eval/(.+/)?(low|high|n)", k)]
+    groups = [{"title": title, "runs": names, "panels": panels}] if runs else []
     if others:
-        groups.append({"title": f"{title}: other metrics", "runs": names, "panels": others})
-    return groups if runs else []
+        panels = [panel(k, [k], series) for k in others]
+        groups.append({"title": f"{title}: other metrics", "runs": names, "panels": panels})
+    return groups
 
 
 def budget_group(runs: list[RunDir]) -> list[dict]:
@@ -99,7 +86,7 @@ def budget_group(runs: list[RunDir]) -> list[dict]:
         for r in runs:
             points = [(int(b), s[name]) for b, s in r.result["budgets"].items() if name in s]
             drawn.append({k: {b: m[v] for b, m in points} for k, v in kinds.items() if points})
-        panels.append(panel(name, list(kinds), drawn, "thinking budget, tokens"))
+        panels.append(panel(name, list(kinds), drawn, x="thinking budget, tokens"))
     title = "Accuracy by thinking budget"
     return [{"title": title, "runs": [r.name for r in runs], "panels": panels}] if runs else []
 
@@ -107,64 +94,45 @@ def budget_group(runs: list[RunDir]) -> list[dict]:
 # ---- accuracy
 def sets_by_measure(runs: list[RunDir]) -> dict[str, dict[str, dict[str, dict]]]:
     """measure → run → set → metrics of all finished evaluations: a figure compares models, not
-    protocols. Of two runs with one name the first counts; a note says so."""
+    protocols."""
     found: dict[str, dict] = {}
-    for run in runs:
-        if sets := run.result.get("sets"):
-            settings = run.result["settings"]
-            measure = next(iter(sets.values()))["metric"]  # greedy, avg@5
-            if budget := settings.get("think_budget"):
-                measure += f", forced exit at {budget} tokens"
-            measure += ", images removed" * bool(settings.get("blind"))
-            if found.setdefault(measure, {}).setdefault(run.name, sets) is not sets:
-                said = f"another run named {run.name} is shown; give each its own with NAME=DIR"
-                run.notes.append(f"{measure}: {said}")
+    for run in (r for r in runs if r.result.get("sets")):
+        settings = run.result["settings"]
+        measure = next(iter(run.result["sets"].values()))["metric"]  # greedy, avg@5
+        if budget := settings.get("think_budget"):
+            measure += f", forced exit at {budget} tokens"
+        measure += ", images removed" * bool(settings.get("blind"))
+        found.setdefault(measure, {})[run.name] = run.result["sets"]
     return found
-
-
-def short(name: str, most: int = 32) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def accuracy_figure(runs: dict[str, dict[str, dict]]) -> Figure:
     """Bars in groups of sets, a bar a run with its 95% interval, as in the paper's figures. runs:
     name → set → metrics."""
     names = list(dict.fromkeys(name for sets in runs.values() for name in sets))
+    labels = [run if len(run) < 33 else f"{run[:31]}…" for run in runs]
     width, inches = 0.82 / len(runs), max(0.9, 0.3 + 0.36 * len(runs))  # of a bar; of a set
-    longest = 0.5 + 0.085 * max(len(short(r)) for r in runs)  # inches of a legend's entry
-    wide = max(5.0, 1.4 + len(names) * inches)
-    columns = max(1, min(len(runs), int(wide / longest)))
+    wide, longest = max(5.0, 1.4 + len(names) * inches), 0.5 + 0.085 * max(map(len, labels))
+    columns = max(1, min(len(runs), int(wide / longest)))  # of the legend
     size = (wide, 3.2 + 0.2 * math.ceil(len(runs) / columns))
     figure = Figure(figsize=size, layout="constrained")
     axes, top = figure.subplots(), 0.0
-    for i, (run, sets) in enumerate(runs.items()):
+    for i, (label, sets) in enumerate(zip(labels, runs.values())):
         x = [names.index(name) + (i - (len(runs) - 1) / 2) * width for name in sets]
         y, low, high = ([100 * m[k] for m in sets.values()] for k in ("accuracy", "low", "high"))
-        axes.bar(x, y, width * 0.94, color=COLOURS[(i - 1) % len(COLOURS)], label=short(run))
+        axes.bar(x, y, width * 0.94, color=COLOURS[(i - 1) % len(COLOURS)], label=label)
         errors = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
         axes.errorbar(x, y, errors, fmt="none", ecolor="#222", elinewidth=1, capsize=2.5)
         for at, value, above in zip(x, y, high):
             axes.text(at, above + 1.2, f"{value:.1f}", ha="center", va="bottom", fontsize=8)
         top = max(top, *high)
-    labels = [textwrap.fill(short(n.replace("_", " ")), int(13 * inches)) for n in names]
-    axes.set_xticks(range(len(names)), labels)
-    axes.set_ylabel("accuracy, %")
-    axes.set_xlim(-0.6, len(names) - 0.4)
-    axes.set_ylim(0, min(112, top + 10))
+    ticks = [textwrap.fill(name.replace("_", " "), int(13 * inches)) for name in names]
+    axes.set_xticks(range(len(names)), ticks)
+    axes.set(ylabel="accuracy, %", xlim=(-0.6, len(names) - 0.4), ylim=(0, min(112, top + 10)))
     axes.grid(axis="y", alpha=0.25, lw=0.6)
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper left", ncols=columns, frameon=False)
     return figure
-
-
-def save_figure(runs: list[RunDir], path: Path) -> None:
-    """The accuracy figure of the first measure alone, as a file (SVG, PNG or PDF by its name)."""
-    measures = list(sets_by_measure(runs).values())
-    if not measures:
-        raise ValueError(f"{path}: no finished evaluation (OUT/result.json) among the runs")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    accuracy_figure(measures[0]).savefig(path, dpi=150, metadata=metadata)
 
 
 def accuracy_section(runs: list[RunDir]) -> str:
@@ -176,12 +144,11 @@ def accuracy_section(runs: list[RunDir]) -> str:
         width = 96 * figure.get_figwidth()  # CSS pixels; it shrinks to 3/4 of that, then scrolls
         size = f"width: {width:.0f}px; max-width: max(100%, {0.75 * width:.0f}px)"
         cells = [f"{run} {n} {plus_minus(m)}" for run, s in named.items() for n, m in s.items()]
-        alt = esc(f"{measure}: {'; '.join(cells)}")
         source = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         parts.append(
             f'<h3>{esc(measure)}</h3><div class=wide><img class=accuracy style="{size}" '
-            f'alt="{alt}" src="{source}"></div>{table(*by_run(named))}'
-            "<details><summary>What became of the outputs</summary>"
+            f'alt="{esc(measure)}: {esc("; ".join(cells))}" src="{source}"></div>'
+            f"{table(*by_run(named))}<details><summary>What became of the outputs</summary>"
             f"{table(*by_set(named), COLUMNS.values())}</details>"
         )
     for run in runs:
@@ -204,8 +171,7 @@ def table(head: list[str], rows: list[list[str]], labels: Iterable[tuple[str, st
     lines = "".join("<tr>" + "".join(f"<td>{esc(c)}" for c in row) for row in rows)
     means = "".join(f"<dt>{esc(k)}<dd>{esc(v)}" for k, v in notes)
     heads = "".join(f"<th>{esc(h)}" for h in head)
-    below = f"<dl>{means}</dl>" if means else ""
-    return f"<div class=wide><table><tr>{heads}{lines}</table></div>{below}"
+    return f"<div class=wide><table><tr>{heads}{lines}</table></div><dl>{means}</dl>"
 
 
 def text_of(value: Any) -> str:
@@ -225,20 +191,16 @@ def settings_that_differ(runs: list[RunDir]) -> str:
     return f"<h2 id=settings>Settings that differ</h2>{''.join(parts)}" if parts else ""
 
 
-def run_cards(runs: list[RunDir]) -> str:
-    """Each run's notes, header and configuration."""
-    cards = []
-    for r in runs:
-        notes = "".join(f"<li>{esc(n)}" for n in dict.fromkeys(r.notes))
-        folds = ""
-        for title, values in (("header", r.header), ("configuration", r.config)):
-            rows = [[k, text_of(v)] for k, v in values.items()]
-            folds += f"<details><summary>{title}</summary>{table(['', ''], rows)}</details>"
-        cards.append(
-            f"<div class=run><h3>{esc(r.name)} <small>{r.kind} · {esc(str(r.path))}</small></h3>"
-            f"<ul class=missing>{notes}</ul>{folds}</div>"
-        )
-    return "".join(cards)
+def run_card(r: RunDir) -> str:
+    """A run's notes, header and configuration."""
+    folds = ""
+    for title, values in (("header", r.header), ("configuration", r.config)):
+        rows = [[k, text_of(v)] for k, v in values.items()]
+        folds += f"<details><summary>{title}</summary>{table(['', ''], rows)}</details>"
+    return (
+        f"<div class=run><h3>{esc(r.name)} <small>{r.kind} · {esc(str(r.path))}</small></h3>"
+        f"<ul class=missing>{''.join(f'<li>{esc(n)}' for n in r.notes)}</ul>{folds}</div>"
+    )
 
 
 def safe_json(value: Any) -> str:
@@ -248,15 +210,14 @@ def safe_json(value: Any) -> str:
 
 
 def build_page(runs: list[RunDir], title: str, most: int) -> str:
-    """The page's HTML. Samples and accuracies come first: what they lack becomes notes of runs."""
-    page, accuracy = collect_samples(runs, most), accuracy_section(runs)
+    """The page's HTML. Samples come first: what they lack becomes notes of runs."""
+    page = collect_samples(runs, most) | {"colours": COLOURS, "labels": LABELS["sample"]}
     page["charts"] = chart_group(runs, "Stage one: supervised fine-tuning", "sft")
     page["charts"] += chart_group(runs, "Stage two: GRPO", "grpo") + budget_group(runs)
-    page |= {"colours": COLOURS, "labels": LABELS["sample"]}
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*)</script>", template, re.S)[1]
     head = ["run", "script", "status", "directory", "notes, see the end of the page"]
-    lines = [[r.name, r.kind, r.status, str(r.path), f"{len(set(r.notes))}"] for r in runs]
+    lines = [[r.name, r.kind, r.status, str(r.path), str(len(r.notes))] for r in runs]
     parts = {
         "TITLE": esc(title),
         "TIME": time.strftime("%Y-%m-%d %H:%M"),
@@ -264,8 +225,8 @@ def build_page(runs: list[RunDir], title: str, most: int) -> str:
         "HASH": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "SUMMARY": table(head, lines),
         "SETTINGS": settings_that_differ(runs),
-        "ACCURACY": accuracy,
-        "RUNS": run_cards(runs),
+        "ACCURACY": accuracy_section(runs),
+        "RUNS": "".join(map(run_card, runs)),
     }  # one pass: nothing inserted is looked at again
     return re.sub(r"@@([A-Z]+)@@", lambda m: parts[m[1]], template)
 
@@ -281,12 +242,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = Path(args.out)
     with exit_on_value_error():
-        if out.suffix.lower() not in (".html", ".htm"):  # a slip would overwrite a run's file
+        if out.suffix != ".html":  # a slip would overwrite a run's file
             raise ValueError(f"--out {out}: the page is HTML; name it {out.stem}.html")
         runs = [load_run(name, path) for name, path in find_runs(args.runs)]
-        if args.figure:
-            save_figure(runs, Path(args.figure))
-        out.parent.mkdir(parents=True, exist_ok=True)
+        if file := args.figure:  # of the first measure
+            if not (measures := list(sets_by_measure(runs).values())):
+                raise ValueError(f"--figure {file}: no finished evaluation (result.json) to draw")
+            metadata = {"Date": None} if file.endswith(".svg") else None
+            accuracy_figure(measures[0]).savefig(file, dpi=150, metadata=metadata)
         text = build_page(runs, args.title, max(1, args.samples))
         out.write_text(text, encoding="utf-8", errors="replace")
     print(f"{out}: {len(runs)} runs, {len(text) / 1e6:.1f} MB")

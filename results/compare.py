@@ -3,15 +3,14 @@
 python results/compare.py base=runs/eval/base_greedy x_reasoner=runs/eval/x_reasoner_greedy
 python results/compare.py runs/eval/x_reasoner_greedy       NAME of paper.json, default x_reasoner
 
-One line per set of questions for which the paper has a number of that model under that protocol:
-greedy, avg@5 (any number of samples at 0.3), or text-solvable questions removed (eval.py --drop).
-Everything is in percent. The first line names what departs from the paper's protocol.
+A line for each set for which the paper has a number of that model under that protocol: greedy,
+avg@5 (any number of samples at 0.3), or text-solvable questions removed (eval.py --drop). After
+them, with base=…, the gains over it: what training changed, free of prompt, pixels and parser.
 
 ± is half a 95% interval: ours as eval.py found it; the paper reports none, so its own follows from
-the number of questions, p(1-p)/n. The interval of a difference treats the two as independent. They
-share their questions, so it is too wide rather than too narrow: believe "beyond noise"; "within
-noise" means that this set cannot tell. With base=… given, gains over it follow: what training
-changed, free of what prompt, pixels and parser do to the level. "~" was read off a figure.
+the number of questions, p(1-p)/n. That of a difference takes the two as independent; they share
+their questions, so it is too wide rather than too narrow: believe "beyond noise"; "within noise"
+means that this set cannot tell. "~" was read off a figure.
 """
 
 from __future__ import annotations
@@ -55,17 +54,13 @@ def protocol_of(result: dict) -> str:
 
 def departures(result: dict) -> list[str]:
     """What an evaluation did differently from the paper: ["--think_budget 0 (paper: 3800)"]."""
-    s = result["settings"]
-    found = [f"--{k} {s[k]} (paper: {v})" for k, v in PROTOCOL.items() if s.get(k, v) != v]
+    s, limit, rule = result["settings"], result["limit"], result["rules"]["rule"]
+    found = [f"--{k} {s[k]} (paper: {v})" for k, v in PROTOCOL.items() if s[k] != v]
     if s["temperature"] not in (0, 0.3):
         found.append(f"--temperature {s['temperature']} (paper: 0 or 0.3)")
-    if result.get("limit"):
-        found.append(f"--limit {result['limit']}")
-    if result.get("bad_rows"):
-        found.append(f"{result['bad_rows']} rows left out by --skip_bad_rows")
-    if result["rules"]["rule"] != "answer":
-        found.append(f"--rule {result['rules']['rule']}")
-    return found
+    if bad := result.get("bad_rows"):
+        found.append(f"{bad} rows left out by --skip_bad_rows")
+    return found + [f"--limit {limit}"] * bool(limit) + [f"--rule {rule}"] * (rule != "answer")
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -96,16 +91,14 @@ def levels(model: str, result: dict) -> list[list[str]]:
     lines = []
     for name, paper in paper_of(model, protocol_of(result)).items():
         if ours := result["sets"].get(name):
-            both = math.hypot(half(ours), paper["half"])
-            difference = 100 * ours["accuracy"] - paper["accuracy"]
+            accuracy, both = 100 * ours["accuracy"], math.hypot(half(ours), paper["half"])
+            difference = accuracy - paper["accuracy"]
             n = str(ours["n"]) if ours["n"] == paper["n"] else f"{ours['n']} of {paper['n']}"
             about = "" if paper.get("sure", True) else "~"
-            lines.append(
-                [model, name, n, f"{100 * ours['accuracy']:.1f} ± {half(ours):.1f}"]
-                + [f"{about}{paper['accuracy']:.1f} ± {paper['half']:.1f}"]
-                + [f"{difference:+.1f} ± {both:.1f}", verdict(difference, both, ours["n"])]
-                + [paper["source"]]
-            )
+            theirs = f"{about}{paper['accuracy']:.1f} ± {paper['half']:.1f}"
+            cells = [model, name, n, f"{accuracy:.1f} ± {half(ours):.1f}", theirs]
+            judged = verdict(difference, both, ours["n"])
+            lines.append([*cells, f"{difference:+.1f} ± {both:.1f}", judged, paper["source"]])
     return lines
 
 
@@ -137,13 +130,13 @@ def report(results: list[tuple[str, dict]]) -> str:
     if not lines:
         return f"{first}\nthe paper has no number for these sets under this protocol"
     head = ["model", "set", "n", "ours", "paper", "difference", "verdict", "source"]
-    table = text(head, lines, left=(0, 1, 6, 7))
-    parts, base = [f"{first}\n{table}"], dict(results).get("base")
-    others = [(name, result) for name, result in results if base and name != "base"]
-    if more := [line for name, result in others for line in gains(name, result, base)]:
+    said, base = f"{first}\n{text(head, lines, left=(0, 1, 6, 7))}", dict(results).get("base")
+    if more := [
+        line for name, r in results if base not in (None, r) for line in gains(name, r, base)
+    ]:
         head = ["model", "set", "our gain", "paper's gain", "difference of the two"]
-        parts.append("gains over base, in points\n" + text(head, more, left=(0, 1, 4)))
-    return "\n\n".join(parts)
+        said += f"\n\ngains over base, in points\n{text(head, more, left=(0, 1, 4))}"
+    return said
 
 
 def load(argument: str) -> tuple[str, dict]:
@@ -161,9 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]DIR", help=f"NAME: {', '.join(MODELS)}")
-    args = parser.parse_args(argv)
     with exit_on_value_error():
-        results = [load(a) for a in args.runs]
+        results = [load(a) for a in parser.parse_args(argv).runs]
         if [name for name, _ in results].count("base") > 1:
             raise ValueError("base= is given twice")
         if len({protocol_of(r) for _, r in results}) > 1:

@@ -22,10 +22,6 @@ def mean(values: Iterable[float]) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
-def rewards_of(samples: Samples) -> list[list[float]]:
-    return [[s.reward for s in group] for group in samples]
-
-
 def cluster(problem: dict) -> str:
     """Questions about one image are not independent: they share a cluster."""
     named = (problem.get("meta") or {}).get("cluster")
@@ -70,22 +66,23 @@ def accuracy_by(
 def vote_metrics(samples: Samples, n: int) -> dict[str, dict[str, float]]:
     """pass@k and maj@n of n samples per problem: {"pass": {"1": …, "2": …}, "maj": {"n": …}}.
     In the vote, right answers agree, since all equal the gold; no answer is no vote."""
-    right, votes = [round(sum(scores)) for scores in rewards_of(samples)], []
+    votes = []
     for group in samples:
         wrong = [s.answer if s.status == "ok" and not s.reward else None for s in group]
         labels = stats.answer_classes(wrong, lambda a, b: a == b or rewards.is_equal(a, b))
         labels = ["right" if s.reward else label for s, label in zip(group, labels)]
         votes.append(stats.majority(labels, [s.reward for s in group]))
+    right = [round(sum(s.reward for s in group)) for group in samples]
     ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64) if k < n} | {n})
-    return {
-        "pass": {str(k): mean(stats.pass_at_k(n, c, k) for c in right) for k in ks},
-        "maj": {str(n): mean(votes)},
-    }
+    passes = {str(k): mean(stats.pass_at_k(n, c, k) for c in right) for k in ks}
+    return {"pass": passes, "maj": {str(n): mean(votes)}}
 
 
 def set_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
-    """All metrics of one set of questions; shares are of samples and lie in [0, 1]."""
-    e, flat, n = accuracy(problems, rewards_of(samples)), sum(samples, []), settings["samples"]
+    """All metrics of one set of questions; shares are of samples and lie in [0, 1]. With subsets:
+    the accuracy of each, and the mean over them (macro)."""
+    scores, n = [[s.reward for s in group] for group in samples], settings["samples"]
+    e, flat = accuracy(problems, scores), sum(samples, [])
     natural = [s.reward for s in flat if not s.finish_reason.startswith("forced")]
     metrics = {
         "n": len(problems),
@@ -105,21 +102,20 @@ def set_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
         "tokens_mean": mean(len(s.tokens) for s in flat),
         "words_mean": mean(len(s.text.split()) for s in flat),
     }
-    return metrics | (vote_metrics(samples, n) if n > 1 else {})
+    if n > 1:
+        metrics |= vote_metrics(samples, n)
+    if len(subsets := accuracy_by("subset", problems, scores)) > 1:
+        metrics["macro"] = mean(e.mean for e in subsets.values())
+        metrics["subsets"] = {k: {"n": e.n, "accuracy": e.mean} for k, e in subsets.items()}
+    return metrics
 
 
-# ------------------------------------------------------------------------------ a whole evaluation
-def all_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict:
-    """set → its metrics, with the accuracy of its subsets and the mean over these (macro)."""
-    sets = {}
-    for name, at in sets_of(problems).items():
-        mine, groups = [problems[i] for i in at], [samples[i] for i in at]
-        sets[name] = set_metrics(mine, groups, settings)
-        parts = accuracy_by("subset", mine, rewards_of(groups))
-        if len(parts) > 1:
-            sets[name]["macro"] = mean(e.mean for e in parts.values())
-            sets[name]["subsets"] = {k: {"n": e.n, "accuracy": e.mean} for k, e in parts.items()}
-    return sets
+def all_metrics(problems: list[dict], samples: Samples, settings: dict) -> dict[str, dict]:
+    """set → its metrics."""
+    return {
+        name: set_metrics([problems[i] for i in at], [samples[i] for i in at], settings)
+        for name, at in sets_of(problems).items()
+    }
 
 
 # ------------------------------------------------------------------------------- paired comparison
@@ -133,32 +129,35 @@ def compare(problems: list[dict], samples: Samples, theirs: Iterable[Sample], ot
     for s in theirs:
         if s.lenient is not None:  # an unfinished run may hold ungraded samples
             stored.setdefault(s.id, []).append(s)
-    if not any(p["id"] in stored for p in problems):
+    pairs = {
+        i: (p, group, stored[p["id"]])
+        for i, (p, group) in enumerate(zip(problems, samples))
+        if p["id"] in stored
+    }
+    if not pairs:
         raise ValueError(f"--compare {other}: it has none of these problems")
-    golds = {i: group[0].gold for i, group in stored.items()}
-    if changed := [p["id"] for p in problems if golds.get(p["id"], p["answer"]) != p["answer"]]:
+    if changed := [p["id"] for p, _, group in pairs.values() if group[0].gold != p["answer"]]:
         raise ValueError(
             f"--compare {other}: the gold of {changed[0]} differs there ({len(changed)} differ); "
             f"grade both with the same data, --rescore"
         )
     sets = {}
     for name, at in sets_of(problems).items():
-        if both := [i for i in at if problems[i]["id"] in stored]:
-            pairs = [(samples[i], stored[problems[i]["id"]]) for i in both]
-            sets[name] = compare_set([cluster(problems[i]) for i in both], pairs)
+        if both := [pairs[i] for i in at if i in pairs]:
+            sets[name] = compare_set(both)
     return {"other": other, "sets": sets}
 
 
-def compare_set(clusters: list[str], pairs: list[tuple[list[Sample], list[Sample]]]) -> dict:
-    """The paired difference of one set; exact McNemar where both runs have one sample per problem.
-    low, high, p and mde are None where all questions differ equally, which says nothing of chance.
-    """
-    a, b = (np.array([mean(s.reward for s in pair[side]) for pair in pairs]) for side in (0, 1))
-    d = stats.paired_difference(a, b, clusters)
-    out = {"n": len(pairs), "clusters": d.clusters, "this": mean(a), "other": mean(b)}
+def compare_set(both: list[tuple[dict, list[Sample], list[Sample]]]) -> dict:
+    """The paired difference of one set, from (problem, samples here, samples there); exact McNemar
+    where both runs have one sample per problem. low, high, p and mde are None where all questions
+    differ equally, which says nothing of chance."""
+    a, b = (np.array([mean(s.reward for s in row[side]) for row in both]) for side in (1, 2))
+    d = stats.paired_difference(a, b, [cluster(p) for p, *_ in both])
+    out = {"n": len(both), "clusters": d.clusters, "this": mean(a), "other": mean(b)}
     known = {"low": d.low, "high": d.high, "p": d.p, "mde": stats.mde(d.se)}
     out |= {"difference": d.difference, **(known if d.se > 0 else dict.fromkeys(known))}
-    if all(len(group) == 1 for pair in pairs for group in pair):
+    if all(len(ours) == len(theirs) == 1 for _, ours, theirs in both):
         only = int((a > b).sum()), int((b > a).sum())
         out |= {"only_this": only[0], "only_other": only[1], "mcnemar": stats.mcnemar(*only)}
     return out

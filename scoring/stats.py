@@ -1,7 +1,7 @@
 """Statistics of an evaluation: intervals, paired tests, pass@k, votes.
 
-The unit is the question: the samples of one question are averaged first, and every function below
-takes one number per question. Questions about one image are not independent: pass `clusters`.
+The unit is the question: average its samples first. Questions about one image are not independent:
+pass `clusters`.
 
     e = interval(means, clusters)                      # e.mean, e.se, e.low, e.high, e.method
     d = paired_difference(means_a, means_b, clusters)  # two runs on the same questions
@@ -63,16 +63,16 @@ def answer_classes(answers: Sequence[Any], is_equal: Callable[[Any, Any], bool])
     >>> answer_classes(["0.5", None, "1/2", "2"], lambda a, b: {a, b} <= {"0.5", "1/2"} or a == b)
     [0, None, 0, 1]
     """
-    firsts, labels = [], []
-    for answer in answers:
-        if answer is None:
-            labels.append(None)
-            continue
-        label = next((i for i, a in enumerate(firsts) if is_equal(answer, a)), len(firsts))
-        if label == len(firsts):
-            firsts.append(answer)
-        labels.append(label)
-    return labels
+    firsts: list = []  # of each class
+
+    def label(answer) -> int:
+        for i, first in enumerate(firsts):
+            if is_equal(answer, first):
+                return i
+        firsts.append(answer)
+        return len(firsts) - 1
+
+    return [None if answer is None else label(answer) for answer in answers]
 
 
 def majority(labels: Sequence[Hashable | None], scores: Sequence[float]) -> float:
@@ -88,7 +88,7 @@ def majority(labels: Sequence[Hashable | None], scores: Sequence[float]) -> floa
             classes.setdefault(label, []).append(score)
     most = max(map(len, classes.values()), default=0)
     winners = [np.mean(members) for members in classes.values() if len(members) == most]
-    return float(np.mean(winners)) if winners else 0.0
+    return float(np.mean(winners or [0.0]))
 
 
 # ------------------------------------------------------------------ standard errors and intervals
@@ -130,16 +130,17 @@ def interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None
     if len(values) == 0:
         raise ValueError("no scores: an interval needs at least one question")
     mean, (se, count) = float(values.mean()), clustered_se(values, clusters)
-    if values.min() < 0 or values.max() > 1:
-        half = t_quantile(0.975, count - 1) * se if count > 1 else 0.0
-        return Interval(mean, se, mean - half, mean + half, len(values), count, "t")
-    if count < SMALL or min(mean, 1 - mean) * count < 5:
+    shares = values.min() >= 0 and values.max() <= 1
+    if shares and (count < SMALL or min(mean, 1 - mean) * count < 5):
         trials = mean * (1 - mean) / se**2 if se > 0 else float(count)
         if count == len(values) and set(np.unique(values)) <= {0.0, 1.0}:
             trials = float(count)
         return Interval(mean, se, *wilson(mean, trials), len(values), count, "wilson")
-    half = t_quantile(0.975, count - 1) * se
-    return Interval(mean, se, max(0.0, mean - half), min(1.0, mean + half), len(values), count, "t")
+    half = t_quantile(0.975, count - 1) * se if count > 1 else 0.0
+    low, high = mean - half, mean + half
+    if shares:
+        low, high = max(0.0, low), min(1.0, high)
+    return Interval(mean, se, low, high, len(values), count, "t")
 
 
 def t_tail(t: float, df: float) -> mpmath.mpf:
@@ -150,8 +151,7 @@ def t_tail(t: float, df: float) -> mpmath.mpf:
 @cache
 def t_quantile(q: float, df: float) -> float:
     """t with P(T <= t) = q, for 0.5 < q < 1: the root of `t_tail`, from the normal quantile on."""
-    root = mpmath.findroot(lambda t: t_tail(t, df) - (1 - q), NormalDist().inv_cdf(q))
-    return float(root)
+    return float(mpmath.findroot(lambda t: t_tail(t, df) - (1 - q), NormalDist().inv_cdf(q)))
 
 
 # ---------------------------------------------------------------------- two runs, same questions

@@ -16,10 +16,7 @@ Runs = dict[str, dict[str, dict]]
 COLUMNS = {  # metric of a set of questions → heading, meaning
     "pass": ("pass@k", "share of questions with a right answer among k samples (unbiased)"),
     "maj": ("maj@n", "share of questions whose most frequent answer of n samples is right"),
-    "lenient": (
-        "lenient",
-        "accuracy if the answer may stand outside the place that the rule names",
-    ),
+    "lenient": ("lenient", "accuracy if the answer may stand outside the rule's place"),
     "accuracy_without_exit": ("without exit", "accuracy if forced outputs counted as wrong"),
     "forced": ("forced", "outputs whose thought was ended by force at the thinking budget"),
     "truncated": ("truncated", "outputs that reached the token limit"),
@@ -49,9 +46,9 @@ def read_result(folder: str | Path) -> dict:
         result = json.loads(file.read_text(encoding="utf-8"))
         if {"settings", "rules", "sets"} <= result.keys() and result["sets"]:
             return result
-    except (ValueError, AttributeError) as e:
-        raise ValueError(f"{file}: cannot be read ({e}); run that evaluation again") from e
-    raise ValueError(f"{file}: not written by eval.py")
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{file}: not written by eval.py, or not to its end; run it again")
 
 
 def split_name(argument: str) -> tuple[str, str]:
@@ -95,7 +92,7 @@ def by_set(runs: Runs, keys: Iterable[str] = COLUMNS, name: str = "run") -> Tabl
     """A line a run and set: accuracy, its interval, and the metrics `keys` that any of them has.
     name: heading of the runs' names."""
     rows = [(run, task, m) for run, sets in runs.items() for task, m in sets.items()]
-    columns = {}  # heading → value of each row
+    columns: dict[str, list[str]] = {}  # heading → value of each row
     for key in keys:
         values = [m.get(key) for *_, m in rows]
         if key in ("pass", "maj"):  # {"1": 0.4, "5": 0.7}
@@ -105,14 +102,8 @@ def by_set(runs: Runs, keys: Iterable[str] = COLUMNS, name: str = "run") -> Tabl
             length = key.endswith("_mean")
             columns[COLUMNS[key][0]] = [f"{v:.0f}" if v and length else percent(v) for v in values]
     lines = [
-        [
-            run,
-            task,
-            f"{m['n']:,}",
-            percent(m["accuracy"]),
-            span(m),
-            *(c[i] for c in columns.values()),
-        ]
+        [run, task, f"{m['n']:,}", percent(m["accuracy"]), span(m)]
+        + [column[i] for column in columns.values()]
         for i, (run, task, m) in enumerate(rows)
     ]
     return [name, "set", "questions", "accuracy", "95% interval", *columns], lines

@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from test_memory import one_block, small
+from test_model import FLAT_7B, text_stream
 
 import model
 from core import attention, decode_kernels
+from model import Block, ModelConfig, rope_cos_sin
 
 
 class OnGpu(torch.Tensor):
@@ -117,6 +118,20 @@ def test_packed_gradients_in_bf16_equal_sdpa_for_each_document(kernels, causal, 
         assert x.dtype == torch.bfloat16 and relative(x, y) < 6e-3 < 0.2 < relative(z, y), name
 
 
+def one_block(mode):
+    """A small decoder block in bf16, and what its forward takes for three documents."""
+    changes = dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=2, vocab_size=320)
+    changes |= dict(intermediate_size=192, num_hidden_layers=1)
+    changes["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 1, 1]}
+    config, lengths = ModelConfig.from_dict({**FLAT_7B, **changes}), [60, 41, 7]
+    torch.manual_seed(0)
+    block = Block(config).to(torch.bfloat16)
+    block.checkpointing = mode
+    x = torch.randn(sum(lengths), 64, dtype=torch.bfloat16, requires_grad=True)
+    _, positions, cu = text_stream(lengths)
+    return block, (x, *rope_cos_sin(positions, config), cu, max(lengths))
+
+
 @pytest.mark.parametrize("mode, runs", [("none", 1), ("matmul", 1), ("full", 2)])
 def test_a_blocks_gradients_through_varlen_attn(kernels, monkeypatch, mode, runs):
     """All parameters of a decoder block, bf16, under each checkpointing mode: as through SDPA, and
@@ -129,7 +144,7 @@ def test_a_blocks_gradients_through_varlen_attn(kernels, monkeypatch, mode, runs
     gradients = []
     for attend in (attention.attend, on_gpu):
         monkeypatch.setattr(model, "attend", attend)
-        block, (x, *rest) = one_block(mode, torch.bfloat16, small(), [60, 41, 7])
+        block, (x, *rest) = one_block(mode)
         weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
         loss = (block(x, *rest) * weight).sum()
         gradients.append(torch.autograd.grad(loss, [x, *block.parameters()]))

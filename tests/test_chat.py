@@ -1,7 +1,5 @@
 """python -m tools.chat on the shipped miniature: streaming, turns, images, Ctrl-C."""
 
-import argparse
-
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -13,37 +11,18 @@ MODEL = ROOT / "toy" / "assets"
 
 @pytest.fixture(scope="module")
 def make_chat():
-    options = {name: default for name, (default, _) in tool.OPTIONS.items()}
-    options |= dict(model=str(MODEL), device="cpu", temperature=0.0, context=256, image=[])
-    return lambda **more: tool.Chat(argparse.Namespace(**options | more))
+    options = dict(model=str(MODEL), device="cpu", temperature=0.0, context=256)
+    return lambda **more: tool.Chat(tool.Config(**options | more))
 
 
-DIM, PLAIN = "\033[2m", "\033[0m"
-
-
-@pytest.mark.parametrize("opened", [False, True])
-def test_a_thought_is_dimmed_in_whatever_pieces_it_comes(opened, capsys):
-    """Tags come in several tokens: before the last of them nobody knows that a thought begins."""
-    text = "6·7</think>\n42" if opened else "<think>6·7</think>\n42"
-    for size in range(1, 12):
-        stream = tool.Stream(opened, colour=True)
-        for end in [*range(size, len(text), size), len(text)]:
-            stream.show(text[:end])
-        said = capsys.readouterr().out.replace(f"{PLAIN}{DIM}", "")
-        assert said == f"{DIM}{text.removesuffix(chr(10) + '42')}{PLAIN}\n42"
-    tool.Stream(False, colour=True).show("no thought, half a character: \ufffd")
-    assert capsys.readouterr().out == "no thought, half a character: "
-
-
-def test_an_answer_is_streamed_and_equals_the_samplers(make_chat, capsys, monkeypatch):
+def test_an_answer_is_streamed_and_equals_the_samplers(make_chat, monkeypatch):
     """What is printed piece by piece is what `generate` returns, and the conversation has it."""
     chat = make_chat(max_new_tokens=8)
     chat.stop = []  # the miniature's own answer is one digit
-    pieces, show = [], tool.Stream.show
-    spy = lambda self, text: (pieces.append(text), show(self, text))  # noqa: E731
-    monkeypatch.setattr(tool.Stream, "show", spy)
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *text, **how: pieces.extend(text))
     answer = chat.say("a=9;k=a-3;k?", [])
-    assert capsys.readouterr().out.split() == answer.split() and len(set(pieces)) > 2
+    assert "".join(pieces) == answer and len(pieces) > 2
     del chat.messages[1:]
     params = tool.SamplingParams(temperature=0, max_new_tokens=8, stop_ids=chat.stop)
     with tool.gathered(chat.model):
@@ -71,15 +50,15 @@ def test_ctrl_c_stops_the_answer_and_the_next_one_is_whole(make_chat, capsys, mo
     chat.stop = []  # the miniature's own answer is one digit
     whole = chat.say("a=9;k=a-3;k?", [])
     chat.new()
-    show, shown = tool.Stream.show, []
+    shown = []
 
-    def interrupted(self, text: str) -> None:
-        show(self, text)
+    def interrupted(*text, **how) -> None:
+        print(*text, **how)
         shown.append(text)
         if len(shown) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool.Stream, "show", interrupted)
+    monkeypatch.setattr(tool, "print", interrupted, raising=False)
     cut = chat.say("a=9;k=a-3;k?", [])
     assert whole.startswith(cut) and len(cut) < len(whole)
     assert " [stopped]\n" in capsys.readouterr().out

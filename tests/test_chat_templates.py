@@ -58,7 +58,7 @@ def test_a_thought_that_holds_the_tags_is_kept_or_refused(case):
     name, tokenizer = case
     strange = "<think>\nFirst <think> then.\n</think>\nNo </think> here."
     if name == "qwen3 thinking":
-        with pytest.raises(ValueError, match="opens the thought of turn 1 twice"):
+        with pytest.raises(ValueError, match="assistant turn 1 opens its thought twice"):
             encode(tokenizer, "Q", strange)
         return
     tokens, mask = encode(tokenizer, "Q", strange)
@@ -84,7 +84,7 @@ def test_a_template_that_opens_a_thought_twice_is_refused(case):
     tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
     tokenizer.chat_template = tokenizer.chat_template.replace("m.reasoning_content", "m.unknown")
     tokenizer.chat_template = tokenizer.chat_template.replace("'</think>' in text", "false")
-    with pytest.raises(ValueError, match="opens the thought of turn 1 twice"):
+    with pytest.raises(ValueError, match="assistant turn 1 opens its thought twice"):
         encode(tokenizer, "Q", INLINE)
 
 

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import load, text_stream
 
 from core import logprobs
 from core.logprobs import ChunkedLogProbs
+from data import Prompt
+from sampler import Sampler, SamplingParams
 
 ROWS, WIDTH, WORDS = 96, 32, 300
 
@@ -106,3 +109,25 @@ def test_only_gradients_that_are_asked_for_are_computed(monkeypatch):
     frozen = ChunkedLogProbs.apply(h, weight, targets.clamp(min=0), 1.0, False, None, 9)
     frozen[0].sum().backward()
     assert weight.shape not in made
+
+
+def test_the_fp32_product_is_never_part_of_a_graph(tiny_vl, monkeypatch):
+    """On CUDA `mm(out_dtype=…)` has no gradient. Neither training, with entropies or without, nor
+    sampling lets autograd see it; logits without targets do."""
+    seen, real = [], logprobs.matmul_fp32
+
+    def product(a, b):
+        seen.append(torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+        return real(a, b)
+
+    monkeypatch.setattr(logprobs, "matmul_fp32", product)
+    model, stream = load(tiny_vl).bfloat16(), text_stream([6, 9])
+    for entropy in (False, True):
+        scored = model(*stream, targets=stream[0], entropy=entropy)
+        sum(x.sum() for x in scored if x is not None).backward()
+    sampled = Sampler(model, max_len=8).generate(
+        [Prompt([1], None, None)], SamplingParams(max_new_tokens=3)
+    )
+    assert len(sampled) == 1 and len(seen) > 4 and not any(seen)
+    model(*stream)
+    assert seen[-1]

@@ -66,7 +66,6 @@ def run(name: str, source: Path | list[Path], tmp_path: Path, **options) -> tupl
     info = convert.convert(name, sources, str(out), **options)
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert info == json.loads(out.with_name(out.name + ".info.json").read_text(encoding="utf-8"))
-    assert info["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
     assert info["rows_out"] == len(rows)
     for row in rows:
         for image in row.get("images", []):
@@ -782,7 +781,7 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
     for source, message in (
         (wrong, r"wrong\.jsonl row 1: field 'question' is missing \(fields: Question, answer\)"),
         (torn, r"torn\.jsonl line 2: not JSON"),
-        (latin, "latin.jsonl: not UTF-8 at byte 17"),
+        (latin, "latin.jsonl line 1: not JSON .*utf-8.* position 17"),
         (empty, "no row .* could be converted: the tables are empty"),
         (nothing, r"could be converted: no #### in the answer \(.*nothing\.jsonl row 0\)"),
         (tmp_path / "folder", r"no table whose name matches .*here: other\.jsonl"),
@@ -796,7 +795,7 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
             convert.convert("gsm8k", [str(source)], out)
     with pytest.raises(SystemExit, match="unknown data set 'gsm9k'; there are: chat, openthoughts"):
         main(["gsm9k", str(wrong), "--out", out])
-    with pytest.raises(SystemExit, match=r"--out .*: its folder cannot be created"):
+    with pytest.raises(SystemExit, match=r"error: .*wrong\.jsonl"):
         main(["gsm8k", str(wrong), "--out", f"{wrong}/o.jsonl"])
     with pytest.raises(SystemExit, match="is the source itself"):
         main(["gsm8k", str(wrong), "--out", str(wrong)])
@@ -838,6 +837,7 @@ def test_the_same_source_gives_the_same_bytes_and_the_report_says_where_they_cam
     infos = [
         json.loads((tmp_path / f"{out}.jsonl.info.json").read_text()) for out in ("one", "two")
     ]
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
     assert infos[0] == infos[1] and infos[0]["download"]["revision"] == "commit-of-main"
     assert "the whole split has 1,319 rows" in capsys.readouterr().out
 
@@ -991,10 +991,10 @@ def test_chat_formats_become_the_conversation_schema(name, suffix, tmp_path):
         assert turns == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes")]
 
 
-def test_alpaca_input_and_history(tmp_path):
-    row = {"instruction": "Add.", "input": "1 1", "output": "2", "history": [["Hi", "Yes"]]}
+def test_alpaca_input_follows_the_instruction(tmp_path):
+    row = {"instruction": "Add.", "input": "1 1", "output": "2"}
     (turns,), _ = chat_rows(jsonl(tmp_path / "a.jsonl", [row]), tmp_path)
-    assert turns[2:] == [("user", "Add.\n\n1 1"), ("assistant", "2")] and turns[0][1] == "Hi"
+    assert turns == [("user", "Add.\n\n1 1"), ("assistant", "2")]
 
 
 def test_chat_images_from_urls_files_and_parquet(tmp_path):
@@ -1074,17 +1074,9 @@ def test_a_conversion_that_training_would_refuse_is_not_kept(tmp_path, monkeypat
 
     monkeypatch.setitem(public.SPECS, "aime", public.Spec(aime, "aime", 30))
     source = jsonl(tmp_path / "aime.jsonl", [{"ID": "1", "Problem": "How many?", "Answer": 204}])
-    with pytest.raises(ValueError, match="no row .*: kind: unknown kind 'quiz'"):
+    with pytest.raises(ValueError, match="no row .*: kind: missing or unknown: 'quiz'"):
         convert.convert("aime", [str(source)], str(tmp_path / "out.jsonl"))
     assert not list(tmp_path.glob("out*"))
-
-
-def test_golds_in_prose_are_reported_by_the_conversion(tmp_path, capsys):
-    rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)]
-    rows.append({"question": "Why?", "answer": "#### because both sides are equal"})
-    out = str(tmp_path / "o.jsonl")
-    main(["gsm8k", str(jsonl(tmp_path / "test.jsonl", rows)), "--out", out])
-    assert "1 rows to look at" in (said := capsys.readouterr().out) and "prose" in said
 
 
 def test_downloads_offline_and_of_unknown_names_say_what_to_do(tmp_path, monkeypatch):

@@ -107,26 +107,22 @@ def tokenize(file: str, model_dir: Path, tmp_path: Path, **settings):
 
 # ------------------------------------------------------------------------------ schemas and faults
 BAD_CONVERSATIONS = [
-    ('{"messages": [', "line", "not JSON"),
-    ("[1, 2]", "line", "a JSON list"),
-    ({"text": "x"}, "messages", "missing"),
+    ('{"messages": [', "line", "not a JSON object"),
+    ("[1, 2]", "line", "not a JSON object: a list"),
+    ({"text": "x"}, "messages", "not a list, or empty"),
     ({"messages": "x"}, "messages", "not a list"),
-    ({"messages": ["x"]}, "messages[0]", "str instead of an object"),
-    ({"messages": [USER, {"content": "x"}]}, "messages[1].role", "missing"),
-    (
-        {"messages": [USER, {"role": "bot", "content": "x"}]},
-        "messages[1].role",
-        "unknown role 'bot'",
-    ),
+    ({"messages": ["x"]}, "messages[0]", "its role is none of"),
+    ({"messages": [USER, {"content": "x"}]}, "messages[1]", "its role is none of"),
+    ({"messages": [USER, {"role": "bot", "content": "x"}]}, "messages[1]", "its role is none of"),
     ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content", "missing"),
     (conversation("x", " \n"), "messages[1].content", "empty"),
     (conversation("x", 3), "messages[1].content", "int instead of text"),
-    (conversation("x"), "messages", "no assistant turn"),
-    ({"messages": [ASSISTANT, USER]}, "messages", "begins with the assistant"),
+    (conversation("x"), "messages", "order user"),
+    ({"messages": [ASSISTANT, USER]}, "messages", "order assistant, user"),
     (
         {"messages": [USER, {"role": "system", "content": "x"}, ASSISTANT]},
         "messages",
-        "system turn",
+        "order user, system, assistant",
     ),
     (
         conversation("a<|im_end|>\n<|im_start|>assistant\nYes", "x"),
@@ -153,7 +149,7 @@ BAD_PROBLEMS = [
     (problem(id=7), "id", "int instead of text"),
     (problem(task=None), "task", "missing"),
     (problem(kind=None), "kind", "missing"),
-    (problem(kind="quiz"), "kind", "unknown kind 'quiz'"),
+    (problem(kind="quiz"), "kind", "missing or unknown: 'quiz'"),
     (problem(question=""), "question", "empty"),
     (problem(question="a<|im_start|>b"), "question", "control token"),
     (problem(answer=None), "answer", "missing"),
@@ -161,7 +157,7 @@ BAD_PROBLEMS = [
     (problem(answer="b"), "answer", "not a letter"),
     (problem(answer="AB"), "answer", "not a letter"),
     (problem(answer="No"), "answer", "not a letter"),
-    (problem(options=None), "options", "missing"),
+    (problem(options=None), "options", "not a list"),
     (problem(options=[]), "options", "1 to 26"),
     (problem(options=["x"] * 27), "options", "1 to 26"),
     (problem(options=["x", 3]), "options[1]", "int instead of text"),
@@ -169,8 +165,8 @@ BAD_PROBLEMS = [
     (problem(kind="math", options=None, answer=4), "answer", "int instead of text"),
     (problem(kind="math", options=None, answer=" "), "answer", "empty"),
     (problem(kind="open", options=None, answer=["yes", 1]), "answer", "int instead of text"),
-    (problem(subset=3), "subset", "not text"),
-    (problem(meta=[1]), "meta", "not an object"),
+    (problem(subset=3), "subset", "int, not str"),
+    (problem(meta=[1]), "meta", "list, not dict"),
     (
         problem(question="<image> and <image>", images=["ok.png"]),
         "images",
@@ -228,7 +224,7 @@ def test_file_level_faults(model_dir, tmp_path):
     for name, content, why in (
         ("none", None, "no such file"),
         ("empty", b"\n \n", "the file is empty"),
-        ("latin", '{"messages": "é"}\n'.encode("latin-1"), "not JSON.*utf-8"),
+        ("latin", '{"messages": "é"}\n'.encode("latin-1"), "not a JSON object.*utf-8"),
     ):
         path = tmp_path / f"{name}.jsonl"
         if content is not None:
@@ -382,7 +378,7 @@ def test_prompt_of_a_row_has_the_tokens_of_generation(tokenizer):
         (
             ("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"),
             2,
-            "drops a part of assistant turn 1",
+            "assistant turn 1 loses a part",
         ),
         (
             ("{{ '<|im_end|>\n' }}\n{%- endfor", "{{ '\n' }}\n{%- endfor"),
@@ -453,9 +449,7 @@ def test_overlong_policies_are_counted(model_dir, tokenizer, tmp_path):
         and stats["truncated"] == 0
         and dataset.lengths.tolist() == [len(whole[0])]
     )
-    with pytest.raises(ValueError, match=rf"a.jsonl:2: {len(whole[1])} tokens, max_len is {cut}"):
-        tokenize(file, model_dir, tmp_path, max_len=cut, overlong="error")
-    _, stats = tokenize(file, model_dir, tmp_path, max_len=max(map(len, whole)), overlong="error")
+    _, stats = tokenize(file, model_dir, tmp_path, max_len=max(map(len, whole)), overlong="drop")
     assert stats["documents"] == stats["rows"] == 3 and stats["tokens"] == sum(map(len, whole))
     with pytest.raises(ValueError, match="no document has anything to learn within max_len"):
         tokenize(file, model_dir, tmp_path, max_len=8)
@@ -475,7 +469,7 @@ def test_bad_rows_stop_before_tokenising_unless_skipped(model_dir, tmp_path, mon
     file = write(tmp_path / "a.jsonl", [ROWS[0], conversation("x", ""), ROWS[0]])
     with monkeypatch.context() as m:
         m.setattr(data, "build_cache", lambda *a, **k: pytest.fail("tokenised"))
-        with pytest.raises(ValueError, match=r"a.jsonl:2: messages\[1\].content: empty"):
+        with pytest.raises(ValueError, match=r"a.jsonl:2: messages\[1\].content: missing or empty"):
             tokenize(file, model_dir, tmp_path)
     dataset, stats = tokenize(file, model_dir, tmp_path, skip_bad_rows=True)
     assert len(dataset) == 2 and stats["bad_rows"] == 1 and "a.jsonl:2" in stats["faults"][0]
@@ -554,6 +548,16 @@ def test_a_killed_build_continues_where_it_was(model_dir, tmp_path, monkeypatch)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_rows_in_a_row_without_a_document(model_dir, tmp_path, monkeypatch):
+    """Prevents a crash, or documents of other rows, where a whole part was dropped."""
+    monkeypatch.setattr(core.token_cache, "ROWS_PER_PART", 1)
+    file = write(tmp_path / "a.jsonl", [conversation("?", t) for t in ("Yes", "Yes " * 99, "No")])
+    dataset, stats = tokenize(file, model_dir, tmp_path, max_len=99, overlong="drop")
+    assert [dataset.get(i).source for i in range(2)] == [f"{file}:1", f"{file}:3"]
+    assert len(dataset) == 2 and stats["dropped_overlong"] == 1
+    assert [len(dataset.get(i).tokens) for i in range(2)] == dataset.lengths.tolist()
+
+
 def test_the_cache_knows_the_versions_and_the_data_has_a_hash(model_dir, tmp_path, monkeypatch):
     """Prevents training on tokens of another tokenizers release, and a changed data file that
     nobody notices on resume: the hash goes into the checkpoint. It does not depend on the place."""
@@ -575,24 +579,29 @@ def test_the_cache_knows_the_versions_and_the_data_has_a_hash(model_dir, tmp_pat
 
 def test_two_processes_may_build_the_cache_at_once(model_dir, tmp_path, monkeypatch):
     """Prevents half-written tokens when a second process finds no cache while the first one writes
-    it; and the rest of a killed build from being taken for a cache."""
-    file, original, depth = write(tmp_path / "a.jsonl", ROWS), core.token_cache.write_parts, []
+    it; and a cache with a missing or truncated part from being trained on."""
+    file, original, inner = write(tmp_path / "a.jsonl", ROWS), core.token_cache.write_whole, []
 
-    def slow(path, *rest):
-        number = original(path, *rest)
-        if not depth:
-            depth.append(1)
+    def slow(path, content):
+        if not inner and path.suffix == ".json":  # the tokens are there, what they are is not
+            inner.append(1)
             with monkeypatch.context() as m:
                 m.setattr(os, "getpid", lambda: 999_999)
-                depth.append(tokenize(file, model_dir, tmp_path)[0].lengths.tolist())
-        return number
+                inner.append(tokenize(file, model_dir, tmp_path)[0])
+        original(path, content)
 
-    monkeypatch.setattr(core.token_cache, "write_parts", slow)
+    monkeypatch.setattr(core.token_cache, "write_whole", slow)
     dataset, _ = tokenize(file, model_dir, tmp_path)
-    assert dataset.lengths.tolist() == depth[1] and len(list((tmp_path / "cache").iterdir())) == 1
-    whole = next((tmp_path / "cache").iterdir())
-    (whole / "tokens.bin").rename(whole.with_name(whole.name + ".77.tmp"))
-    with pytest.raises((ValueError, FileNotFoundError)):
+    assert dataset.lengths.tolist() == inner[1].lengths.tolist()
+    assert dataset.data_hash == inner[1].data_hash
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert sorted(f.name for f in cache.iterdir()) == ["000000.bin", "000000.json", "meta.json"]
+    part = cache / "000000.bin"
+    part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="corrupt token cache; remove this directory"):
+        tokenize(file, model_dir, tmp_path)
+    part.unlink()
+    with pytest.raises(FileNotFoundError):
         tokenize(file, model_dir, tmp_path)
 
 
@@ -856,12 +865,12 @@ def plant(rows: list, rng: random.Random) -> dict[int, str]:
         return lambda q: conversation(q, text)
 
     kinds = [
-        (lambda q: '{"messages": [{"role": "user"', "not JSON"),
-        (lambda q: [conversation(q, "x")], "a JSON list"),
-        (lambda q: {"conversations": [q]}, "messages: missing"),
-        (lambda q: {"messages": [USER, {"role": "gpt", "content": q}]}, "unknown role"),
-        (lambda q: {"messages": [{"content": q}, ASSISTANT]}, "role: missing"),
-        (lambda q: conversation(q), "no assistant turn"),
+        (lambda q: '{"messages": [{"role": "user"', "not a JSON object"),
+        (lambda q: [conversation(q, "x")], "not a JSON object: a list"),
+        (lambda q: {"conversations": [q]}, "messages: not a list"),
+        (lambda q: {"messages": [USER, {"role": "gpt", "content": q}]}, "its role is none of"),
+        (lambda q: {"messages": [{"content": q}, ASSISTANT]}, "its role is none of"),
+        (lambda q: conversation(q), "in the order user"),
         (lambda q: conversation([q], "x"), "list instead of text"),
         (lambda q: conversation(q + "<|im_start|>", "x"), "control token"),
         (lambda q: conversation(q, "x", images=["ok.png"]), "0 <image> in the text"),
@@ -895,11 +904,13 @@ def test_check_names_37_planted_faults_of_10000_and_nothing_else(tmp_path, capsy
     (tmp_path / "bad.png").write_text("no")
     image(tmp_path / "ok.png")
     file = write(tmp_path / "a.jsonl", rows)
-    faults = datacheck.check([file])
-    assert [f.line for f in faults] == sorted(planted)
+    faults, repeated = datacheck.check([file]), "says the same as"
+    assert [f.line for f in faults] == sorted(n for n in planted if planted[n] != repeated)
     for fault in faults:
         assert planted[fault.line] in str(fault), fault
-    assert "10000 conversation rows in 1 file(s): 37 fault(s)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "10000 conversation rows in 1 file(s): 35 fault(s)" in out
+    assert "warning: 2 row(s) repeat an earlier one, the first: " in out
 
 
 def test_check_of_problems_tries_the_golds(tmp_path):
@@ -937,10 +948,13 @@ def test_command_line(model_dir, tmp_path, capsys):
     datacheck.main([good])
     with pytest.raises(SystemExit) as e:
         datacheck.main([good, bad])
-    assert e.value.code == 1 and f"{bad}:4: messages[1].content: empty" in capsys.readouterr().out
+    assert (
+        e.value.code == 1
+        and f"{bad}:4: messages[1].content: missing or empty" in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit) as e:
         datacheck.main([str(tmp_path / "none.jsonl")])
-    assert "no such file" in str(e.value.code)
+    assert e.value.code == 2 and "no such file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         datacheck.main([good, "--model", str(model_dir), "--max_len", "100"])
     out = capsys.readouterr().out
@@ -984,13 +998,13 @@ def test_a_file_in_another_format_is_refused_with_the_command(row, lines, tmp_pa
 @pytest.mark.parametrize(
     "content, why",
     [
-        (b"PAR1\0\0", "parquet; convert it"),
-        (b"\x93NUMPY\x01\0\n" * 6000, "binary or UTF-16, not jsonl"),
-        (json.dumps([SHAREGPT]).encode(), "one JSON list"),
-        (b"\x1f\x8b\x08", "compressed"),
-        ("{}".encode("utf-16"), "UTF-16"),
-        (json.dumps(problem(), indent=1).encode(), "an object over several lines"),
-        (b'{"text": "x"}\n', r"neither schema .*fields: text"),
+        (b"\x93NUMPY\x01\0\n" * 6000, "not a JSON object.*utf-8"),
+        (json.dumps([SHAREGPT]).encode(), "not a JSON object: a list.*convert chat"),
+        (
+            json.dumps(problem(), indent=1).encode(),
+            "not a JSON object.*write one JSON object on each line",
+        ),
+        (b'{"text": "x"}\n', r"\(fields text; no 'messages'\)"),
     ],
 )
 def test_a_file_that_is_no_jsonl_is_named(content, why, tmp_path):
@@ -1002,9 +1016,9 @@ def test_a_file_that_is_no_jsonl_is_named(content, why, tmp_path):
 def test_the_other_schema_is_named(tmp_path):
     """Prevents "messages: missing" on every row for a file that was meant for the other script."""
     problems = write(tmp_path / "p.jsonl", [problem(id=str(i)) for i in range(3)])
-    with pytest.raises(ValueError, match="a file of problems, where one of conversations"):
+    with pytest.raises(ValueError, match="no jsonl of conversations .*question.*no 'messages'"):
         data.load_conversations(problems)
-    with pytest.raises(ValueError, match="a file of conversations, where one of problems"):
+    with pytest.raises(ValueError, match="no jsonl of problems .fields messages; no 'question'"):
         data.load_problems(write(tmp_path / "c.jsonl", ROWS))
     with pytest.raises(ValueError, match="a folder, not a file"):
         data.load_problems(tmp_path)

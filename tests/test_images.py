@@ -143,7 +143,7 @@ def test_aspect_of_200_is_the_last_allowed():
     """Prevents: a bound that is off by one."""
     assert load_image(Image.new("RGB", (200, 1)))
     for size in ((201, 1), (1, 201), (0, 7)):
-        with pytest.raises(ValueError, match="a PIL image: .* pixels.* crop or pad it"):
+        with pytest.raises(ValueError, match="pixels.* crop or pad it"):
             load_image(Image.new("RGB", size))
 
 
@@ -207,15 +207,6 @@ def test_modes_equal_transformers(mode):
     """Prevents: hidden colours of transparent pixels showing (RGBA → RGB by dropping alpha),
     palettes read as grey."""
     assert_equals_transformers(load_image(make_mode(mode)), make_mode(mode), SMALL)
-
-
-@pytest.mark.parametrize("mode", ["RGBa", "La"])
-def test_premultiplied_alpha_is_laid_on_white_too(mode):
-    """Prevents: TIFFs with premultiplied alpha shown on black; the premultiplication itself
-    costs some levels."""
-    ours, straight = load_image(make_mode(mode)), load_image(make_mode(mode.upper()))
-    difference = np.abs(np.asarray(ours).astype(int) - np.asarray(straight).astype(int))
-    assert difference.max() <= 2
 
 
 def test_transparent_black_is_white():
@@ -315,24 +306,12 @@ def test_16_bit_grey_is_scaled_not_clipped(format, mode, read):
     )
 
 
-@pytest.mark.parametrize(
-    "mode, top, white",
-    [
-        ("I", 255, 255),
-        ("I", 256, 65535),
-        ("I", 65535, 65535),
-        ("F", 1.0, 1),
-        ("F", 2.0, 255),
-        ("F", 40000.0, 65535),
-    ],
-)
-def test_white_of_wide_grey(mode, top, white):
-    """Prevents: 32-bit and float grey clipped; the rule is the docstring's: the smallest
-    white that nothing exceeds."""
-    values = np.linspace(0, top, 30).reshape(5, 6).astype(np.int32 if mode == "I" else np.float32)
-    expected = np.round(values.astype(np.float64) / white * 255)
+@pytest.mark.parametrize("top, white", [(255, 255), (256, 65535), (65535, 65535)])
+def test_white_of_32_bit_grey(top, white):
+    """Prevents: 32-bit grey clipped."""
+    values = np.linspace(0, top, 30).reshape(5, 6).astype(np.int32)
     grey = np.asarray(load_image(Image.fromarray(values)))[..., 1].astype(float)
-    assert np.abs(grey - expected).max() <= 0.5  # ties may go either way
+    assert np.abs(grey - values / white * 255).max() <= 0.5  # ties may go either way
 
 
 @pytest.mark.parametrize(
@@ -340,8 +319,8 @@ def test_white_of_wide_grey(mode, top, white):
     [
         np.array([[-1000, 400]], np.int32),
         np.array([[0, 70000]], np.int32),
+        np.array([[0, 1]], np.float32),
         np.array([[0, np.nan]], np.float32),
-        np.array([[0, np.inf]], np.float32),
     ],
 )
 def test_grey_without_a_known_white_is_refused(values):

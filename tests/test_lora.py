@@ -25,6 +25,7 @@ from core.lora import (
     lora_disabled,
     lora_layers,
     merged_parameters,
+    read_adapter_config,
     save_adapter,
 )
 from core.weights import load_hf
@@ -142,13 +143,6 @@ def test_targets(tmp_path, targets, layers):
     assert not any(isinstance(m, LoRALinear) for m in [model.lm_head])
 
 
-def test_a_rank_above_a_layers_dimensions_is_refused(tmp_path):
-    """k_proj of the tiny model is 32 → 16; the adapters were larger than the model."""
-    make_tiny_vl(tmp_path)
-    with pytest.raises(ValueError, match="--lora_rank 1000: above .*, the smaller dimension of"):
-        loaded(tmp_path, rank=1000)
-
-
 def test_an_alpha_beside_an_adapter_of_another_is_refused(tmp_path):
     """It was ignored without a word."""
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
@@ -156,22 +150,22 @@ def test_an_alpha_beside_an_adapter_of_another_is_refused(tmp_path):
     flags = dict(lora_rank=0, lora_targets="all-linear", adapter=str(tmp_path), seed=0)
     flags |= dict(train_vision=False)
     assert LoRA.from_flags(SimpleNamespace(lora_alpha=32.0, **flags)).alpha == 8
-    with pytest.raises(ValueError, match="has rank 4 and alpha 8, which count"):
+    with pytest.raises(ValueError, match="leave --lora_rank, --lora_alpha out"):
         LoRA.from_flags(SimpleNamespace(lora_alpha=64.0, **flags))
 
 
 def test_a_foreign_adapter_is_refused(pair, tmp_path):
     ours, _, base, adapter = pair
-    with pytest.raises(ValueError, match="do not match --lora_targets"):
+    with pytest.raises(ValueError, match="do not match this model and --lora_targets"):
         load_adapter(loaded(base, targets="mlp"), adapter)
-    with pytest.raises(ValueError, match="--lora_rank gives"):
+    with pytest.raises(ValueError, match="do not match this model"):
         load_adapter(loaded(base, rank=2), adapter)
     with pytest.raises(ValueError, match="not a PEFT adapter"):
-        load_adapter(loaded(base), tmp_path)
+        read_adapter_config(tmp_path)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(ValueError, match="use_dora"):
-        load_adapter(loaded(base), tmp_path)
+        read_adapter_config(tmp_path)
 
 
 # ---------------------------------------------------------------- ranks, export

@@ -7,8 +7,7 @@ import torch
 from test_model import load, text_stream
 from torch import nn
 
-from core.bf16_moments import round_to_bf16
-from core.optim import Offload, adamw, guarded_step, lr_at
+from core.optim import Offload, adamw, guarded_step, lr_at, round_to_bf16
 
 
 def rates(steps, **settings):
@@ -171,7 +170,7 @@ def test_bf16_moments_follow_a_falling_gradient():
 
 def test_bf16_moments_train_like_fp32_and_repeat_bit_for_bit(tiny_vl, monkeypatch):
     """Weights after 5 steps differ by a fraction of the distance travelled; chunking covers all."""
-    monkeypatch.setattr("core.bf16_moments.CHUNK", 1000)
+    monkeypatch.setattr("core.optim.CHUNK", 1000)
     stream, ends = text_stream([20, 9]), []
     for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
         model = load(tiny_vl)

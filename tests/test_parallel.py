@@ -328,6 +328,8 @@ def test_a_checkpoint_of_two_ranks_is_exported_by_one_process(two, model_dir, tm
     run = tmp_path / "run"
     shutil.copytree(two.folder / "ck", run / "checkpoints")
     (run / "header.json").write_text(json.dumps({"model": str(model_dir)}))
+    settings = dict(lora_rank=0, lora_alpha=32, lora_targets="all-linear", adapter="")
+    (run / "config.json").write_text(json.dumps({**settings, "train_vision": False}))
     main([str(run / "checkpoints" / "step_3"), "--out", str(tmp_path / "a" / "hf")])
     assert files(tmp_path / "a" / "hf") == files(two.folder / "final")
     main(
@@ -343,12 +345,12 @@ def test_a_checkpoint_of_two_ranks_is_exported_by_one_process(two, model_dir, tm
     assert files(tmp_path / "two") != files(two.folder / "final")
     (run / "header.json").unlink()
     for arguments, words in (
-        ([str(run / "checkpoints" / "step_3"), "--out", str(tmp_path / "b")], "pass --model"),
+        ([str(run / "checkpoints" / "step_3"), "--out", str(tmp_path / "b")], "not found"),
         (
             [str(run / "checkpoints" / "step_9"), "--out", str(tmp_path / "b")],
             "not a whole checkpoint",
         ),
-        ([str(run / "checkpoints" / "step_3"), "--out", str(run)], "not empty; name a new"),
+        ([str(run / "checkpoints" / "step_3"), "--out", str(run)], "is not empty; name a new"),
     ):
         with pytest.raises(SystemExit) as end:
             main(arguments)

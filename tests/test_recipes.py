@@ -200,10 +200,9 @@ def recipe_sets() -> list[str]:
     return sorted(set(named))
 
 
-def test_made_up_releases_have_the_published_forms(tmp_path, monkeypatch):
+def test_made_up_releases_have_the_published_forms(tmp_path):
     """The recipes' converters must meet in smoke mode what they will meet in earnest: a folder for
     each set."""
-    monkeypatch.setattr(smoke_data, "write_base", Path.mkdir)
     smoke_data.write(tmp_path)
     assert len(recipe_sets()) == 18
     for name in recipe_sets():
@@ -449,7 +448,7 @@ def test_comparison_refuses_what_it_does_not_know(tmp_path):
         compare_runs.load(blind)
     for text in ("[]", "{", '{"sets": {}}'):
         (tmp_path / "result.json").write_text(text)
-        with pytest.raises(ValueError, match="result.json: (not written|cannot be read)"):
+        with pytest.raises(ValueError, match="result.json: not written by eval.py"):
             compare_runs.load(f"base={tmp_path}")
 
 

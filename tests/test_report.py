@@ -15,7 +15,6 @@ from PIL import Image
 
 from core.samples import Sample, write_samples
 from report import page as report
-from report import runs as report_data
 from report.runs import choose_lines, evenly, find_runs, load_run
 from scoring.tables import COLUMNS
 
@@ -56,6 +55,7 @@ def grpo_run(path, steps: int = 3, samples: int = 16, metrics=None, settings=Non
 
 def eval_run(path, accuracy: float = 0.5, rows=(), settings=None, suites=("text", "image")):
     path.mkdir(parents=True)
+    (path / "config.json").write_text('{"script": "eval"}')
     metrics = dict(n=60, metric="greedy", accuracy=accuracy, low=accuracy - 0.1)
     metrics |= dict(high=accuracy + 0.1, forced=0.25, tokens_mean=31.0)
     result = {"settings": settings or {}, "rules": {}, "budgets": {}, "compare": None}
@@ -179,12 +179,10 @@ def test_a_truncated_line_costs_itself_and_is_said(tmp_path):
         "metrics.jsonl: line 3 is truncated, left out" in text
         and "step_2.jsonl: line 17 is truncated" in text
     )
-    assert "running; 2 steps, the last 0 min ago" in text
+    assert "running; 2 steps" in text
 
 
-@pytest.mark.parametrize(
-    "gone", ["config.json", "header.json", "metrics.jsonl", "status", "rollouts"]
-)
+@pytest.mark.parametrize("gone", ["header.json", "metrics.jsonl", "status", "rollouts"])
 def test_a_missing_file_is_said_and_the_rest_is_shown(tmp_path, gone):
     run = grpo_run(tmp_path / "r")
     shutil.rmtree(run / gone) if gone == "rollouts" else (run / gone).unlink()
@@ -198,6 +196,8 @@ def test_a_missing_file_is_said_and_the_rest_is_shown(tmp_path, gone):
 def test_an_evaluation_in_progress_shows_what_it_has(tmp_path):
     """Its rows are in part files, without a grade, and there is no result.json."""
     (tmp_path / "e").mkdir()
+    for name in ("config", "header"):
+        (tmp_path / "e" / f"{name}.json").write_text('{"script": "eval"}')
     (tmp_path / "e" / "samples.part0.jsonl").write_text(
         json.dumps({"id": "q", "text": "x", "finish_reason": "length", "reward": 0.0}) + "\n"
     )
@@ -226,6 +226,8 @@ def test_runs_are_found_below_a_directory_and_named_apart(tmp_path):
         "a/grpo",
         "b/grpo",
     ]
+    with pytest.raises(ValueError, match="another run is named a/grpo"):
+        find_runs([f"a={tmp_path / 's0'}", f"a={tmp_path / 's1'}"])
 
 
 # ---- figures
@@ -246,12 +248,10 @@ def test_figure_alone_is_that_of_the_first_measure(tmp_path):
     """A README's picture that mixes protocols, or an empty one that nobody notices."""
     runs = [
         f"base={eval_run(tmp_path / 'a', 0.25)}",
-        f"base={eval_run(tmp_path / 'b', 0.8, settings={'think_budget': 90})}",
+        f"forced={eval_run(tmp_path / 'b', 0.8, settings={'think_budget': 90})}",
     ]
-    report.main(
-        [*runs, "--out", str(tmp_path / "r.html"), "--figure", str(tmp_path / "docs" / "r.svg")]
-    )
-    drawn = (tmp_path / "docs" / "r.svg").read_text()
+    report.main([*runs, "--out", str(tmp_path / "r.html"), "--figure", str(tmp_path / "r.svg")])
+    drawn = (tmp_path / "r.svg").read_text()
     assert drawn.count(">25.0<") == 2 and ">80.0<" not in drawn
     run = str(grpo_run(tmp_path / "g", steps=1))
     with pytest.raises(SystemExit) as e:
@@ -271,13 +271,6 @@ def test_other_protocols_are_other_figures(tmp_path):
         "greedy, forced exit at 90 tokens",
         "greedy, images removed",
     ]
-
-
-def test_a_second_run_of_one_name_is_not_drawn_over_the_first(tmp_path):
-    text, _ = page_of(
-        f"base={eval_run(tmp_path / 'a', 0.25)}", f"base={eval_run(tmp_path / 'b', 0.8)}"
-    )
-    assert "<td>80.0 ±" not in text and "another run named base is shown" in text
 
 
 def test_a_resumed_step_counts_once_and_null_is_a_gap(tmp_path):
@@ -312,7 +305,7 @@ def test_every_logged_metric_is_a_curve(tmp_path):
     assert panels["failed rewards, share"]["metrics"] == ["reward_errors", "reward_timeouts"]
     parts = panels["named parts of the reward"]
     assert parts["metrics"] == ["rewards/correct/mean", "rewards/format/mean"]
-    assert parts["lines"][0]["points"] == [[1, 2, 3], [0.5] * 3, [0.5] * 3, [0.5] * 3]
+    assert parts["lines"][0]["points"] == [[1, 2, 3], [0.5] * 3]
     assert panels["sampler against trainer, |Δ log-prob|"]["log"]
 
 
@@ -324,7 +317,7 @@ def test_evaluations_during_training_are_shown_by_data_set_with_their_intervals(
     assert panels["evaluation: accuracy"]["lines"][0]["points"] == [[2], [0.5], [0.3], [0.7]]
     text, image = panels["evaluation by data set"]["lines"]
     assert text["metric"] == "eval/text/greedy" and text["points"] == [[2], [0.5], [0.3], [0.7]]
-    assert image["points"] == [[2], [0.1], [0.1], [0.1]], "no interval: no band"
+    assert image["points"] == [[2], [0.1]], "no interval: no band"
 
 
 def test_settings_that_differ_are_a_table(tmp_path):
@@ -379,12 +372,6 @@ def test_out_that_is_no_page_is_refused(tmp_path, capsys):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_thinned_curves_keep_their_mean_and_range(monkeypatch):
-    """Drawing each n-th step would hide the spikes that people look for."""
-    monkeypatch.setattr(report, "POINTS", 2)
-    assert report.thin({1: 5, 2: 7, 3: 6}) == [[1.5, 3], [6, 6], [5, 6], [7, 6]]
-
-
 # ---- samples
 def test_ten_thousand_long_rollouts_make_a_bounded_page(tmp_path):
     """A 7B run's rollouts are gigabytes: whole groups from some steps are taken, memory and page
@@ -409,17 +396,6 @@ def test_ten_thousand_long_rollouts_make_a_bounded_page(tmp_path):
     assert set(groups.values()) == {8}, "an advantage can't be judged without the rest of its group"
     assert {"step 1", "step 40"} <= {w for w, _ in groups} and len({w for w, _ in groups}) == 24
     assert data["notes"] == ["r: 384 of 6,144 samples of 24 steps, out of 40"]
-
-
-def test_a_long_text_loses_its_middle_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_data, "TEXT_BUDGET", 3000)
-    _, data = page_of(grpo_run(tmp_path / "r", steps=1, samples=8, text="a" * 3000 + "end"), most=1)
-    text = data["samples"][0]["text"]
-    assert (
-        text.endswith("end")
-        and "[… 3 characters left out …]" in text
-        and "without their middle" in data["notes"][1]
-    )
 
 
 def test_line_choice_is_bounded_and_even(tmp_path):
@@ -447,7 +423,8 @@ def test_images_are_embedded_and_bad_ones_named(tmp_path):
         for n in ("big.png", "bad.png", "evil.svg", "gone.png", "big.png", "x" * 5000, "\0")
     ]
     _, data = page_of(eval_run(tmp_path / "e", rows=[{"id": "q", "text": "t", "images": names}]))
-    assert data["samples"][0]["images"] == [0, None, None, None, 0, None, None]
+    assert data["samples"][0]["images"] == [0, 1, 2, 3, 0, 4, 5]
+    assert data["images"][1:] == [None] * 5
     image = data["images"][0]
     assert image["src"].startswith("data:image/webp;base64,") and (
         image["width"],

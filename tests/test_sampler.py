@@ -3,6 +3,7 @@ batches and orders."""
 
 import copy
 import dataclasses
+import gc
 import weakref
 from contextlib import nullcontext
 from unittest.mock import MagicMock
@@ -16,18 +17,27 @@ from tiny import make_tiny_tokenizer
 from tiny_model import TEXT, VOCAB, make_tiny_qwen2, make_tiny_vl
 
 import sampler as sampler_module
-from core import fused_decode
 from core.attention import attend
 from core.chat import banned_token_ids, stop_token_ids
-from core.decode_kernels import Graphs, bucket_of, decode_attend, plan_attention
-from core.decode_weights import DecodeWeights
+from core.decode_kernels import (
+    Graphs,
+    add_norm,
+    bucket_of,
+    decode_attend,
+    exp_and_sum,
+    plan_attention,
+    rotate,
+    swiglu,
+)
+from core.decode_weights import DecodeWeights, fuse
 from core.random_numbers import sample_key, uniform
-from core.slots import ForcedExit, Slots, close_table, exit_positions, force_exit
+from core.slots import ForcedExit, Slots, close_table, exit_positions, force_exit, number_of_slots
 from core.vision import mrope_positions
 from core.weights import load_hf
 from data import Prompt
 from model import Model, ModelConfig
 from sampler import Sampler, SamplingParams, Scheduler, nucleus, sample_token
+from tools.memory import published_config
 
 IMAGE, START, END = 302, 300, 301  # ids of tiny_model's configs
 BANNED = [300, 301, 302, 303]
@@ -319,8 +329,10 @@ class FusedCopy(DecodeWeights):
     copies = True
 
     def _make_copy(self, like):
-        super()._make_copy(like)
-        self.blocks = [fused_decode.FusedBlock(layer) for layer in self.copy.model.layers]
+        copy = super()._make_copy(like)
+        for layer in copy.model.layers:
+            fuse(layer)
+        return copy
 
 
 def copying(model, **options):
@@ -425,6 +437,19 @@ def test_slots_come_from_the_memory_budget(model):
         )
     with pytest.raises(ValueError, match="0 would fit"):
         Sampler(model, max_len=64, kv_gb=0.5 * per_slot).generate([text_prompt(3)], PARAMS)
+
+
+@pytest.mark.parametrize("free, slots", [(53.9, 137), (15.2, 25), (90.0, 241), (6.0, None)])
+def test_a_gpu_keeps_room_for_prefill_and_graphs(monkeypatch, free, slots):
+    """The 7B in bf16 at 6,144 tokens: 4.1 GiB of prefill and 2 GiB; a share of what is free would
+    keep 3 GiB of 15."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * 2**30), 0))
+    form = (6144, 16384, published_config("7B"), torch.bfloat16, torch.device("cuda"))
+    if slots is None:
+        with pytest.raises(ValueError, match="0 would fit in 0 GB"):
+            number_of_slots(None, None, *form)
+    else:
+        assert number_of_slots(None, None, *form) == slots
 
 
 def test_finished_rollouts_survive_an_interrupt(model, together):
@@ -778,22 +803,26 @@ def test_a_fused_copy_samples_what_the_model_does(tiny_vl, tmp_path, kind):
         model.model.layers[0].self_attn.v_proj.weight.mul_(0.5)
     expected = Sampler(model, max_len=80, slots=4).generate(prompts, params)
     assert_same(s.generate(prompts, params), expected)
+    copy = weakref.ref(s.decoder.copy)
+    gc.disable()  # as in training: 14 GiB of the 7B must not wait for the collector
+    s.release()
+    gc.enable()
+    assert copy() is None
 
 
 def test_what_is_compiled_on_a_gpu_equals_eager():
     """By torch's compiler for the CPU; with heads' norms as in Qwen3."""
     g = torch.Generator().manual_seed(0)
-    x, delta = torch.randn(2, 6, 64, generator=g)
     cos, sin = torch.randn(2, 6, 8, generator=g)
-    weight, head = torch.rand(64, generator=g), torch.rand(16, generator=g)
+    head, weight = torch.rand(16, generator=g), torch.rand(8 * 16, generator=g)
     qkv, logits = torch.randn(6, 8 * 16, generator=g), torch.randn(6, 500, generator=g)
 
     def everything():
         return (
-            *fused_decode.add_norm(x, delta, weight, 1e-6),
-            *fused_decode.rotate(qkv, cos, sin, head, head, 1e-6, 2, 16),
-            fused_decode.swiglu(qkv),
-            *fused_decode.exp_and_sum(logits, logits.amax(-1, True)),
+            *rotate(qkv, cos, sin, head, head, 1e-6, 2, 16),
+            *add_norm(qkv, qkv.flip(0), weight, 1e-6),
+            swiglu(qkv),
+            *exp_and_sum(logits, logits.amax(-1, True)),
         )
 
     for ours, expected in zip(torch.compile(everything, fullgraph=True)(), everything()):

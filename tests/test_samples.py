@@ -1,5 +1,7 @@
 """core/samples.py: grades reach their samples, rows survive the disk, seeds belong to problems."""
 
+from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +10,9 @@ import pytest
 from core.samples import (
     Sample,
     deal,
-    generate_and_grade,
     problem_seed,
     read_samples,
+    sample_on_ranks,
     sampled_mask,
     write_samples,
 )
@@ -84,6 +86,8 @@ class Grader:
 class FakeSampler:
     """Completions that end in any order; the text of a completion is its tokens."""
 
+    weights = nullcontext
+
     def generate(self, prompts, params, sample_ids, indices, on_finish):
         for i in reversed(range(len(prompts))):
             for j in range(params.n):
@@ -102,14 +106,15 @@ class FakeSampler:
                 )
 
 
-def test_rewards_reach_the_sample_that_earned_them():
+def test_rewards_reach_the_sample_that_earned_them(world):
     """Samples end in another order than they are returned: a reward by order of arrival is another
     sample's."""
     problems = [{"id": str(i), "answer": f"{i + 10} 1"} for i in range(3)]
     prompts = [SimpleNamespace(tokens=[i + 10]) for i in range(3)]
     tokenizer = SimpleNamespace(decode=lambda tokens: " ".join(map(str, tokens)))
-    samples, _ = generate_and_grade(
-        FakeSampler(), Grader(), tokenizer, problems, prompts, SimpleNamespace(n=2), seeds=[1, 2, 3]
+    samples = sample_on_ranks(
+        *(FakeSampler(), Grader(), tokenizer, problems, prompts, [1, 2, 3]),
+        *(SimpleNamespace(n=2), world, Counter()),
     )
     assert [(s.id, s.problem, s.sample, s.reward, s.text, s.seed, s.prompt) for s in samples] == [
         (str(i), i, j, float(j == 1), f"{i + 10} {j}", i + 1, str(i + 10))

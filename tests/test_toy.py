@@ -15,7 +15,7 @@ from core import schema
 from core.images import ImageConfig, load_image, preprocess_image
 from core.options import parse_config
 from toy import base, table, world
-from toy.model_files import ASSETS, VOCAB, make_tokenizer, write_model_files
+from toy.model_files import ASSETS, write_model_files
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_text_and_image_sets_hold_the_same_chains(world_dir):
 
 def test_tokenizer_gives_every_text_back_and_keeps_common_strings_whole():
     """A tokenizer that loses a space or a byte breaks answers; split tags cost most of the time."""
-    tokenizer = make_tokenizer()
+    tokenizer = data.load_tokenizer(ASSETS)
     for text in (
         "a=9;k=a-3;k?",
         "<think>a=9;k=9#=8</think><answer>B: 6</answer>",
@@ -169,7 +169,6 @@ def test_tokenizer_gives_every_text_back_and_keeps_common_strings_whole():
     ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("<think></think><answer></answer>")) == 4
-    assert len(tokenizer) <= VOCAB
     problem = {"id": "x", "task": "t", "kind": "math", "question": "a=9;a?", "answer": "9"}
     assert len(data.render_problem(problem, tokenizer, None, style="train").tokens) == 11 + len(
         "a=9;a?"
@@ -178,7 +177,7 @@ def test_tokenizer_gives_every_text_back_and_keeps_common_strings_whole():
 
 def test_template_writes_what_the_published_one_writes():
     """A student who reads the prompts must see the real format: system turn, turns, image."""
-    tokenizer = make_tokenizer()
+    tokenizer = data.load_tokenizer(ASSETS)
     chat = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
         {"role": "assistant", "content": "this"},
@@ -258,7 +257,7 @@ def test_base_batch_aligns_each_vision_token_with_its_character(tmp_path):
     for line in lines:
         assert solve(line) in range(10) if line.endswith("?") else line[1] in world.OPERATIONS
     # an exact match of vision tokens and embeddings has no squared error; a shifted one has
-    embedding = torch.randn(VOCAB, 16)
+    embedding = torch.randn(len(tokenizer), 16)
     exact, right = base.alignment_loss(embedding[ids], embedding, ids)
     shifted, wrong = base.alignment_loss(embedding[ids.roll(1)], embedding, ids)
     assert right == 1.0 and wrong < 0.5 and exact < shifted
@@ -367,12 +366,6 @@ def test_image_form_of_the_conversations_says_the_same(world_dir):
             assert solve(line) in range(10) and width == world.CELL * len(line)
         else:
             assert asked == shown
-
-
-def test_data_for_a_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file: cannot be written .(Not a directory|File exists)"):
-        world.write_data(world.DataConfig(out=str(tmp_path / "file")))
 
 
 @pytest.mark.parametrize("command", ["data", "base"])

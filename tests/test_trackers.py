@@ -11,11 +11,8 @@ import pytest
 
 from core import trackers
 from core.run import Run
-from core.samples import Sample
 
 SETTINGS = {"lr": 1e-5, "report_to": "tensorboard"}
-TEXT = "<think>6·7</think>42"
-SAMPLE = Sample("q1", 0, [1], "stop", TEXT, prompt="6·7?", gold="42", answer="42")
 
 
 def needs(package: str):
@@ -34,11 +31,10 @@ def two_starts(out, kind: str, world) -> None:
     """Steps 1 to 3, then a stop; resumed from a checkpoint of step 2: steps 3 and 4."""
     for first, step_after in ((0, 4), (2, 5)):
         run = Run(out, Config(report_to=kind), world)
-        run.start({}, first)
+        run.start({}, first, 4)
         for step in range(first + 1, step_after):
             metrics = {"loss": 10.0 * (first + 1) + step, "nothing": None, "bad": float("nan")}
             run.log({"step": step, **metrics})
-            run.log_samples(step, [SAMPLE])
         run.log({"step": step, "tasks": {"text": {"greedy": 0.5}}}, "eval")
         run.finished() if first else run.stopped(step)
 
@@ -56,9 +52,8 @@ def test_tensorboard_has_every_metric_once_after_a_resume(tmp_path, world):
     assert [e.value for e in events.Scalars("eval/tasks/text/greedy")] == [0.5]
     assert "train/nothing" not in events.Tags()["scalars"]
     texts = {t: events.Tensors(t)[0].tensor_proto.string_val[0] for t in events.Tags()["tensors"]}
-    settings, samples = (texts[f"{k}/text_summary"].decode() for k in ("settings", "samples"))
+    settings = texts["settings/text_summary"].decode()
     assert json.loads(settings.strip("`")) == {"lr": 1e-5, "report_to": "tensorboard"}
-    assert "text: <think>6·7</think>42" in samples and "id: q1" in samples
 
 
 def wandb_records(data: bytes):
@@ -99,22 +94,19 @@ def test_wandb_continues_one_run_and_has_every_metric(tmp_path, monkeypatch, wor
                 found.append((int(row["step"]), float(row["train/loss"])))
     assert ids == {(tmp_path / "run" / "wandb_id.txt").read_text()}
     assert found == [(1, 11.0), (2, 12.0), (3, 13.0), (3, 33.0), (4, 34.0)]
-    assert {"eval/tasks/text/greedy", "samples"} <= keys and "train/bad" not in keys
+    assert "eval/tasks/text/greedy" in keys and "train/bad" not in keys
     assert json.loads(config["lr"]) == 1e-5
 
 
-def test_a_missing_package_is_one_line_and_none_imports_nothing(tmp_path, monkeypatch):
+def test_a_missing_package_is_one_line_and_none_imports_nothing(tmp_path, monkeypatch, world):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--report_to wandb: not installed; pip install wandb"):
         trackers.check_installed("wandb")
     trackers.check_installed("none")
     for name in ("wandb", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)  # an import would fail
-    tracker = trackers.Tracker("none", tmp_path, {}, 0)
-    tracker.log({"step": 1, "loss": 2.0})
-    tracker.log_samples(1, [SAMPLE])
-    tracker.close(failed=False)
-    assert not list(tmp_path.iterdir())
+    two_starts(tmp_path / "run", "none", world)
+    assert not list((tmp_path / "run").glob("*b*rd"))
 
 
 def test_flat_keeps_finite_numbers():

@@ -115,14 +115,6 @@ def broken(kind, folder):
         save_file({**weights, "model.layers.0.self_attn.q_norm.weight": torch.ones(4)}, file)
     elif kind == "another shape":
         save_file({**weights, name: weights[name][1:].contiguous()}, file)
-    elif kind == "an index that names what is missing":
-        index = {"weight_map": {**dict.fromkeys(weights, file.name), name: "model-2.safetensors"}}
-        (folder / INDEX).write_text(json.dumps(index))
-    elif kind == "an index that is wrong":
-        index = {"weight_map": {**dict.fromkeys(weights, file.name), "lm_head.extra": file.name}}
-        (folder / INDEX).write_text(json.dumps(index))
-    elif kind == "no index":
-        (folder / INDEX).write_text('{"weight_m')
     elif kind == "config.json of another size":
         config["text_config"]["num_hidden_layers"] = 2
         (folder / "config.json").write_text(json.dumps(config))
@@ -137,9 +129,6 @@ def broken(kind, folder):
         ("a parameter less", "1 parameters are missing"),
         ("an unknown tensor", "q_norm.weight; is config.json from another model"),
         ("another shape", "has shape (95, 64)"),
-        ("an index that names what is missing", "model-2.safetensors: missing"),
-        ("an index that is wrong", "lm_head.extra, but model.safetensors.index.json names it"),
-        ("no index", "broken index"),
         ("config.json of another size", "not part of this architecture"),
     ],
 )

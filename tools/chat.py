@@ -1,4 +1,4 @@
-"""Talk to a model: answers are streamed from the project's own sampler, thoughts are dimmed.
+"""Talk to a model: answers are streamed from the project's own sampler.
 
     python -m tools.chat --model runs/grpo/final
     python -m tools.chat --model Qwen/Qwen2.5-VL-7B-Instruct --image figure.png --think_budget 512
@@ -10,59 +10,43 @@ the conversation. Every turn is sampled from the whole conversation, thoughts in
 
 from __future__ import annotations
 
-import argparse
-import sys
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 import data
-from core.chat import banned_token_ids, chat_message, opens_thought, stop_token_ids
+from core.chat import banned_token_ids, chat_message, stop_token_ids
 from core.images import ImageConfig
-from core.options import exit_on_value_error
+from core.options import DATA, MEMORY, SAMPLING, exit_on_value_error, parse_config
 from core.parallel import gathered, init
 from core.slots import ForcedExit
 from model import ModelConfig, build_model, resolve_model_dir
 from sampler import Sampler, SamplingParams
 
-OPTIONS = {
-    "system": ("", "system prompt, instead of the chat template's own"),
-    "temperature": (0.6, "0: greedy"),
-    "think_budget": (0, "end a thought after n tokens; 0: never"),
-    "max_new_tokens": (4096, "longest answer"),
-    "context": (16384, "longest conversation, in tokens"),
-    "device": ("auto", "auto, cpu or cuda"),
-}
 
-
-class Stream:
-    """Prints a text that grows; its thought, up to </think>, is dimmed where `colour`."""
-
-    def __init__(self, opened: bool, colour: bool):
-        """opened: the prompt ends in <think>, so the text begins inside a thought."""
-        self.opened, self.colour, self.printed = opened, colour, 0
-
-    def show(self, text: str) -> None:
-        """Print what is new, but for the first bytes of a character that is not whole yet."""
-        start, end = text.lstrip()[:7], len(text.rstrip("\ufffd"))
-        edge = 0
-        if self.opened or "<think>".startswith(start):  # true of its first tokens, too
-            edge = len(text.partition("</think>")[0]) + len("</think>")
-        edge = min(max(edge, self.printed), end)
-        if (dim := text[self.printed : edge]) and self.colour:
-            dim = f"\033[2m{dim}\033[0m"
-        print(dim + text[edge:end], end="", flush=True)
-        self.printed = max(end, self.printed)
+@dataclass
+class Config:
+    model: str = DATA(MISSING, "model directory or hub id")
+    prompt: str = DATA("", "print the answer to this message and end")
+    image: list[str] = DATA([], "images of the first message")
+    system: str = DATA("", "system prompt, instead of the chat template's own")
+    temperature: float = SAMPLING(0.6, "0: greedy", ge=0)
+    think_budget: int = SAMPLING(0, "end a thought after n tokens; 0: never", ge=0)
+    max_new_tokens: int = SAMPLING(4096, "longest answer", ge=1)
+    context: int = MEMORY(16384, "longest conversation, in tokens", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = MEMORY("auto", "where to run")
 
 
 class Chat:
     """A model and a conversation with it."""
 
-    def __init__(self, args: argparse.Namespace):
-        world = init(args.device)
-        folder = resolve_model_dir(args.model, world)
-        self.args, self.tokenizer = args, data.load_tokenizer(folder)
+    def __init__(self, config: Config):
+        world = init(config.device)
+        folder = resolve_model_dir(config.model, world)
+        self.config, self.tokenizer = config, data.load_tokenizer(folder)
         vision = ModelConfig.from_dir(folder).vision is not None
         self.images = ImageConfig.from_dir(folder) if vision else None
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -70,21 +54,21 @@ class Chat:
         self.model = build_model(folder, world, **options)
         vocab = self.model.config.vocab_size
         self.model.set_banned_ids(banned_token_ids(self.tokenizer, vocab))
-        self.stop, budget = stop_token_ids(self.tokenizer), args.think_budget
+        self.stop, budget = stop_token_ids(self.tokenizer), config.think_budget
         self.exit = budget and ForcedExit.from_tokenizer(self.tokenizer, vocab, budget) or None
-        self.sampler = Sampler(self.model, max_len=args.context, slots=1)
+        self.sampler = Sampler(self.model, max_len=config.context, slots=1)
         self.new()
 
     def new(self) -> None:
         """Forget the conversation, but not the system prompt."""
-        system = self.args.system
+        system = self.config.system
         self.messages = [{"role": "system", "content": system}] if system else []
         self.files: list[str] = []
 
     def prompt(self) -> data.Prompt:
         """The conversation in the model's chat template, with all its images."""
         if self.files and self.images is None:
-            raise ValueError(f"{self.args.model}: takes no images")
+            raise ValueError(f"{self.config.model}: takes no images")
         chat = [chat_message(m, self.tokenizer) for m in self.messages]
         render = self.tokenizer.apply_chat_template
         text = render(chat, tokenize=False, add_generation_prompt=True)
@@ -96,16 +80,16 @@ class Chat:
 
     def say(self, text: str, files: list[str]) -> str:
         """Send a message with images, print the answer while it comes, and return it."""
-        before, a = (self.messages, self.files), self.args
+        before, c = (self.messages, self.files), self.config
         content = "<image>\n" * len(files) + text
         self.messages = [*self.messages, {"role": "user", "content": content}]
         self.files = [*self.files, *files]
         try:
             prompt = self.prompt()
-            if (room := min(a.max_new_tokens, a.context - len(prompt.tokens))) < 1:
-                raise ValueError(f"the conversation is longer than --context {a.context}; /new")
+            if (room := min(c.max_new_tokens, c.context - len(prompt.tokens))) < 1:
+                raise ValueError(f"the conversation is longer than --context {c.context}; /new")
             params = SamplingParams(
-                max_new_tokens=room, temperature=a.temperature, stop_ids=self.stop,
+                max_new_tokens=room, temperature=c.temperature, stop_ids=self.stop,
                 seed=len(self.messages), forced_exit=self.exit,
             )  # fmt: skip
             answer = self.stream(prompt, params)
@@ -116,15 +100,17 @@ class Chat:
         return answer
 
     def stream(self, prompt: data.Prompt, params: SamplingParams) -> str:
-        """Sample one answer and print it; Ctrl-C keeps what there is."""
-        printer, text = Stream(opens_thought(self.tokenizer), sys.stdout.isatty()), ""
+        """Sample one answer and print it as it grows; Ctrl-C keeps what there is."""
+        text, printed = "", 0
 
         def show() -> None:
-            nonlocal text
+            nonlocal text, printed
             slots = self.sampler.slots
             tokens = slots.tokens[0, : int(slots.count[0])].tolist()
             text = self.tokenizer.decode(tokens[:-1] if tokens[-1] in self.stop else tokens)
-            printer.show(text)
+            whole = text.rstrip("\ufffd")  # but for the first bytes of an unfinished character
+            print(whole[printed:], end="", flush=True)
+            printed = max(printed, len(whole))
 
         try:
             with gathered(self.model):
@@ -137,7 +123,7 @@ class Chat:
 
 def converse(chat: Chat) -> None:
     """Turns from the keyboard until Ctrl-D."""
-    files = list(chat.args.image)
+    files = list(chat.config.image)
     while True:
         try:
             line = input("> ").strip()
@@ -159,18 +145,10 @@ def converse(chat: Chat) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m tools.chat", None, __doc__, formatter_class=raw)
-    parser.add_argument("--model", required=True, help="model directory or hub id")
-    parser.add_argument("--image", nargs="+", default=[], help="images of the first message")
-    parser.add_argument("--prompt", help="print the answer to this message and end")
-    for name, (default, text) in OPTIONS.items():
-        kind = dict(type=type(default), default=default)
-        parser.add_argument(f"--{name}", help=f"{text} (default: {default or 'none'})", **kind)
-    args = parser.parse_args(argv)
     with exit_on_value_error():
-        chat = Chat(args)
-        chat.say(args.prompt, args.image) if args.prompt is not None else converse(chat)
+        config = parse_config(Config, __doc__, argv)
+        chat = Chat(config)
+        chat.say(config.prompt, config.image) if config.prompt else converse(chat)
 
 
 if __name__ == "__main__":

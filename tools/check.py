@@ -1,8 +1,9 @@
 """Look at data before training: `python -m tools.check FILE… [--model DIR --max_len N --row I]`.
 
-Reads whole files of either schema and names every fault with line, field and fix: what training
-refuses (core/schema.py), and what it would silently learn from: exact duplicates, empty thoughts,
-unclosed tags, golds that no answer can match, rows longer than --max_len. Exit code 1 if any.
+Reads whole files of one schema and names every fault with line, field and fix: what training
+refuses (core/schema.py), and what it would silently learn from: empty thoughts, unclosed tags,
+golds that no answer can match, rows longer than --max_len. Exit code 1 if any. Rows that say the
+same as an earlier one are counted.
 
 With --model also the lengths in that model's tokens, and one good row as the model sees it with
 its loss mask. A problem is its training prompt, with nothing supervised.
@@ -14,7 +15,6 @@ import argparse
 import hashlib
 import json
 import re
-import sys
 from itertools import islice
 from typing import Iterator, Sequence
 
@@ -23,17 +23,11 @@ import numpy as np
 import data
 import rewards
 from core.images import ImageConfig
+from core.options import exit_on_value_error
 from core.schema import Fault, Finding, control_tokens, read_jsonl, scan
 
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
-
-
-def schema_of(path: str) -> str:
-    """By the first 100 rows: "conversation" when more of them have messages than a question."""
-    rows = [row for _, row in islice(read_jsonl(path), 100) if isinstance(row, dict)]
-    votes = sum(("messages" in row) - ("question" in row) for row in rows)
-    return "conversation" if votes > 0 else "problem"
 
 
 def fingerprint(row: dict) -> bytes:
@@ -85,60 +79,21 @@ def encode(rows: list[dict], tokenizer, model_dir: str) -> list[tuple[np.ndarray
     return [(tokens, np.zeros(len(tokens), bool)) for tokens in prompts]
 
 
-def check_files(
-    paths: Sequence[str],
-    schema: str,
-    model_dir: str | None = None,
-    max_len: int | None = None,
-    number: int = 0,
-) -> tuple[int, int, list[Fault], str]:
-    """Rows, rows that training refuses, and all faults of files that have one schema; with
-    model_dir also a text with lengths and the good row `number` (from 0)."""
-    tokenizer = data.load_tokenizer(model_dir) if model_dir else None
-    faults, seen, n, refused, lengths, shown = [], {}, 0, 0, [], ""
-    rows = scan(paths, schema, control_tokens(tokenizer))
-    while batch := list(islice(rows, 256)):
-        n += len(batch)
-        refused += sum(bool(bad) for *_, bad in batch)
-        faults += [fault for *_, bad in batch for fault in bad]
-        good = [(file, line, row) for file, line, row, bad in batch if not bad]
-        for file, line, row in good:
-            first = seen.setdefault(fingerprint(row), f"{file}:{line}")
-            if first != f"{file}:{line}":
-                faults.append(Fault(file, line, "row", f"says the same as {first}", "remove one"))
-            findings = tag_findings(row) if schema == "conversation" else gold_findings(row)
-            faults += [Fault(file, line, *f) for f in findings]
-        encoded = (
-            encode([row for *_, row in good], tokenizer, model_dir) if model_dir and good else []
-        )
-        for (file, line, _), (tokens, mask) in zip(good, encoded):
-            if max_len and len(tokens) > max_len:
-                why, fix = f"{len(tokens)} tokens, max_len is {max_len}", "see --overlong"
-                faults.append(Fault(file, line, "row", why, fix))
-            if len(lengths) == number:
-                shown = f"\n{file}:{line}, supervised text in double brackets:\n"
-                shown += marked(tokens, mask, tokenizer)
-            lengths.append((len(tokens), mask.sum()))
-    faults.sort(key=lambda f: (paths.index(f.file), f.line))
-    about = describe_lengths(np.array(lengths), schema, max_len) + shown if lengths else ""
-    return n, refused, faults, about
-
-
-def describe_lengths(lengths: np.ndarray, schema: str, max_len: int | None) -> str:
+def describe_lengths(lengths: np.ndarray, max_len: int | None) -> str:
     """lengths (N, 2): tokens of each row, and how many are supervised."""
     lines = []
-    for name, values in zip(("tokens", "supervised"), lengths.T[: 1 + (schema == "conversation")]):
+    for name, values in zip(("tokens", "supervised"), lengths.T):
         found = np.percentile(values, QUANTILES).round().astype(int)
         shown = "  ".join(f"{q}%: {v}" for q, v in zip(QUANTILES, found))
-        lines.append(f"{name:<11}{shown}  mean: {values.mean():.0f}\n")
+        lines.append(f"{name:<11}{shown}  mean: {values.mean():.0f}")
     if max_len:
         tokens = lengths[:, 0]
         longer, kept = tokens > max_len, np.minimum(tokens, max_len).sum() / tokens.sum()
         lines.append(
             f"max_len {max_len}: {longer.sum()} rows are longer ({longer.mean():.1%}); "
-            f"truncating them keeps {kept:.1%} of all tokens\n"
+            f"truncating them keeps {kept:.1%} of all tokens"
         )
-    return "".join(lines)
+    return "\n".join(lines)
 
 
 def marked(tokens: np.ndarray, mask: np.ndarray, tokenizer) -> str:
@@ -157,46 +112,60 @@ def marked(tokens: np.ndarray, mask: np.ndarray, tokenizer) -> str:
 def check(
     paths: Sequence[str], model_dir: str | None = None, max_len: int | None = None, number: int = 0
 ) -> list[Fault]:
-    """Print every fault of the files, then what they add up to; returns them."""
-    if max_len is not None and max_len < 1:
-        raise ValueError(f"--max_len {max_len}: must be at least 1")
+    """Print every fault of the files, then what they add up to and, with model_dir, the lengths and
+    the good row `number` (from 0). Returns the faults."""
     if max_len and not model_dir:
         raise ValueError("--max_len counts tokens: name the model's directory with --model")
-    paths = list(dict.fromkeys(paths))  # a file that is named twice is read once
-    schemas = [schema_of(p) for p in paths]
-    found = []
-    for schema in sorted(set(schemas)):
-        mine = [p for p, s in zip(paths, schemas) if s == schema]
-        rows, refused, faults, about = check_files(mine, schema, model_dir, max_len, number)
-        for fault in faults:
-            print(fault)
-        print(
-            f"{rows} {schema} rows in {len(mine)} file(s): {len(faults)} fault(s); "
-            f"training refuses {refused} row(s)"
-        )
-        print(about, end="\n" if about else "")
-        found += faults
-    return found
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.check",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    first_rows = islice(read_jsonl(paths[0]), 100)
+    conversations = any("messages" in row for _, row in first_rows if isinstance(row, dict))
+    schema, look = ("conversation", tag_findings) if conversations else ("problem", gold_findings)
+    tokenizer = data.load_tokenizer(model_dir) if model_dir else None
+    faults, seen, repeated, n, refused, lengths, shown = [], {}, [], 0, 0, [], ""
+    rows = scan(paths, schema, control_tokens(tokenizer))
+    while batch := list(islice(rows, 256)):
+        good = [row for _, _, row, bad in batch if not bad]
+        encoded = iter(encode(good, tokenizer, model_dir) if model_dir and good else [])
+        n, refused = n + len(batch), refused + len(batch) - len(good)
+        for file, line, row, bad in batch:
+            faults += bad
+            if bad:
+                continue
+            faults += [Fault(file, line, *finding) for finding in look(row)]
+            if (first := seen.setdefault(fingerprint(row), f"{file}:{line}")) != f"{file}:{line}":
+                repeated.append(f"{file}:{line} the same as {first}")
+            for tokens, mask in islice(encoded, 1):
+                if max_len and len(tokens) > max_len:
+                    why = f"{len(tokens)} tokens, max_len is {max_len}"
+                    faults.append(Fault(file, line, "row", why, "see --overlong"))
+                if len(lengths) == number:
+                    shown = f"{file}:{line}, supervised text in double brackets:\n"
+                    shown += marked(tokens, mask, tokenizer)
+                lengths.append((len(tokens), mask.sum()))
+    for fault in faults:
+        print(fault)
+    if repeated:
+        print(f"warning: {len(repeated)} row(s) repeat an earlier one, the first: {repeated[0]}")
+    print(
+        f"{n} {schema} rows in {len(paths)} file(s): {len(faults)} fault(s); "
+        f"training refuses {refused} row(s)"
     )
-    parser.add_argument("files", nargs="+", help="jsonl files of either schema")
+    if lengths:
+        print(f"{describe_lengths(np.array(lengths), max_len)}\n{shown}")
+    return faults
+
+
+def main(argv: list[str] | None = None) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m tools.check", None, __doc__, formatter_class=raw)
+    parser.add_argument("files", nargs="+", help="jsonl files of one schema")
     parser.add_argument("--model", help="model directory: its control tokens, lengths, a loss mask")
     parser.add_argument("--max_len", type=int, help="name rows of more tokens")
     parser.add_argument("--row", type=int, default=0, help="which good row to show, from 0")
     args = parser.parse_args(argv)
-    try:
+    with exit_on_value_error():
         if check(args.files, args.model, args.max_len, args.row):
             raise SystemExit(1)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"error: {e}") from e
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

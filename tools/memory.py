@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from core.lora import LoRA, add_lora
+from core.lora import LoRA
 from core.options import exit_on_value_error, option, parse_config
 from core.plan import (
     FASTEST_FIRST,
@@ -24,11 +22,11 @@ from core.plan import (
     Setting,
     count_parameters,
     fits,
+    in_gib,
     plan_grpo,
     plan_step,
-    table,
 )
-from model import Model, ModelConfig
+from model import Model, ModelConfig, meta_model
 
 # name → hidden, layers, heads, KV heads, MLP size, vocabulary, tied, head size: the decoders of
 # Qwen2.5-VL and Qwen3-VL as published
@@ -75,15 +73,6 @@ def published_config(name: str) -> ModelConfig:
     return ModelConfig.from_dict(
         {"model_type": "qwen2_5_vl", "vision_config": tower, **raw, **ids, **rope}
     )
-
-
-def meta_model(config: ModelConfig, with_vision: bool = False, lora_rank: int = 0) -> Model:
-    """The model without memory, for its numbers; with adapters on all linear layers."""
-    with torch.device("meta"):
-        model = Model(config, with_vision)
-    if lora_rank:
-        add_lora(model, LoRA(lora_rank, 32.0))
-    return model
 
 
 def hardware_table(model: Model) -> str:
@@ -141,7 +130,7 @@ def fitting_tables(lora_rank: int) -> str:
             ]
             out.append("|---" * (len(MACHINES) + 1) + "|")
             for name in ("3B", "7B", "Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen3-VL-8B", "32B", "72B"):
-                model = meta_model(published_config(name), lora_rank=rank)
+                model = meta_model(published_config(name), lora=LoRA(rank, 32.0) if rank else None)
                 cells = [cheapest(model, *machine, grpo) for machine in MACHINES.values()]
                 name = name if name.startswith("Qwen") else f"Qwen2.5-VL-{name}"
                 out.append(f"| {name} | {' | '.join(cells)} |")
@@ -157,7 +146,6 @@ class Config:
     tokens: int = option(16384, "tokens of a micro-batch (--pack_len, --micro_tokens)", ge=1)
     checkpointing: Literal["none", "matmul", "full"] = option("full", "as in train_sft.py")
     adam_dtype: Literal["fp32", "bf16"] = option("fp32", "as in train_sft.py")
-    reshard: bool = option(True, "free gathered blocks after forward, as the trainers do")
     lora_rank: int = option(0, "as in train_sft.py; without --model: 32", ge=0)
     grpo: bool = option(
         False, "plan train_grpo.py: reference model, weights and KV cache to sample"
@@ -179,17 +167,18 @@ def main(argv: list[str] | None = None) -> None:
         c = parse_config(Config, __doc__, argv)
         if not c.model:
             return print(fitting_tables(c.lora_rank or 32))
-        model = meta_model(published_config(c.model), lora_rank=c.lora_rank)
+        lora = LoRA(c.lora_rank, 32.0) if c.lora_rank else None
+        model = meta_model(published_config(c.model), lora=lora)
         if c.ranks == 0:
             return print(hardware_table(model))
-        more = dict(adam_bytes=2 if c.adam_dtype == "bf16" else 4, reshard=c.reshard)
-        setting = Setting(c.ranks, c.replicas, c.tokens, checkpointing=c.checkpointing, **more)
+        more = dict(adam_bytes=2 if c.adam_dtype == "bf16" else 4, checkpointing=c.checkpointing)
+        setting = Setting(c.ranks, c.replicas, c.tokens, **more)
         plan = plan_step(model, setting)
         if c.grpo:
             plan = plan_grpo(model, setting, reference=True, kv_gb=c.kv_gb)
         print(
             f"{count_parameters(model)['total']:,} parameters; on each of {c.ranks} GPU(s), "
-            f"{c.tokens} tokens a micro-batch:\n{table(plan)}"
+            f"{c.tokens} tokens a micro-batch, GiB:\n  {in_gib(plan)}"
         )
         fitting = [f"{gb} GB" for gb in (24, 40, 48, 80, 141) if fits(plan, gb * 10**9)]
         said = ", ".join(fitting) or "none of 24, 40, 48, 80, 141 GB"

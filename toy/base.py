@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import tempfile
 import time
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from core.images import ImageConfig
 from core.options import option
 from model import Model, ModelConfig
 from toy import world
-from toy.model_files import write_model_files
+from toy.model_files import ASSETS, write_model_files
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
 THINKS = 0.4  # share of text questions with up to three statements that show a thought
@@ -100,8 +99,8 @@ def alignment_loss(
 
 
 def goal(model: Model, config: BaseConfig) -> torch.Tensor:
-    """What vision tokens are drawn to, (V, C): the embeddings; for --no_align a fixed rotation of
-    them, which keeps all distances and angles among them and loses those to the words."""
+    """What vision tokens are drawn to, (V, C): the embeddings, or a fixed rotation of them, which
+    keeps all distances and angles among them and loses those to the words."""
     embedding = model.model.embed_tokens.weight
     if config.align:
         return embedding
@@ -176,11 +175,9 @@ def make_base(config: BaseConfig) -> None:
     torch.manual_seed(config.seed)
     rng = np.random.default_rng([config.seed, 5])
     out, start = Path(config.out), time.perf_counter()
-    world.take_folder(out, own=())
-    with tempfile.TemporaryDirectory() as files:  # a run that is killed leaves --out empty
-        write_model_files(files)
-        tokenizer, images = data.load_tokenizer(files), ImageConfig.from_dir(files)
-        model = Model(ModelConfig.from_dir(files), with_vision=True)
+    world.take_folder(out)
+    tokenizer, images = data.load_tokenizer(ASSETS), ImageConfig.from_dir(ASSETS)
+    model = Model(ModelConfig.from_dir(ASSETS), with_vision=True)
     initialise(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     for phase, trained in ((align, model.visual), (joint, model)):

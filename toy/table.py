@@ -29,10 +29,6 @@ GAINS = (
     ("sft", "direct", "What the thoughts gain (95% interval):"),
     ("grpo", "sft", "What GRPO gains on the same questions:"),
 )
-REASON = """\
-Why thoughts: composing permutations is serial, and a transformer of constant depth cannot do many
-at once (arXiv 2310.07923); a thought makes each one a look-up (2402.12875, 2305.15408).
-Why images: a vision token means to the decoder what its character means."""
 
 
 @dataclass
@@ -73,20 +69,20 @@ def pool(rows: list[dict]) -> dict:
     return row | {"each": [r["accuracy"] for r in rows]}
 
 
-def read_rewards(folders: list[str], name: str) -> dict[str, list[float]]:
-    """test set → rewards of the model `name`, folder by folder in the order of the questions."""
-    rewards = defaultdict(list)
-    for folder in folders:
-        file = Path(folder) / f"eval-{name}" / "samples.jsonl"
-        for sample in map(json.loads, file.open()):
-            rewards[sample["task"]].append(sample["reward"])
-    return rewards
-
-
-def gain(a: list[float], b: list[float]) -> str:
-    """ "+12.5 (9.9 … 15.1)": the paired difference a - b in points, with its 95% interval."""
-    d = paired_difference(a, b)
-    return f"{100 * d.difference:+.1f} ({100 * d.low:.1f} … {100 * d.high:.1f})"
+def gains(folders: list[str], name: str, other: str) -> dict[str, str]:
+    """test set → "+12.5 (9.9 … 15.1)": the paired difference of two models' rewards in points, with
+    its 95% interval; the questions of all folders, in order."""
+    rewards = {name: defaultdict(list), other: defaultdict(list)}
+    for model, by_task in rewards.items():
+        for folder in folders:
+            for line in (Path(folder) / f"eval-{model}" / "samples.jsonl").open():
+                sample = json.loads(line)
+                by_task[sample["task"]].append(sample["reward"])
+    told = {}
+    for task in rewards[name].keys() & rewards[other].keys():
+        d = paired_difference(rewards[name][task], rewards[other][task])
+        told[task] = f"{100 * d.difference:+.1f} ({100 * d.low:.1f} … {100 * d.high:.1f})"
+    return told
 
 
 def accuracy_line(name: str, task: str, row: dict) -> list[str]:
@@ -108,27 +104,23 @@ def story(table: Table, folders: list[str]) -> str:
         rows = [table.get(name, {}).get(task) for task in TASKS[:4]]
         lines.append([told, *(percent(row["accuracy"]) if row else "" for row in rows)])
     for name, other, told in GAINS:
-        both = set(table.get(name, {})) & set(table.get(other, {}))
-        a, b = (read_rewards(folders, model) if both else {} for model in (name, other))
-        lines.append([told, *(gain(a[t], b[t]) if t in both else "" for t in TASKS[:4])])
+        found = gains(folders, name, other) if {name, other} <= table.keys() else {}
+        lines.append([told, *(found.get(task, "") for task in TASKS[:4])])
     return text(["accuracy, %", "text", "image", "ward, text", "ward, image"], lines)
 
 
 def show_table(config: TableConfig) -> None:
     """Print every accuracy, the story, whether the vision tower is untouched, and all of it as one
     line of JSON. Of several folders, the models and sets that all of them have."""
-    tables = [read_evaluations(folder) for folder in config.out]
-    table = tables[0]
-    if len(tables) > 1:
+    table, *others = tables = [read_evaluations(folder) for folder in config.out]
+    if others:
         table = {}
         for name, tasks in tables[0].items():
-            for task in (t for t in tasks if all(t in other.get(name, {}) for other in tables)):
+            for task in (t for t in tasks if all(t in other.get(name, {}) for other in others)):
                 table.setdefault(name, {})[task] = pool([other[name][task] for other in tables])
-    lines = [
-        accuracy_line(name, t, row) for name, tasks in table.items() for t, row in tasks.items()
-    ]
+    lines = [accuracy_line(n, t, row) for n, tasks in table.items() for t, row in tasks.items()]
     print(text(HEAD, lines, left=(0, 1, 7, 8)))
-    print(f"\n{story(table, config.out)}\n{REASON}")
+    print(f"\n{story(table, config.out)}")
     line: dict = dict(table)
     if config.base and config.final:
         line["vision_untouched"] = same_vision(config.base, config.final)

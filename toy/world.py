@@ -3,11 +3,9 @@
 A problem is a chain of statements, `a=9;k=a#;  n=k%;n?`. Each of the six operations `!#%&*~` is a
 fixed, random permutation of the ten digits. The base model reads the line and knows every operation
 ("9#" → "9#=8"), but answers at once, which is a guess. A thought, `a=9;k=9#=8;n=8%=0`, turns each
-step into one look-up.
-
-Composing permutations is serial work, so that a transformer of constant depth needs thoughts for
-long chains (Merrill & Sabharwal 2310.07923; Li et al. 2402.12875; Feng et al. 2305.15408). Chains
-of sums would need none: attention adds in parallel.
+step into one look-up. Composing permutations is serial work, which a transformer of constant depth
+cannot do at once (docs/miniature.md has the papers). Sums would need no thought: attention adds in
+parallel.
 
 Each problem exists as text and as an image of the same line, one glyph and so one merged vision
 token per 28 × 28 pixels. The "ward" asks the same in another format, `a:9,k:a#,  k?`, with
@@ -32,7 +30,6 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from string import ascii_letters
-from typing import Collection
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -238,13 +235,9 @@ class DataConfig:
     images: bool = option(False, "also sft_images.jsonl: every second question as an image")
 
 
-def take_folder(out: Path, own: Collection[str]) -> None:
-    """Make the folder `out`. Raises ValueError where that fails, or where it holds files that
-    match no pattern of `own`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"--out {out}: cannot be written ({e.strerror})") from None
+def take_folder(out: Path, *own: str) -> None:
+    """Make the folder `out`. Raises ValueError where it holds files that match none of `own`."""
+    out.mkdir(parents=True, exist_ok=True)
     other = [p.name for p in out.iterdir() if not any(p.match(pattern) for pattern in own)]
     if other:
         raise ValueError(f"--out {out}: holds other files ({min(other)}, …); name a new directory")
@@ -298,7 +291,7 @@ def test_set(out: Path, task: str, config: DataConfig) -> list[dict]:
 def write_data(config: DataConfig) -> None:
     """sft.jsonl, sft_direct.jsonl (the same without thoughts), rl.jsonl, test_TASK.jsonl, img/."""
     out = Path(config.out)
-    take_folder(out, own=("sft*.jsonl", "rl.jsonl", "test_*.jsonl", "*.tmp", "img"))
+    take_folder(out, "sft*.jsonl", "rl.jsonl", "test_*.jsonl", "*.tmp", "img")
     (out / "img").mkdir(exist_ok=True)
     write_jsonl(out / "sft.jsonl", conversations(config))
     write_jsonl(out / "sft_direct.jsonl", conversations(config, thoughts=False))

@@ -151,7 +151,7 @@ class Watch(TorchDispatchMode):
         if name == "aten._local_scalar_dense.default":
             self.waits[name] += on_gpu
             return 1.0 if args[0].is_floating_point() else 1
-        if on_gpu and name.startswith(("aten.nonzero", "aten.masked_select", "aten._unique")):
+        if on_gpu and name.startswith(("aten.nonzero.", "aten.masked_select", "aten._unique")):
             self.waits[name] += 1
         if name == "aten._to_copy.default" and "device" in kwargs:
             moved = kwargs["device"] is not None and kwargs["device"].type != args[0].device.type

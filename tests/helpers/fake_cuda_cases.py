@@ -6,6 +6,7 @@ import fake_cuda  # isort: skip
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 if sys.argv[1] == "flash_attn_package":
     import os
@@ -24,8 +25,8 @@ from core.optim import adamw, guarded_step
 from core.parallel import World, shard
 from core.plan import Setting, plan_grpo, plan_step
 from data import Batch, RolloutBatch
-from model import Model
-from tools.memory import meta_model, published_config
+from model import Model, meta_model
+from tools.memory import published_config
 
 
 def remade(module: torch.nn.Module, make) -> torch.nn.Module:
@@ -129,7 +130,7 @@ def tower(kind: str) -> dict:
     """What one block of a vision tower keeps with patches and merger, by autograd's hook, against
     the plan of a tower of one block; 4,096 tokens are 16,384 patches."""
     from core.plan import tower_activations
-    from core.vision import Merger, Merger3, PatchEmbed, VisionBlock, VisionConfig
+    from core.vision import Merger, PatchEmbed, VisionBlock, VisionConfig
 
     if kind == "qwen2_5_vl":
         c = dataclasses.replace(published_config("7B").vision, depth=1)
@@ -143,8 +144,7 @@ def tower(kind: str) -> dict:
         return t
 
     with fake_cuda.ranks(1), torch.device("cuda"):
-        merger = Merger3(c, join_first=False) if c.is_qwen3 else Merger(c)
-        layers = [PatchEmbed(c), VisionBlock(c), merger]
+        layers = [PatchEmbed(c), VisionBlock(c), Merger(c)]
         for layer in layers:
             layer.to(torch.bfloat16).requires_grad_()
         patches = torch.empty(16384, c.in_channels * c.temporal_patch_size * c.patch_size**2)
@@ -191,9 +191,49 @@ def kernels(operations: dict[str, int]) -> int:
     return sum(n for name, n in operations.items() if not name.startswith(free))
 
 
+def block() -> dict:
+    """One decoder block of the 7B in bf16, 4,096 tokens: kernels of its forward and its backward
+    pass (with what it recomputes), and what it keeps between, by checkpointing mode; "qwen3": with
+    norms on heads, nothing recomputed."""
+    from core.plan import block_activations
+    from model import Block, rope_cos_sin
+
+    out, plain = {}, seven_b(1)
+    with fake_cuda.ranks(1) as world, torch.device("cuda"):
+        positions = torch.arange(4096).expand(3, -1)
+        ends, cos_sin = torch.tensor([0, 4096], dtype=torch.int32), rope_cos_sin(positions, plain)
+        for mode in ("none", "matmul", "full", "qwen3"):
+            norms = dict(qk_norm=True, qkv_bias=False) if mode == "qwen3" else {}
+            config = dataclasses.replace(plain, **norms)
+            layer = Block(config).to(torch.bfloat16).requires_grad_()
+            layer.checkpointing = "none" if mode == "qwen3" else mode
+            size = dict(dtype=torch.bfloat16, requires_grad=True)
+            x, tracker = torch.empty(4096, config.hidden_size, **size), MemTracker()
+            tracker.track_external(layer, x, ends, *cos_sin)
+
+            def now(tracker=tracker):
+                return tracker.get_tracker_snapshot("current")[world.device]["Total"]
+
+            with tracker:
+                before = now()
+                y = layer(x, *cos_sin, ends, 4096)
+                kept = now() - before - y.nbytes + x.nbytes
+            with fake_cuda.Watch() as forward:
+                y = layer(x, *cos_sin, ends, 4096)
+            with fake_cuda.Watch() as backward:
+                y.sum().backward()
+            out[mode] = {
+                "kept": kept,
+                "plan": block_activations(config, 4096, layer.checkpointing),
+                "forward": kernels(forward.operations),
+                "backward": kernels(backward.operations),
+            }
+    return out
+
+
 def fused_as_one(seen) -> None:
     """What is compiled on a GPU counts as one operation, under its own name."""
-    from core import fused_decode
+    from core import decode_kernels
 
     def compiled(function):
         def run(*args):
@@ -205,13 +245,13 @@ def fused_as_one(seen) -> None:
 
         return run
 
-    fused_decode.compiled = compiled
+    decode_kernels.compiled = compiled
 
 
 def decode_step(rows: str = "256") -> dict:
     """A whole decode step of the 7B, with its blocks as the model has them, and fused."""
     import sampler
-    from core import fused_decode
+    from core.decode_weights import fuse
     from core.slots import Slots
     from model import rope_cos_sin
 
@@ -225,11 +265,11 @@ def decode_step(rows: str = "256") -> dict:
         angles = rope_cos_sin(torch.arange(2048, device=world.device).expand(3, -1), config)
         params = sampler.SamplingParams(stop_ids=[5, 6]).on(world.device)
         for name in ("blocks", "fused"):
-            layers = model.model.layers if name == "fused" else []
-            blocks = [fused_decode.FusedBlock(layer) for layer in layers] or None
+            for layer in model.model.layers if name == "fused" else []:
+                fuse(layer)
             with fake_cuda.Watch() as seen:
                 fused_as_one(seen)
-                sampler.decode_step(model, angles, slots, params, blocks=blocks)
+                sampler.decode_step(model, angles, slots, params)
             out[name] = {"kernels": kernels(seen.operations), "waits": seen.waits.total()}
     return out
 
@@ -300,7 +340,6 @@ def grpo() -> dict:
     made = rollout_batches(samples, prompts, c.micro_tokens, here)
     FakeTensor.tolist = lambda t: waits.append(t.device.type) or [1.0] * t.shape[0]
     train_grpo.all_sum = train_grpo.all_max = lambda *values: list(values)
-    train_grpo.all_gather_objects = lambda value: [value]
     with fake_cuda.ranks(8) as world:
         model, reference = sharded(config, world, "full"), sharded(config, world, "none")
         reference.requires_grad_(False)
@@ -309,7 +348,9 @@ def grpo() -> dict:
             for b in made:
                 b.ref_logprobs = train_grpo.score(reference, b.to(world.device), c)[0]
         with fake_cuda.Watch() as seen:
-            train_grpo.update(model, optimizer, made, samples, 1e-6, c, world)
+            run = SimpleNamespace(world=world)
+            training = SimpleNamespace(model=model, optimizer=optimizer, options=c, run=run)
+            train_grpo.update(training, made, samples, 1e-6)
     return {
         "micro_batches": len(made),
         "scoring": dict(scoring.waits),

@@ -124,7 +124,7 @@ def child(argv: list[str], call: str, env: dict, log: str) -> None:
             getattr(importlib.import_module(module), name)(
                 parallel.init("cpu", timeout_minutes=2), *argv
             )
-            parallel.shutdown(together=True)
+            parallel.shutdown()
             code = 0
         else:
             mark_phases(log + ".phases")

@@ -27,7 +27,7 @@ def _enter(rank: int, function, size: int, port: int, args: tuple) -> None:
 
     world = parallel.init("cpu", timeout_minutes=2)
     function(world, *args)
-    parallel.shutdown(together=True)
+    parallel.shutdown()
     os._exit(0)  # as the scripts do, see parallel.run_and_exit
 
 
