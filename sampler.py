@@ -393,8 +393,7 @@ class Sampler:
         numbers; by default its index in this call. indices: make only these samples of a prompt.
         on_finish: called as soon as the host sees that a completion ended; on_step: each time it
         looks (`slots` holds all tokens so far). Uses the model's weights as they are now. Raises
-        ValueError for what can't work before computing anything. On Ctrl-C and when memory runs
-        out, the exception's `completions` holds the finished ones.
+        ValueError for what can't work before computing anything.
         """
         ids = range(len(prompts)) if sample_ids is None else sample_ids
         indices = range(params.n) if indices is None else indices
@@ -424,11 +423,9 @@ class Sampler:
                         finished.append(completion)
                         if on_finish is not None:
                             on_finish(completion)
-        except (KeyboardInterrupt, torch.OutOfMemoryError) as e:
-            if isinstance(e, torch.OutOfMemoryError):
-                gb, half = self.slots.kv.nbytes / 1e9, self.usable // 2
-                e.add_note(f"The KV cache takes {gb:.3g} GB; --slots {half} halves it")
-            e.completions = finished
+        except torch.OutOfMemoryError as e:
+            gb, half = self.slots.kv.nbytes / 1e9, self.usable // 2
+            e.add_note(f"The KV cache takes {gb:.3g} GB; --slots {half} halves it")
             raise
         return sorted(finished, key=lambda c: (c.prompt_index, c.sample_index))
 

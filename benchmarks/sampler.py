@@ -3,7 +3,6 @@ limits, in one run.
 
     python benchmarks/sampler.py                   # 5M and 50M parameters on one CPU thread
     python benchmarks/sampler.py --sizes 0.5b --prompts 4 --new 32 --pairs 3
-    python benchmarks/sampler.py --sizes 7b --device cuda   # decode speed beside the roofline
 
 Two loads, 8 samples a prompt. even: prompts of one length, completions all run to the limit: engine
 against engine. ragged: prompts of 16 to 200 tokens, and a share of the vocabulary stops, so that
@@ -38,7 +37,6 @@ SIZES = {  # hidden, intermediate, layers, heads, KV heads, vocabulary
     "5m": (256, 768, 5, 8, 2, 4096),
     "50m": (512, 1536, 14, 8, 2, 16384),
     "0.5b": (896, 4864, 24, 14, 2, 151936),
-    "7b": (3584, 18944, 28, 28, 4, 152064),
 }
 SAMPLES, ROWS = 8, 64
 
@@ -55,7 +53,7 @@ def config_of(size: str) -> dict:
         vocab_size=vocab,
         rms_norm_eps=1e-6,
         rope_theta=1e6,
-        tie_word_embeddings=size != "7b",
+        tie_word_embeddings=True,
     )
 
 
@@ -141,44 +139,6 @@ def compare(size: str, load: str, count: int, new: int, pairs: int) -> dict:
     )
 
 
-def roofline(size: str, rows: int, context: int) -> float:
-    """Tokens/s of decode on one H200 (4.3 TB/s, 790 TFLOP/s bf16) if every byte and FLOP went at
-    full speed."""
-    hidden, intermediate, layers, heads, kv_heads, vocab = SIZES[size]
-    dim = hidden // heads
-    weights = (
-        layers * hidden * (2 * hidden + 2 * kv_heads * dim + 3 * intermediate) + hidden * vocab
-    )
-    kv = 2 * layers * kv_heads * dim * 2 * context
-    return rows / (max(2 * weights / 4.3e12, 2 * weights * rows / 790e12) + rows * kv / 4.3e12)
-
-
-def decode_on_gpu(size: str, rows: int, context: int, new: int = 256) -> dict:
-    """Steady decode of `rows` samples at about `context` cached tokens."""
-    with torch.device("cuda"):
-        model = Model(ModelConfig.from_dict(config_of(size))).bfloat16()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
-    g = torch.Generator().manual_seed(0)
-    prompts = [
-        Prompt(torch.randint(0, 1000, (context - new // 2,), generator=g).tolist(), None, None)
-        for _ in range(rows // SAMPLES)
-    ]
-    sampler = Sampler(model, max_len=context + new, slots=rows)
-    for seed in range(2):  # the first call records the graphs
-        sampler.generate(prompts, SamplingParams(n=SAMPLES, max_new_tokens=new, seed=seed))
-    speed = sampler.stats["decode_tokens"] / sampler.stats["decode_seconds"]
-    best = roofline(size, rows, context)
-    return dict(
-        size=size,
-        rows=rows,
-        context=context,
-        tok_per_s=round(speed),
-        roofline=round(best),
-        share=round(speed / best, 3),
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -190,24 +150,18 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--new", type=int, default=128, help="limit of a completion")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
-    if args.device == "cuda":
-        rows = [
-            decode_on_gpu(s, b, c) for s in args.sizes for c in (1024, 4096) for b in (64, 128, 256)
-        ]
-    else:
-        torch.set_num_threads(1)
-        rows = [
-            compare(s, load, args.prompts, args.new, args.pairs)
-            for s in args.sizes
-            for load in args.loads
-        ]
+    torch.set_num_threads(1)
+    rows = [
+        compare(s, load, args.prompts, args.new, args.pairs)
+        for s in args.sizes
+        for load in args.loads
+    ]
     columns = list(rows[0])
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
         print("| " + " | ".join(str(row[c]) for c in columns) + " |")
-    facts = {"benchmark": "sampler", "device": args.device, "torch": torch.__version__}
+    facts = {"benchmark": "sampler", "torch": torch.__version__}
     print(json.dumps(facts | {"rows": rows}))
 
 

@@ -30,10 +30,8 @@ def _choose_flash() -> tuple[str, object]:
     """(name for a run's header, the flash-attn package's function or None for varlen_attn). Called
     at import: an import inside a compiled block would break its graph."""
     if (wanted := os.environ.get("ATTENTION", "torch")) == "flash_attn":
-        try:
-            from flash_attn import flash_attn_varlen_func
-        except ImportError as e:
-            raise ValueError(f"ATTENTION=flash_attn: the package does not import ({e})") from e
+        from flash_attn import flash_attn_varlen_func
+
         return "flash-attn", flash_attn_varlen_func
     if wanted != "torch":
         raise ValueError(f"ATTENTION={wanted}: must be torch or flash_attn")

@@ -189,25 +189,6 @@ def rope_2d(positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch
     return angles.cos(), angles.sin()
 
 
-def grid_taps(h: int, w: int, merge: int, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the patches of an h x w image fall in the square grid of learned positions, for
-    bilinear interpolation: cells (P, 4) long and their weights (P, 4) fp32.
-
-    The corners of both fall together, so row r lies at r · (side - 1) / (h - 1): with side 4 and
-    h 7, row 3 at 1.5. Must equal transformers' `get_vision_interpolation_indices_and_weights`.
-    """
-    side = math.isqrt(cells)
-    last = torch.tensor([h - 1, w - 1]).clamp(min=1)
-    place = patch_positions(h, w, merge).float() * (side - 1) / last  # (P, 2)
-    low = place.long()
-    high = (low + 1).clamp(max=side - 1)
-    part = place - low
-    (y0, x0), (y1, x1), (v, u) = low.unbind(1), high.unbind(1), part.unbind(1)
-    cells = torch.stack([y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1], 1)
-    weights = torch.stack([(1 - v) * (1 - u), (1 - v) * u, v * (1 - u), v * u], 1)
-    return cells, weights
-
-
 # ---------------------------------------------------------------------- layers of both
 class PatchEmbed(nn.Module):
     """The published weight is a Conv3d's whose stride is its kernel: a matrix on flattened patches.
@@ -352,7 +333,7 @@ class VisionTower(nn.Module):
         x = patches.view(len(order), -1).index_select(0, order).view(len(patches), -1)
         x = self.patch_embed(x)  # (P, C)
         if c.is_qwen3:
-            x = x + self.learned_positions(sizes, device).to(x.dtype)
+            x = x + self.learned_positions(sizes).to(x.dtype)
         deepstack = []
         for i, block in enumerate(self.blocks):
             # the maxima are known on the CPU, so that the GPU is never waited for
@@ -363,13 +344,15 @@ class VisionTower(nn.Module):
                 deepstack.append(self.deepstack_merger_list[len(deepstack)](x))
         return torch.cat([self.merger(x), *deepstack], dim=1).index_select(0, back)
 
-    def learned_positions(self, sizes: list[tuple[int, int]], device) -> torch.Tensor:
-        """(P, C) fp32: the grid of learned positions, interpolated at each patch."""
-        c = self.config
-        taps = [grid_taps(h, w, c.spatial_merge_size, c.num_position_embeddings) for h, w in sizes]
-        cells, weights = (
-            torch.cat(t).t().contiguous().to(device, non_blocking=True) for t in zip(*taps)
-        )  # (4, P) each
-        table = self.pos_embed.weight.float()
-        # as a sum of four products: the gathered (P, 4, C) never exists
-        return sum(w[:, None] * F.embedding(i, table) for i, w in zip(cells, weights))
+    def learned_positions(self, sizes: list[tuple[int, int]]) -> torch.Tensor:
+        """(P, C) fp32: the square grid of learned positions, stretched over each image so that the
+        corners of both fall together: with side 4 and h 7, row 3 lies at 1.5 of the grid."""
+        c, m = self.config, self.config.spatial_merge_size
+        side = math.isqrt(c.num_position_embeddings)
+        grid = self.pos_embed.weight.float().t().reshape(1, -1, side, side)
+        images = []
+        for h, w in sizes:
+            image = F.interpolate(grid, (h, w), mode="bilinear", align_corners=True)
+            image = image.view(-1, h // m, m, w // m, m).permute(1, 3, 2, 4, 0)  # patches' order
+            images.append(image.reshape(h * w, -1))
+        return torch.cat(images)

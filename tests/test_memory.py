@@ -5,11 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_model import FLAT_7B
+from test_model import FLAT_7B, text_stream
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from core.lora import LoRA
+from core.optim import adamw
+from core.parallel import shard
 from core.plan import (
     GIB,
+    LOGIT_ROWS,
     Setting,
     block_activations,
     choose_setting,
@@ -20,9 +24,12 @@ from core.plan import (
     plan_grpo,
     plan_step,
 )
+from core.vision import VisionConfig
+from data import Batch
 from model import ModelConfig, meta_model
 from tools import memory
 from tools.memory import published_config
+from train_sft import accumulate_gradients
 
 SEVEN = meta_model(published_config("7B"))
 
@@ -140,6 +147,41 @@ def test_a_plan_that_does_not_fit_is_said(world):
     setting, text = choose_setting(SEVEN, world, [16384, 8192], options)
     assert (setting.checkpointing, setting.tokens) == ("full", 8192)
     assert "warning: that is too much for 4 GiB" in text and "peak" in text
+
+
+@pytest.mark.parametrize("mode", ["matmul", "full"])
+def test_the_peak_with_a_trained_vision_tower_is_within_5_percent_of_the_plan(world, mode):
+    """By torch's memory tracker on the CPU, in fp32; a micro-batch of images, two tokens of text
+    each; the tower is recomputed."""
+    changes = dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=2, vocab_size=320)
+    changes |= dict(intermediate_size=192, num_hidden_layers=3)
+    changes["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 1, 1]}
+    tower = dict(hidden_size=64, out_hidden_size=64, depth=8, intermediate_size=128, num_heads=4)
+    images = dict(image_token_id=300, vision=VisionConfig(**tower))
+    config = dataclasses.replace(ModelConfig.from_dict({**FLAT_7B, **changes}), **images)
+    model = meta_model(config, with_vision=True)
+    for block in (*model.model.layers, *model.visual.blocks):
+        block.checkpointing, block.recompute = mode, True
+    shard(model, world, compute_dtype=torch.float32)
+    model.to_empty(device="cpu").loss_chunk = LOGIT_ROWS
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.02)
+    optimizer, tracker = adamw(model, lr=1e-3, weight_decay=0.0), MemTracker()
+    tokens, positions, cu = text_stream([258] * 4)
+    tokens = torch.full_like(tokens, 300).index_fill(0, torch.cat([cu[:-1], cu[1:] - 1]).long(), 1)
+    grid = torch.tensor([[1, 32, 32]] * 4)
+    batch = Batch.of(tokens, tokens, positions, cu, torch.randn(4096, 1176), grid)
+    accumulate_gradients(model, [batch], 1032, world)
+    tracker.track_external(model, optimizer, batch.pixel_values)
+    tracker.track_external(*(p.grad for p in model.parameters()))
+    with tracker:
+        accumulate_gradients(model, [batch], 1032, world)
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    how = dict(compute_bytes=4, checkpointing=mode, train_vision=True)
+    plan = plan_step(model, Setting(1, tokens=1032, **how))
+    assert plan["peak"] == pytest.approx(peak, rel=0.05)
+    assert plan["tower activations"] > 0.3 * peak
 
 
 def test_the_cheapest_way_to_fit_is_named():

@@ -10,7 +10,6 @@ from core.vision import (
     VisionConfig,
     VisionTower,
     boundaries,
-    grid_taps,
     mrope_positions,
     rope_2d,
     window_layout,
@@ -249,19 +248,16 @@ def test_learned_positions_equal_transformers(cells, sizes):
     from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
     merge, side = sizes
-    grids = [(t, h * merge, w * merge) for t, h, w in cells]
+    grids = [(h * merge, w * merge) for _, h, w in cells]
     indices, weights = get_vision_interpolation_indices_and_weights(
-        torch.tensor(grids), side, align_corners=True, spatial_merge_size=merge
-    )
-    ours = [grid_taps(h, w, merge, side**2) for _, h, w in grids]
-    assert torch.equal(torch.cat([cells for cells, _ in ours]), indices)
-    assert (torch.cat([w for _, w in ours]) - weights).abs().max() <= 1e-6
-
-
-def test_tap_example_of_the_docstring():
-    """Prevents: a worked example that is wrong."""
-    cells, weights = grid_taps(7, 7, 1, 16)
-    assert cells[21].tolist() == [4, 5, 8, 9] and weights[21].tolist() == [0.5, 0, 0.5, 0]
+        torch.tensor([(1, h, w) for h, w in grids]), side, align_corners=True,
+        spatial_merge_size=merge,
+    )  # fmt: skip
+    changes = dict(spatial_merge_size=merge, num_position_embeddings=side**2, depth=0)
+    torch.manual_seed(0)
+    tower = VisionTower(VisionConfig.from_dict({**TINY3, **changes}, qwen3=True))
+    expected = (tower.pos_embed.weight[indices] * weights[..., None]).sum(1)
+    assert (tower.learned_positions(grids) - expected).abs().max() <= 1e-4
 
 
 def test_window_example_of_the_docstring():
