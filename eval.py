@@ -231,7 +231,7 @@ class Engine:
         self.max_len = config.room_for(longest, new)
 
     def load(self) -> Sampler:
-        """Collective."""
+        """The model in a sampler with room for the longest prompt. Collective."""
         c, on_gpu = self.c, self.world.device.type == "cuda"
         dtype = compute_dtype(c.dtype, on_gpu)
         how = dict(compute_dtype=dtype, master_dtype=dtype, with_vision=self.images is not None)
@@ -310,6 +310,7 @@ def write_header(engine: Engine, problems: list[dict]) -> None:
     more = {"model": str(engine.dir), "settings": s, "prompts": prompts}
     run.write_json(file, run.header(world_size=engine.world.size, **more))
     exit = f"forced exit after {s['think_budget']}" if s["think_budget"] else "no forced exit"
+    exit += ", images removed" * s["blind"]
     how = f"{s['samples']} sample(s) each at temperature {s['temperature']}, {exit}"
     print(f"{len(problems)} problem(s), {how}, at most {s['max_new_tokens']} tokens; see {file}")
 
