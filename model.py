@@ -234,9 +234,9 @@ class Model(nn.Module):
         tokens (T,) long; position_ids (3, T) long; cu_seqlens (N+1,) int32; targets (T,) long, -100
         where nothing is asked; pixel_values and grid_thw: see the tower. max_len (bound of the
         document lengths) and rows (where targets are), if given, spare two waits for the GPU.
-        Returns fp32 logits (T, V) without targets; else (logprobs (T,), entropies (T,) or None),
-        fp32, zero where the target is -100: log softmax(logits / temperature)[target], and the
-        entropy of the same distribution.
+        Returns fp32 logits (T, V) without targets, which have no gradient in bf16 on CUDA; else
+        (logprobs (T,), entropies (T,) or None), fp32, zero where the target is -100: log
+        softmax(logits / temperature)[target], and the entropy of the same distribution.
         """
         device = self.model.embed_tokens.weight.device
         max_len = max_len or int(cu_seqlens.diff().max())

@@ -1,6 +1,6 @@
 """KV-cached batched generation: prompts → completions with log-probabilities, in one process.
 
-    sampler = Sampler(model, max_len=6144)  # slots=…, kv_gb=…, or a share of the free memory
+    sampler = Sampler(model, max_len=6144)  # slots=…, kv_gb=…, or what is free
     params = SamplingParams(n=8, max_new_tokens=4096, stop_ids=stop_token_ids(tokenizer))
     completions = sampler.generate(prompts, params)
 
@@ -174,10 +174,8 @@ def block_forward(
     """`model.Block` with another attention: x (T, C) → (T, C); attn(q (T, Hq, D), k, v (T, Hkv, D))
     → (T, Hq, D). Calls the block's parts, not the block: that call would make FSDP gather."""
     q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
-    attended, norm = (
-        layer.self_attn.o_proj(attn(q, k, v).flatten(1)),
-        layer.post_attention_layernorm,
-    )
+    attended = layer.self_attn.o_proj(attn(q, k, v).flatten(1))
+    norm = layer.post_attention_layernorm
     x, normed = as_one_kernel(add_norm, x, attended, norm.weight, norm.eps)
     return x + layer.mlp(normed)
 

@@ -88,13 +88,7 @@ def prefill_bytes(c, tokens: int, compute_bytes: int) -> int:
 
 
 def number_of_slots(
-    wanted: int | None,
-    kv_gb: float | None,
-    capacity: int,
-    prefill_tokens: int,
-    c,
-    dtype,
-    device: torch.device,
+    wanted: int | None, kv_gb: float | None, capacity: int, prefill_tokens: int, c, dtype, device
 ) -> int:
     """How many slots to allocate: those wanted, else as many as the KV memory holds, at most 256 on
     CUDA and 64 on CPU. Raises ValueError where not even those wanted, or one, would fit.
