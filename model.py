@@ -17,6 +17,7 @@ V vocabulary, M image tokens.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -85,9 +86,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, heads)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def forward(self, x, cos, sin, cu_seqlens, max_len) -> torch.Tensor:
-        q, k, v = self.qkv(x, cos, sin)
-        return self.o_proj(attend(q, k, v, cu_seqlens, max_len, causal=True).flatten(1))  # (T, C)
+    def forward(self, x, cos, sin, attn: Callable) -> torch.Tensor:
+        """x (T, C) → (T, C); attn(q, k, v) → (T, Hq, D)"""
+        return self.o_proj(attn(*self.qkv(x, cos, sin)).flatten(1))
 
 
 class MLP(nn.Module):
@@ -118,15 +119,21 @@ class Block(nn.Module):
         """x (T, C) → (T, C). `checkpointing` is what backward recomputes: nothing (none), all but
         the outputs of attention and matmuls (matmul), or all from the block's input (full).
         Checkpointing inside forward, not in a wrapper, keeps the published parameter names."""
-        args = (x, cos, sin, cu_seqlens, max_len)
+
+        def attn(q, k, v):
+            return attend(q, k, v, cu_seqlens, max_len, causal=True)
+
+        args = (x, cos, sin, attn)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.run(*args)
         options = {} if self.checkpointing == "full" else {"context_fn": keep_matmuls}
         # no dropout: there is no random state to preserve
         return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
-    def run(self, x, cos, sin, cu_seqlens, max_len):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_len)
+    def run(self, x, cos, sin, attn: Callable) -> torch.Tensor:
+        """With any attention: the sampler's reads its cache. No call of the module, at which FSDP
+        would gather its weights."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attn)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -39,14 +39,7 @@ import torch
 from tqdm import tqdm
 
 from core.attention import attend
-from core.decode_kernels import (
-    Graphs,
-    add_norm,
-    as_one_kernel,
-    decode_attend,
-    exp_and_sum,
-    plan_attention,
-)
+from core.decode_kernels import Graphs, as_one_kernel, decode_attend, exp_and_sum, plan_attention
 from core.decode_weights import DecodeWeights
 from core.random_numbers import sample_key, uniform
 from core.samples import sampled_mask
@@ -168,18 +161,6 @@ def sample_next_token(s: Slots, model: Model, p: SamplingParams) -> torch.Tensor
 
 
 # ------------------------------------------------------------------------- prefill, decode step
-def block_forward(
-    layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attn: Callable
-) -> torch.Tensor:
-    """`model.Block` with another attention: x (T, C) → (T, C); attn(q (T, Hq, D), k, v (T, Hkv, D))
-    → (T, Hq, D). Calls the block's parts, not the block: that call would make FSDP gather."""
-    q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
-    attended = layer.self_attn.o_proj(attn(q, k, v).flatten(1))
-    norm = layer.post_attention_layernorm
-    x, normed = as_one_kernel(add_norm, x, attended, norm.weight, norm.eps)
-    return x + layer.mlp(normed)
-
-
 def positions_of(prompt, c) -> tuple[torch.Tensor, int]:
     """A `data.Prompt`'s positions (3, P), and those of later tokens less their index."""
     if prompt.grid_thw is None:
@@ -207,7 +188,7 @@ def prefill(model: Model, prompts: Sequence) -> list[tuple[torch.Tensor, torch.T
             kv[0, i], kv[1, i] = k, v
             return attend(q, k, v, cu, longest, causal=True)
 
-        x = block_forward(layer, x, cos, sin, attn)
+        x = layer.run(x, cos, sin, attn)
         if i < len(deepstack):
             x = x.index_add(0, *deepstack[i])
     last = decoder.norm(x[cu[1:].long() - 1])  # (prompts, C)
@@ -234,7 +215,7 @@ def decode_step(
             values.index_put_((rows, s.length), v)
             return decode_attend(q, keys, values, plan)
 
-        x = block_forward(layer, x, cos, sin, attn)
+        x = layer.run(x, cos, sin, attn)
     s.hidden.copy_(model.model.norm(x))
     s.length += 1 - s.done
 

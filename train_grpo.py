@@ -422,7 +422,7 @@ def grpo(
         metrics = {"step": step + 1, "epoch": round(cursor / len(problems), 4), "learning_rate": lr}
         metrics |= rollout_metrics(samples, c.group) | figures
         metrics |= throughput.grpo_speed(metrics["tokens"], prompts, seconds)
-        text = throughput.describe_grpo_step(metrics, total)
+        text = throughput.describe_step(metrics, total)
         if training.step_done(metrics, text, stepped, cursor=cursor):
             return run.stopped(step + 1)
 

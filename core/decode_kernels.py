@@ -103,12 +103,6 @@ def rotate(qkv, cos, sin, q_norm, k_norm, eps: float, kv_heads: int, size: int):
     return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
 
-def add_norm(x, delta, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta (T, C) → x + delta, and its norm."""
-    x = x + delta
-    return x, F.rms_norm(x, weight.shape, weight, eps)
-
-
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """(T, 2 I) → (T, I)"""
     gate, up = gate_up.chunk(2, dim=1)

@@ -99,30 +99,31 @@ def train_flops(config: ModelConfig, lengths: list[int] | torch.Tensor) -> tuple
 
 
 # ------------------------------------------------------------------------------ metrics on a line
+SHOWN = {  # of both trainers' metrics, in this order
+    "reward": "reward {:.3f}",
+    "frac_reward_zero_std": "zero variance {:.0%}",
+    "completions/mean_length": "length {:.0f}",
+    "completions/clipped_ratio": "truncated {:.0%}",
+    "loss": "loss {:.4f}",
+    "entropy": "entropy {:.3f}",
+    "kl": "kl {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "grad_norm": "norm {:.3f}",
+    "sampling/logp_difference_mean": "logp difference {:.1e}",
+    "tok_per_s": "{:.0f} tok/s",
+    "mfu": "MFU {:.1%}",
+    "mfu_palm": "PaLM MFU {:.1%}",
+    "memory_gib": "mem {:.2f} GiB",
+    "data_wait_s": "data {:.3f} s",
+    "rollout_s": "rollouts {:.1f} s",
+    "step_time": "in {:.1f} s",
+}
+
+
 def describe_step(m: dict, total: int) -> str:
-    text = (
-        f"step {m['step']}/{total} | loss {m['loss']:.4f} | lr {m['learning_rate']:.2e} | "
-        f"norm {m['grad_norm']:.3f} | {m['tok_per_s']:.0f} tok/s | mem {m['memory_gib']:.2f} GiB | "
-        f"data {m['data_wait_s']:.3f} s"
-    )
-    return text + (f" | MFU {m['mfu']:.1%} (PaLM {m['mfu_palm']:.1%})" if m["mfu"] else "")
-
-
-def describe_grpo_step(m: dict, total: int) -> str:
-    text = (
-        f"step {m['step']}/{total} | reward {m['reward']:.3f} | "
-        f"zero variance {m['frac_reward_zero_std']:.0%} | "
-        f"length {m['completions/mean_length']:.0f} | "
-        f"truncated {m['completions/clipped_ratio']:.0%} | lr {m['learning_rate']:.1e} | "
-    )
-    if "loss" in m:
-        text += (
-            f"loss {m['loss']:+.4f} | entropy {m['entropy']:.3f} | kl {m['kl']:.4f} | "
-            f"norm {m['grad_norm']:.3f} | "
-            f"logp difference {m['sampling/logp_difference_mean']:.1e} | "
-        )
-    rollouts = f"rollouts {m['rollout_s']:.1f} of {m['step_time']:.1f} s"
-    return f"{text}{m['tok_per_s']:.0f} tok/s | {rollouts}"
+    """step 7/1300 | loss 0.6931 | lr 1.00e-05 | norm 0.812 | …, of the metrics that are there"""
+    shown = [text.format(m[k]) for k, text in SHOWN.items() if m.get(k) is not None]
+    return " | ".join([f"step {m['step']}/{total}", *shown])
 
 
 def describe_evaluation(m: dict) -> str:
