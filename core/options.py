@@ -9,6 +9,7 @@ class Config:
 python train.py --model DIR --lr 3e-6 --compile
 python train.py --lr 0          error: --lr 0.0: must be greater than 0
 python train.py --modle DIR     error: unknown option --modle; did you mean --model?
+python train.py --config runs/a/config.json --lr 3e-6      another run's settings, one changed
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ import typing
 from contextlib import contextmanager
 from dataclasses import MISSING
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, TypeVar, Union
+
+import yaml
 
 T = TypeVar("T")
 GROUPS = ("data", "objective", "sampling", "optimizer", "memory and speed", "run")
@@ -65,22 +69,27 @@ def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=doc, allow_abbrev=False, add_help=False, formatter_class=raw)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    groups["run"].add_argument("-h", "--help", action="help", help="show this text")
+    add = groups["run"].add_argument
+    add("-h", "--help", action="help", help="show this text")
+    add("--config", metavar="FILE", help="json or yaml of settings; flags win")
     fields, hints = dataclasses.fields(cls), typing.get_type_hints(cls)
-    flags = {"--help": None}
-    for field in fields:
-        flag = _add(groups[field.metadata["group"]], field, hints[field.name])
-        flags[flag] = field
+    flags = {_add(groups[f.metadata["group"]], f, hints[f.name]): f for f in fields}
     if spec := getattr(sys.modules["__main__"], "__spec__", None):  # started by python -m
         parser.prog = f"python -m {spec.name.removesuffix('.__main__')}"
-    required = [f"{flag} …" for flag, f in flags.items() if f and _default(f) is MISSING]
+    required = [f"{flag} …" for flag, f in flags.items() if _default(f) is MISSING]
     parser.usage = " ".join(["%(prog)s", *required, "[option …]"])
 
-    for flag in (a.partition("=")[0] for a in argv if a.startswith("--")):
-        if flag not in flags:  # argparse would complain about what is missing first
-            near = difflib.get_close_matches(f"--{flag[2:].replace('-', '_')}", flags, 1)
+    given = [a.partition("=")[0] for a in argv if a.startswith("--")]
+    for flag in given:  # argparse would complain about what is missing first
+        if flag not in (known := ["--help", "--config", *flags]):
+            near = difflib.get_close_matches(f"--{flag[2:].replace('-', '_')}", known, 1)
             parser.error(f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+    if "--config" in given:
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        argv = _flags_of(first.parse_known_args(argv)[0].config, parser, flags, given) + argv
     values = vars(parser.parse_args(argv))
+    del values["config"]
     for field in fields:
         value = values[field.name]
         for kind, bound in field.metadata["bounds"].items():
@@ -88,6 +97,28 @@ def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -
             if value is not None and not holds(value, bound):
                 parser.error(f"--{field.name} {value}: must be {words} {bound}")
     return cls(**values)
+
+
+def _flags_of(file: str, parser: _Parser, flags: dict, given: list[str]) -> list[str]:
+    """A file's settings as flags, without those that are given: {"lr": 1e-5, "data": ["a", "b"],
+    "compile": true, "steps": null} → --lr=1e-5 --data a b --compile."""
+    try:
+        settings = dict(yaml.safe_load(Path(file).read_text()))  # json is yaml
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as e:
+        parser.error(f"--config {file}: {e}")
+    settings.pop("script", None)  # a run's config.json says whose it is
+    flag_of, out = {f.name: flag for flag, f in flags.items()}, []
+    for name, value in settings.items():
+        if name not in flag_of:
+            parser.error(f"--config {file}: unknown option {name}")
+        flag = flag_of[name]
+        if flag in given or value is None or value == []:
+            continue
+        if isinstance(value, bool):
+            out += [flag] if value != _default(flags[flag]) else []
+        else:
+            out += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+    return out
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -25,7 +25,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Callable, Collection, Iterator
@@ -77,6 +77,9 @@ def run_and_exit(main: Callable[[], None]) -> None:
         main()
     except SystemExit as e:
         code = e.code or 0
+    except KeyboardInterrupt:
+        print("interrupted; rerun the same command to resume", file=sys.stderr)
+        code = 130
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -244,7 +247,9 @@ class Run:
         self.log(metrics)
         left = self.total - metrics["step"]
         pace = (time.monotonic() - self.begun) / (metrics["step"] - self.first)
-        self.say(f"{text} | {timedelta(seconds=round(pace * left))} left" if left else text)
+        rest = timedelta(seconds=round(pace * left))
+        end = f"{text} | {rest} left, until {datetime.now() + rest:%a %H:%M}"
+        self.say(end if left else text)
 
     def logged(self, kind: str) -> list[dict]:
         """What KIND.jsonl holds, on every rank. Collective."""
@@ -252,9 +257,11 @@ class Run:
         return from_rank0(self.world, lambda: [json.loads(x) for x in _whole_lines(file)])
 
     def log_samples(self, step: int, samples: list[Sample]) -> None:
-        """Write OUT/rollouts/step_N.jsonl."""
+        """Write OUT/rollouts/step_N.jsonl, and some of it to the tracker."""
         if self.world.is_main:
             write_samples(self.out / "rollouts" / f"step_{step}.jsonl", samples)
+            if self.tracker:
+                self.tracker.log_samples(step, samples)
 
     def stopped(self, step: int) -> int:
         """Say that a signal ended the run early; returns the exit code for it."""

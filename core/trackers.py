@@ -1,7 +1,7 @@
 """Weights & Biases or TensorBoard, for --report_to; imported only if asked for.
 
-They get train/NAME of every step, eval/NAME of evaluations, and the settings. A resumed run
-continues the tracker's: OUT/wandb_id.txt holds its id, OUT/tensorboard its event files.
+They get train/NAME of every step, eval/NAME of evaluations, the settings and tables of samples. A
+resumed run continues the tracker's: OUT/wandb_id.txt holds its id, OUT/tensorboard its event files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import secrets
 from pathlib import Path
 
+SAMPLES_EVERY, ROWS = 10, 16  # a table of 16 samples at step 1 and every 10 steps
+COLUMNS = ("id", "sample", "reward", "finish_reason", "answer", "gold", "prompt", "text")
 KINDS = ("none", "wandb", "tensorboard")
 
 
@@ -60,6 +62,18 @@ class Tracker:
         for name, value in values.items():
             self.run.add_scalar(name, value, metrics["step"])
         self.run.flush()
+
+    def log_samples(self, step: int, samples: list) -> None:
+        """A table of a step's samples (core.samples.Sample), where one is due."""
+        if step > 1 and step % SAMPLES_EVERY:
+            return
+        rows = [[str(getattr(s, c)) for c in COLUMNS] for s in samples[:ROWS]]
+        if self.kind == "wandb":
+            table = importlib.import_module("wandb").Table(list(COLUMNS), rows)
+            self.run.log({"step": step, "samples": table})
+        else:
+            text = "\n\n".join("\n".join(f"{c}: {v}" for c, v in zip(COLUMNS, r)) for r in rows)
+            self.run.add_text("samples", f"```\n{text}\n```", step)
 
     def close(self, failed: bool) -> None:
         self.run.finish(int(failed)) if self.kind == "wandb" else self.run.close()

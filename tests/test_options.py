@@ -1,5 +1,6 @@
-"""The command line: ranges, misspelt flags, --help."""
+"""The command line: ranges, misspelt flags, --help, settings from a file."""
 
+import json
 from dataclasses import MISSING, dataclass
 from typing import Literal
 
@@ -60,6 +61,7 @@ def test_a_list_that_is_given_twice_is_joined():
         (["--no-reshard"], "unknown option --no-reshard; did you mean --no_reshard?"),
         (["--compil=true"], "unknown option --compil; did you mean --compile?"),
         (["--zzz"], "unknown option --zzz (see"),
+        (["--config", "nowhere.json"], "--config nowhere.json: [Errno 2]"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys):
@@ -91,6 +93,22 @@ def test_help_keeps_lines_and_groups_and_says_what_is_required(capsys):
     assert (
         "50% of it" in said and "default: 1e-05" in said and "--no_reshard turn off: free" in said
     )
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_settings_from_a_file_and_flags_win(suffix, tmp_path, capsys):
+    """A run's config.json holds its script's name too, which is no setting."""
+    file = tmp_path / f"config.{suffix}"
+    settings = {"script": "train", "model": "-x", "data": ["a", "b"], "lr": 1e-4, "reshard": False}
+    file.write_text(json.dumps({**settings, "compile": True, "more": []}))  # yaml reads json
+    got = parse_config(Settings, DOC, ["--config", str(file), "--lr", "0.5"])
+    assert got == Settings("-x", ["a", "b"], 0.5, compile=True, reshard=False)
+    got = parse_config(Settings, DOC, [f"--config={file}", "--data", "b", "c", "--steps", "4"])
+    assert got == Settings("-x", ["b", "c"], 1e-4, 4, compile=True, reshard=False)
+    file.write_text('{"learning_rate": 1}')
+    with pytest.raises(SystemExit):
+        parse("--config", str(file))
+    assert "unknown option learning_rate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("asked", [False, True])

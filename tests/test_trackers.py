@@ -11,7 +11,10 @@ import pytest
 
 from core import trackers
 from core.run import Run
+from core.samples import Sample
 
+TEXT = "<think>6·7</think>42"
+SAMPLE = Sample("q1", 0, [1], "stop", TEXT, prompt="6·7?", gold="42", answer="42")
 SETTINGS = {"lr": 1e-5, "report_to": "tensorboard"}
 
 
@@ -35,6 +38,7 @@ def two_starts(out, kind: str, world) -> None:
         for step in range(first + 1, step_after):
             metrics = {"loss": 10.0 * (first + 1) + step, "nothing": None, "bad": float("nan")}
             run.log({"step": step, **metrics})
+            run.log_samples(step, [SAMPLE])
         run.log({"step": step, "tasks": {"text": {"greedy": 0.5}}}, "eval")
         run.finished() if first else run.stopped(step)
 
@@ -52,8 +56,9 @@ def test_tensorboard_has_every_metric_once_after_a_resume(tmp_path, world):
     assert [e.value for e in events.Scalars("eval/tasks/text/greedy")] == [0.5]
     assert "train/nothing" not in events.Tags()["scalars"]
     texts = {t: events.Tensors(t)[0].tensor_proto.string_val[0] for t in events.Tags()["tensors"]}
-    settings = texts["settings/text_summary"].decode()
+    settings, samples = (texts[f"{k}/text_summary"].decode() for k in ("settings", "samples"))
     assert json.loads(settings.strip("`")) == {"lr": 1e-5, "report_to": "tensorboard"}
+    assert "text: <think>6·7</think>42" in samples and "id: q1" in samples
 
 
 def wandb_records(data: bytes):
@@ -94,7 +99,7 @@ def test_wandb_continues_one_run_and_has_every_metric(tmp_path, monkeypatch, wor
                 found.append((int(row["step"]), float(row["train/loss"])))
     assert ids == {(tmp_path / "run" / "wandb_id.txt").read_text()}
     assert found == [(1, 11.0), (2, 12.0), (3, 13.0), (3, 33.0), (4, 34.0)]
-    assert "eval/tasks/text/greedy" in keys and "train/bad" not in keys
+    assert {"eval/tasks/text/greedy", "samples"} <= keys and "train/bad" not in keys
     assert json.loads(config["lr"]) == 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Talk to a model: answers are streamed from the project's own sampler.
+"""Talk to a model: answers are streamed from the project's own sampler, thoughts are dimmed.
 
     python -m tools.chat --model runs/grpo/final
     python -m tools.chat --model Qwen/Qwen2.5-VL-7B-Instruct --image figure.png --think_budget 512
@@ -10,6 +10,7 @@ the conversation. Every turn is sampled from the whole conversation, thoughts in
 
 from __future__ import annotations
 
+import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 import data
-from core.chat import banned_token_ids, chat_message, stop_token_ids
+from core.chat import banned_token_ids, chat_message, opens_thought, stop_token_ids
 from core.images import ImageConfig
 from core.options import DATA, MEMORY, SAMPLING, exit_on_value_error, parse_config
 from core.parallel import gathered, init
@@ -101,7 +102,7 @@ class Chat:
 
     def stream(self, prompt: data.Prompt, params: SamplingParams) -> str:
         """Sample one answer and print it as it grows; Ctrl-C keeps what there is."""
-        text, printed = "", 0
+        text, printed, opened = "", 0, opens_thought(self.tokenizer)
 
         def show() -> None:
             nonlocal text, printed
@@ -109,7 +110,9 @@ class Chat:
             tokens = slots.tokens[0, : int(slots.count[0])].tolist()
             text = self.tokenizer.decode(tokens[:-1] if tokens[-1] in self.stop else tokens)
             whole = text.rstrip("\ufffd")  # but for the first bytes of an unfinished character
-            print(whole[printed:], end="", flush=True)
+            thinking = (opened or "<think>" in whole) and "</think>" not in whole
+            dim = "\033[2m{}\033[0m" if thinking and sys.stdout.isatty() else "{}"
+            print(dim.format(whole[printed:]), end="", flush=True)
             printed = max(printed, len(whole))
 
         try:
