@@ -63,10 +63,8 @@ class LoRA:
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter. A layer becomes one in place (`add_lora`)."""
-
-    scaling: float  # alpha / rank
-    adapter_on: bool
+    """A linear layer with an adapter, which `add_lora` makes of one in place: beside the weight it
+    has lora_A, lora_B, scaling (alpha / rank) and adapter_on."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.weight, self.bias)  # (T, out)
@@ -133,12 +131,13 @@ def init_lora(model: nn.Module, lora: LoRA) -> None:
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Compute without adapters: the model that training started from."""
-    for _, layer in lora_layers(model):
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
         layer.adapter_on = False
     try:
         yield
     finally:
-        for _, layer in lora_layers(model):
+        for layer in layers:
             layer.adapter_on = True
 
 

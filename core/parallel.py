@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among `size` processes."""
+    """This process among `size` processes."""
 
     rank: int
     size: int
@@ -56,10 +56,10 @@ class World:
 def init(device: str = "auto", timeout_minutes: float = 30) -> World:
     """Join the process group that torchrun describes in the environment; without it, one of size 1.
 
-    device: "auto" (CUDA when there is one), "cpu" or "cuda". gloo reduces CPU tensors and NCCL CUDA
-    tensors, so that decisions on the host never wait for the GPU. On CPU each rank uses one thread
-    unless OMP_NUM_THREADS says otherwise: ranks that share cores slow each other down many times.
-    Raises ValueError when this machine has no GPU for this process.
+    device: "auto" (CUDA when there is one), "cpu" or "cuda"; ValueError when this process has no
+    GPU. gloo reduces CPU tensors and NCCL CUDA tensors, so that decisions on the host never wait
+    for the GPU. On CPU each rank uses one thread unless OMP_NUM_THREADS says otherwise: ranks that
+    share cores slow each other down many times.
     """
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank, place = int(os.environ.get("LOCAL_RANK", 0)), torch.device("cpu")
@@ -124,8 +124,8 @@ def shard(
 def units(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """(module, its name with a dot, or "") of what is gathered at once: the root without its
     blocks, then each block; the whole model where it is not sharded."""
-    modules = [("", model), *((f"{n}.", m) for n, m in model.named_modules() if n)]
-    return [(m, n) for n, m in modules if isinstance(m, FSDPModule)] or [(model, "")]
+    sharded = [(m, n) for n, m in model.named_modules() if isinstance(m, FSDPModule)]
+    return [(m, f"{n}." if n else "") for m, n in sharded] or [(model, "")]
 
 
 @contextmanager
@@ -163,15 +163,17 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def all_sum(*values: float) -> list[float]:
     """Sum each value over the ranks, in float64 on the CPU; the same list on every rank."""
-    t = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(t)
-    return t.tolist()
+    return _reduced(values, dist.ReduceOp.SUM)
 
 
 def all_max(*values: float) -> list[float]:
     """The largest of each value over the ranks; the same list on every rank."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: tuple[float, ...], op) -> list[float]:
     t = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(t, op=dist.ReduceOp.MAX)
+    dist.all_reduce(t, op=op)
     return t.tolist()
 
 

@@ -48,7 +48,7 @@ def test_a_local_base_is_no_hub_id_and_missing_results_are_said(tmp_path):
     assert "base_model" not in text and "Not evaluated yet" in text
 
 
-@pytest.mark.parametrize("gone", ["config.json", "final/config.json"])
+@pytest.mark.parametrize("gone", ["header.json", "final/config.json"])
 def test_a_directory_that_is_no_finished_run_is_one_line(tmp_path, gone, capsys):
     run = make_run(tmp_path / "m")
     (run / gone).unlink()

@@ -16,14 +16,7 @@ from core.options import exit_on_value_error
 from scoring.tables import markdown, percent, read_result, span
 
 STAGES = {"train_sft": "supervised fine-tuning", "train_grpo": "GRPO"}
-HIDDEN = {"script", "out", "model", "data", "resume", "report_to"}  # elsewhere, or of no effect
-
-
-def read(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{file}: cannot be read ({e}); name the --out of a training run") from e
+HIDDEN = {"script", "out", "model", "data", "report_to"}  # elsewhere, or of no effect
 
 
 def results(evaluations: list[Path]) -> list[str]:
@@ -45,22 +38,19 @@ def results(evaluations: list[Path]) -> list[str]:
 
 def card(out: Path, evaluations: list[Path]) -> str:
     """The text of README.md. Raises ValueError where `out` is no finished training run."""
-    config, header = read(out / "config.json"), read(out / "header.json")
-    if config.get("script") not in STAGES:
-        raise ValueError(f"{out}: not the --out of train_sft.py or train_grpo.py")
-    if not (out / "final" / "config.json").is_file():
-        raise ValueError(f"{out}: has no final/; run its training command to the end")
+    if not (out / "header.json").is_file() or not (out / "final" / "config.json").is_file():
+        raise ValueError(f"{out}: not the --out of a training run that has ended")
+    config, header = (json.loads((out / f).read_text()) for f in ("config.json", "header.json"))
     base = config["model"]
     hub = f"base_model: {base}\n" * (base.count("/") == 1 and not Path(base).exists())
-    data = header.get("data") or {}
-    rows = [[f"`{name}`", f"`{data.get(name, '–')[:16]}`"] for name in data or config["data"]]
+    rows = [[f"`{name}`", f"`{digest[:16]}`"] for name, digest in header["data"].items()]
     settings = [
         [f"`--{k}`", f"`{v if isinstance(v, str) else json.dumps(v)}`"]
         for k, v in config.items()
         if k not in HIDDEN and v not in ("", None, [], False)
     ]
-    machine = f"{header.get('world_size', 1)} × {header.get('device')}"
-    versions = ", ".join(f"{k} {v}" for k, v in (header.get("versions") or {}).items() if v)
+    machine = f"{header['world_size']} × {header['device']}"
+    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v)
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{hub}"
         "tags: [reasoning]\n---",
@@ -73,8 +63,8 @@ def card(out: Path, evaluations: list[Path]) -> str:
         "## Settings",
         markdown(["flag", "value"], settings),
         "## Reproduce",
-        f"```bash\n{header.get('command')}\n```",
-        f"Commit `{header.get('commit')}`, {versions}; {machine}; {header.get('time')}.",
+        f"```bash\n{header['command']}\n```",
+        f"Commit `{header['commit']}`, {versions}; {machine}; {header['time']}.",
     ]
     return "\n\n".join(parts) + "\n"
 
