@@ -211,17 +211,3 @@ def test_command_line(capsys, tiny_vl):
     with pytest.raises(SystemExit):
         memory.main(["--model", "nowhere"])
     assert "no such directory, and none of 3B" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["7B", "--ranks", "8", "--replicas", "3"], "--replicas 3 does not divide --ranks 8"),
-        (["7B", "--ranks", "8", "--kv_gb", "50"], "--kv_gb: only with --grpo"),
-        (["14B"], "--model 14B: no such directory, and none of 3B, 7B"),
-    ],
-)
-def test_settings_that_would_be_ignored_are_refused(flags, words, capsys):
-    with pytest.raises(SystemExit) as end:
-        memory.main(["--model", *flags])
-    assert end.value.code == 2 and words in capsys.readouterr().err

@@ -142,21 +142,13 @@ def fitting_tables(lora_rank: int) -> str:
 class Config:
     model: str = option("", f"{', '.join(PUBLISHED)}, or a model directory; default: what fits")
     ranks: int = option(0, "GPUs; 0: print the table of machines", ge=0)
-    replicas: int = option(1, "HSDP groups", ge=1)
     tokens: int = option(16384, "tokens of a micro-batch (--pack_len, --micro_tokens)", ge=1)
     checkpointing: Literal["none", "matmul", "full"] = option("full", "as in train_sft.py")
     adam_dtype: Literal["fp32", "bf16"] = option("fp32", "as in train_sft.py")
     lora_rank: int = option(0, "as in train_sft.py; without --model: 32", ge=0)
-    grpo: bool = option(
-        False, "plan train_grpo.py: reference model, weights and KV cache to sample"
-    )
-    kv_gb: float = option(20.0, "with --grpo: GB of KV cache", gt=0)
+    grpo: bool = option(False, "train_grpo.py: reference model, weights and 20 GB of KV cache")
 
     def __post_init__(self):
-        if self.ranks % self.replicas:
-            raise ValueError(f"--replicas {self.replicas} does not divide --ranks {self.ranks}")
-        if self.kv_gb != 20 and not self.grpo:
-            raise ValueError("--kv_gb: only with --grpo, which samples")
         if self.model not in ("", *PUBLISHED) and not Path(self.model).exists():
             names = ", ".join(PUBLISHED)
             raise ValueError(f"--model {self.model}: no such directory, and none of {names}")
@@ -172,10 +164,10 @@ def main(argv: list[str] | None = None) -> None:
         if c.ranks == 0:
             return print(hardware_table(model))
         more = dict(adam_bytes=2 if c.adam_dtype == "bf16" else 4, checkpointing=c.checkpointing)
-        setting = Setting(c.ranks, c.replicas, c.tokens, **more)
+        setting = Setting(c.ranks, tokens=c.tokens, **more)
         plan = plan_step(model, setting)
         if c.grpo:
-            plan = plan_grpo(model, setting, reference=True, kv_gb=c.kv_gb)
+            plan = plan_grpo(model, setting, reference=True, kv_gb=20.0)
         print(
             f"{count_parameters(model)['total']:,} parameters; on each of {c.ranks} GPU(s), "
             f"{c.tokens} tokens a micro-batch, GiB:\n  {in_gib(plan)}"
