@@ -153,14 +153,14 @@ def lock(out: Path) -> str:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        holder = os.pread(file, 4096, 0).decode()
+        holder = os.pread(file, 4096, 0).decode().partition("\n")[0]
         os.close(file)
         raise ValueError(
             f"--out {out}: in use by {holder}; wait for it, stop it, or name another"
         ) from None
     except OSError:  # a file system without locks
         pass
-    mine = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}"
+    mine = f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(8)}\n"
     os.ftruncate(file, 0)
     os.pwrite(file, mine.encode(), 0)
     return mine
@@ -195,14 +195,16 @@ class Run:
         self.out, self.world, self.tracker = Path(out), world, None
         self.settings = dataclasses.asdict(config)
         name = Path(sys.modules[type(config).__module__].__file__).stem
-        old, token = from_rank0(world, lambda: claim(out, name, self.settings, config.CHANGEABLE))
+
+        def take() -> tuple[str, bool]:
+            old, token = claim(out, name, self.settings, config.CHANGEABLE)
+            same = old is not None and all(old.get(k) == v for k, v in self.settings.items())
+            status, final = self.out / "status", self.out / "final" / "config.json"
+            finished = status.is_file() and status.read_text() == "finished\n"
+            return token, same and finished and final.is_file()
+
+        token, self.complete = from_rank0(world, take)  # complete: this very run has ended before
         assert_shared(self.out, token, world)
-        same = old is not None and all(old.get(k) == v for k, v in self.settings.items())
-        self.complete = (  # this very run has ended before
-            same
-            and (self.out / "final" / "config.json").is_file()
-            and (self.out / "status").read_text() == "finished\n"
-        )
 
     def start(self, header: dict, step: int, total: int) -> None:
         """Write the header; drop what is logged of steps after `step`, which will be done again.

@@ -130,7 +130,7 @@ def test_a_second_process_is_told_who_holds_the_directory(tmp_path):
     try:
         before = snapshot(tmp_path)
         with pytest.raises(
-            ValueError, match=rf"in use by process {first.pid} on {os.uname().nodename}"
+            ValueError, match=rf"in use by process {first.pid} on {os.uname().nodename};"
         ):
             claim(tmp_path, "test_run", {})
         assert snapshot(tmp_path) == before
