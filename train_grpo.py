@@ -503,7 +503,7 @@ def train(c: Config) -> int:
     how |= dict(reward=c.reward, weights=c.part_weights)
     grader = Grader(c.graders, c.reward_deadline, **how)  # first: a wrong --reward shows at once
     problems, held_out, longest, images = load_data(c, model_dir, tokenizer, run)
-    max_len = longest + c.max_new_tokens
+    max_len = ModelConfig.from_dir(model_dir).room_for(longest, c.max_new_tokens)
     model, reference, optimizer = build(c, run, model_dir, tokenizer, images is not None, max_len)
     rollouts = Rollouts(c, model, tokenizer, grader, images, max_len, world)
     training = Training(

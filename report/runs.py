@@ -24,7 +24,7 @@ IMAGE_BUDGET = 16_000_000  # bytes of images on the page
 IMAGE_SIDE = 640  # larger images are scaled down to this
 SHOWN = (
     *("id", "sample", "seed", "reward", "parts", "trained", "gold", "answer", "lenient"),
-    *("status", "finish_reason", "why", "prompt_tokens", "advantage", "logp_difference"),
+    *("status", "finish_reason", "why", "prompt_tokens", "advantage"),
     "forced_at",
 )  # of a stored sample (core/samples.py)
 
