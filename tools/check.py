@@ -80,9 +80,11 @@ def encode(rows: list[dict], tokenizer, model_dir: str) -> list[tuple[np.ndarray
 
 
 def describe_lengths(lengths: np.ndarray, max_len: int | None) -> str:
-    """lengths (N, 2): tokens of each row, and how many are supervised."""
+    """lengths (N, 2): tokens of each row, and how many are supervised (of a problem, none)."""
     lines = []
     for name, values in zip(("tokens", "supervised"), lengths.T):
+        if not values.any():
+            continue
         found = np.percentile(values, QUANTILES).round().astype(int)
         shown = "  ".join(f"{q}%: {v}" for q, v in zip(QUANTILES, found))
         lines.append(f"{name:<11}{shown}  mean: {values.mean():.0f}")
