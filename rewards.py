@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from grading import equality, extraction, workers
 from grading.extraction import RULES, extract_answer, last_boxed, tagged  # noqa: F401
-from grading.notation import normalise, read_number
+from grading.notation import normalise, read_number, split_unit
 from grading.workers import Outcome, WorkerPool
 
 
@@ -44,7 +44,6 @@ class Reward(NamedTuple):
     parts: dict[str, float] = {}  # named parts of a user's reward
 
 
-# ----------------------------------------------------------------------------------------- reward
 def _verdict(equal: bool, text: str | None) -> Reward:
     return Reward(1.0 if equal else 0.0, text, "equal" if equal else "not equal", "ok")
 
@@ -83,26 +82,23 @@ def _settle(problem: dict, text: str, reason: str, how: dict) -> Reward | tuple[
 
 
 def _settle_value(problem: dict, text: str, golds: list[str]) -> Reward | tuple[str, list[str]]:
-    meta, bare = problem.get("meta") or {}, text
-    if unit := meta.get("unit"):
-        unit = rf"\s*(?:\\text\{{\s*)?{re.escape(str(unit))}\s*\}}?\s*\.?$"
-        bare = re.sub(unit, "", text) or text
-    if meta.get("precision") is not None and len(bare) < 300:
-        pair = [read_number(normalise(t)) for t in (bare, golds[0])]
+    meta = problem.get("meta") or {}
+    if meta.get("precision") is not None and len(text) < 300:
+        pair = [read_number(split_unit(normalise(t))[0]) for t in (text, golds[0])]
         if all(pair):
             said, right = (round(number.value, int(meta["precision"])) for number in pair)
             return _verdict(said == right, text)
     if problem.get("kind") == "open":
-        plain = [extraction.plain(t).casefold() for t in (bare, *golds)]
+        plain = [extraction.plain(t).casefold() for t in (text, *golds)]
         said, *right = (re.sub(r"\W+", " ", t).strip() for t in plain)
         if said and said in right:
             return _verdict(True, text)
     question = problem.get("question") or ""
-    if len(bare) < 1000 and all(equality.restates(bare, g, question) for g in golds):
+    if len(text) < 1000 and all(equality.restates(text, g, question) for g in golds):
         return _verdict(False, text)._replace(why="copied from the question")
-    verdicts = [equality.quick_equal(bare, g) for g in golds]
+    verdicts = [equality.quick_equal(text, g) for g in golds]
     settled = True in verdicts or None not in verdicts
-    return _verdict(True in verdicts, text) if settled else (bare, golds)
+    return _verdict(True in verdicts, text) if settled else (text, golds)
 
 
 def _from_algebra(outcome: Outcome, text: str) -> Reward:
@@ -143,7 +139,6 @@ def _from_user(outcome: Outcome, weights: dict[str, float]) -> Reward:
     return Reward(float(score), None if answer is None else str(answer), str(why), "ok", parts)
 
 
-# ------------------------------------------------------------------------------- graders that wait
 _shared: WorkerPool | None = None
 _shared_lock = threading.Lock()
 
@@ -247,10 +242,9 @@ class Grader(AbstractContextManager):
     def counters(self) -> dict[str, int]:
         """graded = here + in_worker = correct + wrong = the sum over statuses; and kills."""
         names = "graded here in_worker correct wrong ok no_answer truncated timeout error".split()
-        return {n: self._counts[n] for n in names} | {"kills": self.pool.counters["kills"]}
+        return {n: self._counts[n] for n in names} | {"kills": self.pool.kills}
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         self.pool.close()
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    __exit__ = close

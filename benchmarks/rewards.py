@@ -178,6 +178,7 @@ def build(data: Path | None) -> dict[str, list[Row]]:
     """Name → rows. Random choices are seeded: the same rows every time."""
     rng = random.Random(0)
     sets = {"labelled forms of models": labelled(ROOT / "tests/data/answers.jsonl")}
+    sets["unseen when the rules were made"] = labelled(ROOT / "tests/data/unseen.jsonl")
     sets["hostile"] = [boxed(h, r"\sqrt{2}+1", False) for h in HOSTILE]
     if data is None:
         return sets

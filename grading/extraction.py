@@ -172,18 +172,15 @@ def choice_letter(content: str, options: list[str] | None = None) -> str | None:
 
 
 _ANCHOR = re.compile(  # every repetition is bounded: linear time on hostile text
-    r"(?:(?i:answers?|option|choice|réponse|respuesta|antwort|risposta|resposta|ответ|答案|答え|정답)"
-    r"\**\s{0,3}(?:\((?i:letter)\)\s{0,3})?"
-    r"(?:\s(?i:is|would be|should be|must be|est|es|ist)|:|=|是|为|為|は|è|é)[\s:*]{0,9}"
+    r"(?:(?i:answers?|option|choice)\**\s{0,3}(?:\((?i:letter)\)\s{0,3})?"
+    r"(?:\s(?i:is|would be|should be|must be)|:|=)[\s:*]{0,9}"
     r"(?:(?i:therefore|thus|most likely|likely|clearly|definitely|option|choice|letter)"
     r"[\s:,*]{1,9}){0,3}|\b(?i:it['’]?s|it is|choose|pick|select)\s+(?=\())"
     r"(?P<wrap>(?:\\[a-z]{2,10}\{|\\[(\[]|[\s*$`\"“(\[{<]){0,12})(?P<letter>[A-Z])"
     r"(?!['’]?[A-Za-z0-9_])(?P<rest>[^\n]*)"
 )
 _ANSWER_LINE = re.compile(r"(?im)^\W{0,9}(?:final )?answer\W{0,5}:[\s*]{0,9}([^\s*][^\n]*)$")
-_HEDGE = re.compile(
-    r"[\s*)$}\].]*(?:[/&]|,?\s*(?i:or|and|ou|oder|et|und)\b|,(?=\s*\(?[A-Z]\b))(.*)", re.S
-)
+_HEDGE = re.compile(r"[\s*)$}\].]*(?:[/&]|,?\s*(?i:or|and)\b|,(?=\s*\(?[A-Z]\b))(.*)", re.S)
 
 
 def stated_letter(body: str, options: list[str] | None = None) -> str | None:

@@ -94,7 +94,7 @@ def test_many_items_come_back_to_their_own_future(functions):
     with WorkerPool("bad_functions:double", workers=2) as pool:
         futures = [pool.submit(i) for i in range(500)]
         assert [f.result().value for f in futures] == [2 * i for i in range(500)]
-        assert pool.counters["ok"] == 500 and not pool.counters["kills"]
+        assert not pool.kills
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,14 @@ def test_many_items_come_back_to_their_own_future(functions):
 def test_whatever_the_function_does_the_next_item_is_served(functions, what, status):
     """A stuck or dead worker that isn't replaced stops the run (the failure of every thread- or
     pool-based grader)."""
-    with WorkerPool("bad_functions:act", workers=1, deadline=1.0, memory_gb=2) as pool:
-        bad, good = pool.submit(what), pool.submit("fine")
-        assert bad.result(60).status == status and bad.result().why
-        assert good.result(60) == good.result()._replace(status="ok", value="fine")
-        assert pool.counters["kills"] == (status == "timeout" or what in ("exit", "memory"))
+    deadline = 1 if status == "timeout" else 60
+    with WorkerPool("bad_functions:act", workers=1, deadline=deadline, memory_gb=2) as pool:
+        bad = pool.submit(what).result(90)
+        pool.deadline = 60  # only what hangs must meet it, however busy the machine
+        good = pool.submit("fine").result(90)
+        assert bad.status == status and bad.why
+        assert good == good._replace(status="ok", value="fine")
+        assert pool.kills == (status == "timeout" or what in ("exit", "memory"))
 
 
 def test_prints_and_reads_do_not_disturb_the_protocol(functions):
@@ -142,7 +145,7 @@ def test_a_worker_imports_no_torch(functions):
 
 def test_the_deadline_runs_from_the_taking_not_from_the_queueing(functions):
     """Items behind a stuck one must not be timed out unseen (false zeros for a whole batch)."""
-    with WorkerPool("bad_functions:act", workers=1, deadline=1.0) as pool:
+    with WorkerPool("bad_functions:act", workers=1, deadline=4) as pool:  # the ints wait for 8 s
         futures = [pool.submit("sleep"), pool.submit("sleep"), *(pool.submit(i) for i in range(20))]
         assert [f.result().status for f in futures] == ["timeout"] * 2 + ["ok"] * 20
 
@@ -157,8 +160,9 @@ def test_more_than_a_thousand_open_files(functions):
     files = [open(os.devnull) for _ in range(1200)]
     try:
         with WorkerPool("bad_functions:act", workers=1, deadline=1) as pool:
-            first, second = pool.submit("spin"), pool.submit("fine")
-            assert (first.result(60).status, second.result(60).status) == ("timeout", "ok")
+            assert pool.submit("spin").result(60).status == "timeout"
+            pool.deadline = 60
+            assert pool.submit("fine").result(90).status == "ok"
     finally:
         for file in files:
             file.close()
@@ -182,18 +186,19 @@ def test_workers_that_die_while_they_wait_are_replaced(functions):
 def test_the_item_after_a_kill_goes_to_a_warm_spare(functions):
     """A spare has loaded the function already: the item after a kill waits for no interpreter."""
     with WorkerPool("bad_functions:slow_start", workers=1, deadline=1) as pool:
-        while pool.counters["started"] < 2:  # the worker and its spare
-            time.sleep(0.05)
         warm = set(pool.pids())
+        assert len(warm) == 2  # the worker and its spare
         assert pool.submit("spin").result(60).status == "timeout"
-        assert pool.submit("pid").result(60).value in warm
+        pool.deadline = 60
+        assert pool.submit("pid").result(90).value in warm
 
 
 def test_a_child_in_a_session_of_its_own_is_killed_too(functions):
     """killpg doesn't reach it: a reward that starts a server would leave one behind at each
     kill."""
-    with WorkerPool("bad_functions:act", workers=1, deadline=1) as pool:
+    with WorkerPool("bad_functions:act", workers=1, deadline=60) as pool:
         pids = [pool.submit(what).result(60).value for what in ("session", "child")]
+        pool.deadline = 1
         assert all(map(running, pids)) and pool.submit("spin").result(60).status == "timeout"
         assert all_gone(pids)
 
@@ -207,6 +212,37 @@ def test_a_function_that_can_not_be_loaded_is_named_at_once(functions):
     ):
         with pytest.raises(ValueError, match=mend):
             WorkerPool(name, workers=1)
+
+
+def test_an_item_ends_where_no_worker_can_be_started_any_more(functions):
+    """The reward file breaks during the run and the idle workers die: the next item waited for a
+    start that can't succeed, for ever."""
+    file = functions / "breaks.py"
+    file.write_text("open('loads', 'a').write('x')\ndef score(x):\n    return x\n")
+    with WorkerPool("breaks:score", workers=1, deadline=60) as pool:
+        assert pool.submit("fine").result(60).value == "fine"
+        while (functions / "loads").stat().st_size < 2:  # the worker and its spare
+            time.sleep(0.05)
+        file.write_text("1 / 0")
+        before = pool.pids()
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        assert all_gone(before)
+        outcome = pool.submit("fine").result(60)
+        assert outcome.status == "error" and "ZeroDivisionError" in outcome.why
+
+
+def test_a_reward_that_never_loads_is_told_at_the_first_failure(functions):
+    """Each worker fails at another time: the pool restarted one as long as another was loading, and
+    in the end named the kill as the reason."""
+    (functions / "slow.py").write_text(
+        "import time\n"
+        "with open('starts', 'a+') as file:\n    file.write('x')\n    n = file.tell()\n"
+        "time.sleep(n if n < 9 else 0)\nraise ImportError('my own reason')\n"
+    )
+    with pytest.raises(ValueError, match="my own reason"):
+        WorkerPool("slow:score", workers=2)
+    assert (functions / "starts").stat().st_size <= 3
 
 
 def test_closing_ends_workers_children_and_waiting_items(functions):
@@ -254,19 +290,6 @@ def test_many_threads_may_submit(functions):
         for t in threads:
             t.join(60)
     assert results == {k: [2 * (i + 1000 * k) for i in range(50)] for k in range(8)}
-
-
-def test_a_forked_child_is_told_to_make_its_own(functions):
-    """A fork has the pipes but not the threads: its submit would wait for ever."""
-    with WorkerPool("bad_functions:double", workers=1) as pool:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                pool.submit(1)
-                os._exit(1)
-            except RuntimeError:
-                os._exit(0)
-        assert os.waitpid(pid, 0)[1] == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")

@@ -147,7 +147,6 @@ def test_choice_texts_must_be_unique_and_letters_come_first():
         ("x\nAnswer: E", None),
         ("it might be A. or B", None),
         ("The answer: D, it doesn't make sense for it to be A or B", "D"),
-        ("答案是B", "B"),
         ("No letter here", None),
     ],
 )
@@ -417,7 +416,7 @@ def test_rules_of_a_user(tmp_path, monkeypatch):
         "    return odd.get(completion, len(completion) / 10)\n"
     )
     monkeypatch.chdir(tmp_path)
-    with Grader(workers=1, deadline=1, reward="mine:score") as grader:
+    with Grader(workers=1, deadline=4, reward="mine:score") as grader:
         got = {
             c: grader.submit(MATH, c).result()
             for c in ("raise", "hang", "none", "nan", "text", "dict", "12345")
