@@ -239,7 +239,7 @@ def load(name: str) -> Callable:
     if module.endswith(".py"):
         file = Path(module).resolve()
         sys.path.append(str(file.parent))  # so that it can import its neighbours
-        found = runpy.run_path(str(file), run_name=file.stem)
+        found = runpy.run_path(str(file), run_name=f"user_{file.stem}")
     else:
         found = vars(importlib.import_module(module))
     function = found.get(attribute)

@@ -347,11 +347,11 @@ def test_the_table_at_the_head_of_rewards():
 
 def test_the_exact_rule_inside_a_users_reward(tmp_path):
     """Algebra runs in that worker itself: loading sympy must not count against the answer."""
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "rewards.py").write_text(  # its name doesn't hide ours
         "import rewards\ndef score(*args):\n    return rewards.reward(*args).score\n"
     )
     problem = {"kind": "math", "answer": r"2\sqrt{3}"}
-    with Grader(workers=1, deadline=60, reward=f"{tmp_path}/mine.py:score") as grader:
+    with Grader(workers=1, deadline=60, reward=f"{tmp_path}/rewards.py:score") as grader:
         got = [grader.submit(problem, rf"\boxed{{\sqrt{{{n}}}}}").result() for n in (12, 12, 13)]
     assert [(g.score, g.status) for g in got] == [(1, "ok"), (1, "ok"), (0, "ok")]
 
