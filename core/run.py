@@ -115,7 +115,7 @@ def claim(
     else:
         same = {"script", "out", *changeable}
         keys = sorted({**old, **settings}.keys() - same)
-        if differ := [k for k in keys if old.get(k) != settings.get(k)]:
+        if differ := [k for k in keys if not _same(old.get(k), settings.get(k))]:
             k = differ[0]
             raise ValueError(
                 f"--out {out} holds a run whose {k} is {old.get(k)!r}, now {settings.get(k)!r} "
@@ -123,6 +123,14 @@ def claim(
             )
     write_json(out / "config.json", {"script": script, **settings})
     return old, token
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, or two spellings of one existing path (`m` and `./m`), also within lists."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    both = isinstance(a, str) and isinstance(b, str) and os.path.exists(a) and os.path.exists(b)
+    return a == b or (both and os.path.samefile(a, b))
 
 
 def stored_settings(out: Path, script: str) -> dict:

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 from conftest import ROOT
 
-from core.run import Run, claim, script
+from core.run import Run, _same, claim, script
 from core.throughput import describe_evaluation
 from core.training import Training, TrainingOptions
 
@@ -85,6 +85,15 @@ def test_settings_that_do_not_change_the_method_may_change(world, tmp_path):
     }
 
 
+def test_another_spelling_of_a_path_is_the_same_setting(tmp_path, monkeypatch):
+    """`--model m` today, `--model ./m` tomorrow; but another file is another setting."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    assert _same(["a", "b"], ["./a", str(tmp_path / "b")]) and _same("gone", "gone")
+    assert not _same(["a"], ["b"]) and not _same("a", "./gone") and not _same(["a"], ["a", "b"])
+
+
 def test_a_start_that_did_no_step_does_not_hold_the_directory(world, tmp_path):
     """A bad --reward fails after set-up, with header, status and a step-0 evaluation written: the
     corrected command must run, and must not take that evaluation for its own."""
@@ -110,7 +119,7 @@ def test_a_plan_may_leave_its_token_cache(world, tmp_path):
 HOLD = """
 import sys, time
 sys.path.insert(0, {root!r})
-from core.run import claim
+from core.run import _same, claim
 claim({out!r}, "test_run", {{}})
 print("held", flush=True)
 time.sleep(60)
@@ -179,7 +188,7 @@ def test_a_failure_is_written_to_the_status(world, tmp_path, monkeypatch, capsys
 def test_a_script_ends_with_its_code_and_its_words(body, code, said):
     """Prevents an early exit that loses last lines, a traceback, or the code schedulers read."""
     program = f"""
-from core.run import run_and_exit
+from core.run import _same, run_and_exit
 def main():
     print('last words')
     {body}
@@ -195,7 +204,7 @@ def test_after_an_exception_the_traceback_comes_first_and_nothing_collective(tmp
 import time
 import torch.distributed as dist
 from core import parallel
-from core.run import run_and_exit, script
+from core.run import _same, run_and_exit, script
 def main():
     with script():
         parallel.init("cpu")
