@@ -119,7 +119,7 @@ def test_a_plan_may_leave_its_token_cache(world, tmp_path):
 HOLD = """
 import sys, time
 sys.path.insert(0, {root!r})
-from core.run import _same, claim
+from core.run import claim
 claim({out!r}, "test_run", {{}})
 print("held", flush=True)
 time.sleep(60)
