@@ -162,7 +162,7 @@ def is_equal(pred: str, gold: str) -> bool:
 def reward(problem: dict, completion: str, finish_reason: str = "stop", **how) -> Reward:
     """Score one completion of a problem row and wait for it.
 
-    problem: kind, answer, options?, question?, meta? {precision, unit}. finish_reason: stop |
+    problem: kind, answer, options?, question?, meta? {precision}. finish_reason: stop |
     length | forced+stop | forced+length; a length scores 0. how: rule, open_thought, lenient of
     `extract_answer`. A bad gold or an unknown kind is a Reward with status "error".
     """

@@ -25,7 +25,8 @@ def turns_of(row: Row) -> list[tuple[str, Any]]:
     turns = row.get("conversations") or row.get("messages")
     if not turns and "instruction" in row:
         question = "\n\n".join(t for t in (row["instruction"], row.get("input")) if t)
-        return [("user", question), ("assistant", row["output"])]
+        rounds = [*(row.get("history") or []), (question, row["output"])]
+        return [turn for texts in rounds for turn in zip(("user", "assistant"), texts)]
     if not turns and "prompt" in row:
         reply = row["completion"] if "completion" in row else row["response"]
         sides = (("user", row["prompt"]), ("assistant", reply))

@@ -260,7 +260,7 @@ def mathvista(row: Row) -> dict:
     question += f" (Unit: {unit})" if unit else ""
     if kind in forms and not choices:
         question += f"\nAnswer with {forms[kind]}."
-    more = dict(unit=unit, precision=precision, subset=Row(row["metadata"])["task"])
+    more = dict(precision=precision, subset=Row(row["metadata"])["task"])
     more |= dict(kind="open" if not choices and kind in ("list", "text") else None)
     images = [row.get("decoded_image") or row["image"]]
     return problem(

@@ -131,12 +131,14 @@ def resume(
         return None
 
     def compare() -> None:
-        for (file, now), was in zip(data.items(), _marker(folder)["data"].values()):
-            if now != was:
-                raise ValueError(
-                    f"--data {file} has changed since {folder} was saved: the steps to come would "
-                    "not be the planned ones. Restore the file, or name a new --out"
-                )
+        was = list(_marker(folder)["data"].values())
+        if list(data.values()) != was:
+            file = next((f for f, w in zip(data, was) if data[f] != w), "(its files)")
+            raise ValueError(
+                f"--data {file} has changed since {folder} was saved, or in SFT --max_len or "
+                "--overlong has: the steps to come would not be the planned ones. Restore it, or "
+                "start from OUT/final of that run, as --model"
+            )
         print(f"resuming from {folder}", flush=True)
 
     from_rank0(world, compare)

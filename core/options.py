@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import operator
 import os
 import sys
@@ -71,7 +72,7 @@ def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     add = groups["run"].add_argument
     add("-h", "--help", action="help", help="show this text")
-    add("--config", metavar="FILE", help="json or yaml of settings; flags win")
+    add("--config", metavar="FILE", help="json or yaml of settings; flags add to them and win")
     fields, hints = dataclasses.fields(cls), typing.get_type_hints(cls)
     flags = {_add(groups[f.metadata["group"]], f, hints[f.name]): f for f in fields}
     if spec := getattr(sys.modules["__main__"], "__spec__", None):  # started by python -m
@@ -96,6 +97,8 @@ def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -
             words, holds = BOUNDS[kind]
             if value is not None and not holds(value, bound):
                 parser.error(f"--{field.name} {value}: must be {words} {bound}")
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{field.name} {value}: must be a finite number")
     return cls(**values)
 
 

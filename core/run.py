@@ -158,16 +158,18 @@ def lock(out: Path) -> str:
     inherit it. (Do not open OUT/lock again in this process: closing it would release the lock.)
     """
     file = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    holder, taken = os.pread(file, 4096, 0).decode().partition("\n")[0], False
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        holder = os.pread(file, 4096, 0).decode().partition("\n")[0]
+        taken = True
+    except OSError:  # a file system without locks: at least no two processes of this host
+        words = holder.split()  # process 7 on host
+        here = words[3:] == [socket.gethostname()] and words[1] != str(os.getpid())
+        taken = here and Path("/proc", words[1]).exists()
+    if taken:
         os.close(file)
-        raise ValueError(
-            f"--out {out}: in use by {holder}; wait for it, stop it, or name another"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
+        raise ValueError(f"--out {out}: in use by {holder}; wait for it, stop it, or name another")
     mine = f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(8)}\n"
     os.ftruncate(file, 0)
     os.pwrite(file, mine.encode(), 0)
@@ -286,10 +288,11 @@ class Run:
         return 0
 
     def set_status(self, status: str) -> None:
-        """Write OUT/status, if the disk has room."""
+        """Write OUT/status; on a full disk the old one stays."""
         if self.world.is_main:
             with suppress(OSError):
-                (self.out / "status").write_text(status + "\n")
+                (tmp := self.out / "status.tmp").write_text(status + "\n")
+                tmp.rename(self.out / "status")
             if self.tracker and status != "running":
                 self.tracker.close(failed=status.startswith("failed"))
                 self.tracker = None

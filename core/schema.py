@@ -94,6 +94,10 @@ def refuse_other_format(path: str | Path, rows: Sequence[dict | Fault], schema: 
     objects = [row for row in rows if isinstance(row, dict)]
     if not any(wanted in row for row in objects):
         why = f"fields {', '.join(objects[0])}; no {wanted!r}" if objects else rows[0].why
+        other = {"messages": "question", "question": "messages"}[wanted]
+        if any(other in row for row in objects):
+            found = {"messages": "conversations", "question": "problems"}[other]
+            raise ValueError(f"{path}: a file of {found}, where one of {schema}s is needed")
         raise ValueError(
             f"{path}: no jsonl of {schema}s ({why:.200}): write one JSON object on each line. For "
             f"parquet, JSON lists and other chat formats: {CONVERT}"
@@ -104,7 +108,8 @@ def refuse_other_format(path: str | Path, rows: Sequence[dict | Fault], schema: 
 def text_findings(value: object, field: str, forbidden: re.Pattern) -> Iterator[Finding]:
     """Of a text that must be there."""
     if value is not None and not isinstance(value, str):
-        yield field, f"{type(value).__name__} instead of text", f"write a string, or use {CONVERT}"
+        parts = f"; for parts of text and images: {CONVERT}" if isinstance(value, list) else ""
+        yield field, f"{type(value).__name__} instead of text", f"write it as a string{parts}"
     elif not (value or "").strip():
         yield field, "missing or empty", "fill it in or remove the row"
     elif found := forbidden.search(value):

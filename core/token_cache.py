@@ -56,7 +56,7 @@ class TokenizedDataset:
         meta = json.loads((path / "meta.json").read_text())
         self.stats, self.data_hash = meta["stats"], meta["data_hash"]
         self.image_token_id = meta["image_token_id"]
-        self.documents, sizes = [], []  # of each: the part's tokens, its first, source, images
+        self.documents, sizes = [], []  # of each: the part's file, its first token, source, images
         for number in range(meta["parts"]):
             file = path / f"{number:06d}.bin"
             documents = json.loads(file.with_suffix(".json").read_text())["documents"]
@@ -65,9 +65,8 @@ class TokenizedDataset:
                 raise ValueError(
                     f"{path}: corrupt token cache; remove this directory to rebuild it"
                 )
-            tokens = np.memmap(file, TOKEN, "r") if documents else None  # no memmap of no bytes
             starts = np.cumsum([0, *lengths]).tolist()
-            self.documents += [(tokens, at, *d[2:]) for at, d in zip(starts, documents)]
+            self.documents += [(file, at, *d[2:]) for at, d in zip(starts, documents)]
             sizes += [d[:2] for d in documents]
         self.lengths, self.supervised = np.array(sizes, np.int64).T
         self.has_images = any(images for *_, images in self.documents)
@@ -84,8 +83,10 @@ class TokenizedDataset:
         return text + "".join(f"; {s[name]} {what}" for name, what in counts.items() if s[name])
 
     def get(self, i: int) -> Document:
-        tokens, start, source, images = self.documents[i]
-        mine = np.asarray(tokens[start : start + self.lengths[i]])
+        file, start, source, images = self.documents[i]
+        # opened anew, not kept mapped: a million rows would hold a thousand open files
+        where = dict(count=self.lengths[i], offset=start * TOKEN.itemsize)
+        mine = np.fromfile(file, TOKEN, **where)
         ids, mask = (np.ascontiguousarray(mine[name]) for name in TOKEN.names)
         return Document(ids, mask, images, self.image_token_id, source)
 

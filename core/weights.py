@@ -52,7 +52,11 @@ class WeightFiles:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as e:
                 raise ValueError(f"{path}: missing or truncated ({e}); fetch it again") from e
-            self.where |= {parameter_name(key): (path, key, file) for key in file.keys()}
+            found = {parameter_name(key): (path, key, file) for key in file.keys()}
+            if twice := self.where.keys() & found:
+                other, name = self.where[min(twice)][0].name, min(twice)
+                raise ValueError(f"{path}: holds {name}, as {other} does; remove the stale file")
+            self.where |= found
         if not self.where:
             raise ValueError(
                 f"{self.dir}: no *.safetensors weights found; convert pickles (*.bin, *.pt) first"

@@ -58,13 +58,14 @@ class _Worker:
         code = f"import sys; sys.path[:0] = {path!r}; from grading import workers as w; w.serve()"
         self.mark, self.born = uuid.uuid4().hex, time.monotonic()
         self.loaded, self.expired, self.spent = None, False, False
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, function, str(memory_gb)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: self.mark},
-        )
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: self.mark}
+        how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=env)
+        try:
+            command = [sys.executable, "-c", code, function, str(memory_gb)]
+            self.process = subprocess.Popen(command, **how)
+        except OSError as e:  # no process or file to be had: whoever asks it hears why
+            self.process = None
+            self.loaded = Outcome("error", why=f"no worker could be started: {e}")
 
     def __lt__(self, other: _Worker) -> bool:
         return self.born < other.born
@@ -100,6 +101,8 @@ class _Worker:
     def kill(self, expired: bool = False) -> None:
         """End the worker and what it started: its group, then whatever carries its mark."""
         self.expired = expired
+        if self.process is None:
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         for entry in Path("/proc").glob("[0-9]*/environ"):
@@ -130,9 +133,7 @@ class WorkerPool(contextlib.AbstractContextManager):
         self._idle.put(first := self._idle.get())
         if why := first.load().why:
             self.close()
-            how = (
-                f"write module:function or file.py:function, in {os.getcwd()}, {_ROOT} or installed"
-            )
+            how = f"write module:function or file.py:function, in {os.getcwd()} or installed"
             raise ValueError(f"reward function {function!r} can't be loaded: {why} ({how})")
 
     def submit(self, *args: object) -> Future:
@@ -156,7 +157,7 @@ class WorkerPool(contextlib.AbstractContextManager):
     __exit__ = close
 
     def pids(self) -> list[int]:
-        return [w.process.pid for w in list(self._alive) if w.process.poll() is None]
+        return [w.process.pid for w in list(self._alive) if w.process and w.process.poll() is None]
 
     def _serve(self, starts: int) -> None:
         """Lives as long as the pool: the end of this thread would kill the workers it started."""
@@ -192,8 +193,7 @@ class WorkerPool(contextlib.AbstractContextManager):
             if worker.spent and not self._closed:
                 worker.kill()
                 self._alive.discard(worker)
-                with contextlib.suppress(OSError):  # no process to be had: the next item tries
-                    worker = self._start()
+                worker = self._start()
             self._idle.put(worker)
             if asked:
                 return outcome

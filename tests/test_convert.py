@@ -460,7 +460,7 @@ def test_mathvista_gold_text_becomes_a_letter_and_precision_an_integer(tmp_path)
         ("open", None, "[2014, 2016]"),
         ("choice", ["9", "18", "12"], "B"),
     ]
-    assert (out[1]["meta"]["precision"], out[1]["meta"]["unit"]) == (2, "g")
+    assert out[1]["meta"]["precision"] == 2 and "(Unit: g)" in out[1]["question"]
     assert isinstance(out[1]["meta"]["precision"], int) and out[0]["images"][0].endswith(".jpg")
     assert info["notes"] == {"two options with the gold's own text were merged": 1}
     assert list(info["dropped"]) == ["the answer is no letter or text of the options"]
@@ -995,6 +995,14 @@ def test_alpaca_input_follows_the_instruction(tmp_path):
     row = {"instruction": "Add.", "input": "1 1", "output": "2"}
     (turns,), _ = chat_rows(jsonl(tmp_path / "a.jsonl", [row]), tmp_path)
     assert turns == [("user", "Add.\n\n1 1"), ("assistant", "2")]
+    row["history"] = [["Hi", "Hello"]]  # LLaMA-Factory's earlier turns
+    (turns,), _ = chat_rows(jsonl(tmp_path / "b.jsonl", [row]), tmp_path)
+    assert turns == [
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", "Add.\n\n1 1"),
+        ("assistant", "2"),
+    ]
 
 
 def test_chat_images_from_urls_files_and_parquet(tmp_path):

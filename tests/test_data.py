@@ -1016,9 +1016,9 @@ def test_a_file_that_is_no_jsonl_is_named(content, why, tmp_path):
 def test_the_other_schema_is_named(tmp_path):
     """Prevents "messages: missing" on every row for a file that was meant for the other script."""
     problems = write(tmp_path / "p.jsonl", [problem(id=str(i)) for i in range(3)])
-    with pytest.raises(ValueError, match="no jsonl of conversations .*question.*no 'messages'"):
+    with pytest.raises(ValueError, match="a file of problems, where one of conversations"):
         data.load_conversations(problems)
-    with pytest.raises(ValueError, match="no jsonl of problems .fields messages; no 'question'"):
+    with pytest.raises(ValueError, match="a file of conversations, where one of problems"):
         data.load_problems(write(tmp_path / "c.jsonl", ROWS))
     with pytest.raises(ValueError, match="a folder, not a file"):
         data.load_problems(tmp_path)

@@ -298,8 +298,10 @@ def test_no_worker_outlives_a_killed_parent(functions, end):
     """kill -9 of a rank runs no handler: workers stuck in an item must still die (Ctrl-C and
     SIGTERM alike)."""
     script = textwrap.dedent("""
-        import sys, time
+        import signal, sys, time
         from grading.workers import WorkerPool
+        # a shell's background job starts with Ctrl-C ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         pool = WorkerPool("bad_functions:act", workers=2, deadline=1000)
         futures = [pool.submit("bignum"), pool.submit("sleep")]
         time.sleep(0.3)
@@ -336,3 +338,23 @@ def test_an_exit_without_close_is_clean(functions):
         and done.stderr == ""
         and all_gone([int(p) for p in done.stdout.split()])
     )
+
+
+def no_more_processes(*args, **settings):
+    raise OSError("no more processes")
+
+
+def test_where_no_process_can_be_started_it_says_why(functions, monkeypatch):
+    """In a container at its limit of processes: the run hung before its first step, or at the first
+    kill."""
+    pool = WorkerPool("bad_functions:act", 1, deadline=60)
+    with monkeypatch.context() as m:
+        m.setattr(subprocess, "Popen", no_more_processes)
+        with pytest.raises(ValueError, match="can't be loaded: .*no more processes"):
+            WorkerPool("bad_functions:act", 2)
+        for worker in list(pool._alive):
+            worker.kill()
+        outcome = pool.submit("ok").result(60)
+        assert outcome.status == "error" and "no more processes" in outcome.why
+    assert pool.submit("ok").result(120).status == "ok"  # the next item tries again
+    pool.close()

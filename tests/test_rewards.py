@@ -210,9 +210,9 @@ def test_lenient_score_is_separate():
     assert reward(MATH, "so it is 42.", lenient=True).score == 1.0
 
 
-def test_precision_and_unit_come_from_meta():
-    """MathVista's floats are compared at the item's precision, its counts carry a unit."""
-    problem = {"kind": "math", "answer": "1.3", "meta": {"precision": 1, "unit": "years"}}
+def test_precision_comes_from_meta():
+    """MathVista's floats are compared at the item's precision, with a unit or without."""
+    problem = {"kind": "math", "answer": "1.3", "meta": {"precision": 1}}
     assert reward(problem, "<answer>1.34 years</answer>").score == 1.0
     assert reward(problem, "<answer>1.36</answer>").score == 0.0
     assert reward(MATH, "<answer>42.04</answer>").score == 0.0

@@ -155,6 +155,12 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.lockf", no_locks)
     assert claim(tmp_path, "test_run", {})[0] is None
+    assert claim(tmp_path, "test_run", {})[0] is None, "this process's own lock"
+    (tmp_path / "lock").write_text(f"process {os.getppid()} on {os.uname().nodename}\nabc\n")
+    with pytest.raises(ValueError, match=f"in use by process {os.getppid()}"):
+        claim(tmp_path, "test_run", {})
+    (tmp_path / "lock").write_text("process 4194305 on here\nabc\n")  # above any pid: it is gone
+    assert claim(tmp_path, "test_run", {})[0] is None
 
 
 # ---------------------------------------------------------------------------------- how a run ends
@@ -188,7 +194,7 @@ def test_a_failure_is_written_to_the_status(world, tmp_path, monkeypatch, capsys
 def test_a_script_ends_with_its_code_and_its_words(body, code, said):
     """Prevents an early exit that loses last lines, a traceback, or the code schedulers read."""
     program = f"""
-from core.run import _same, run_and_exit
+from core.run import run_and_exit
 def main():
     print('last words')
     {body}
@@ -204,7 +210,7 @@ def test_after_an_exception_the_traceback_comes_first_and_nothing_collective(tmp
 import time
 import torch.distributed as dist
 from core import parallel
-from core.run import _same, run_and_exit, script
+from core.run import run_and_exit, script
 def main():
     with script():
         parallel.init("cpu")

@@ -200,3 +200,11 @@ def test_a_run_or_a_checkpoint_for_a_model_is_told_where_the_model_is(world, tmp
     (tmp_path / "step_4" / "complete.json").write_text("{}")
     with pytest.raises(ValueError, match="tools.export .*step_4 --out DIR"):
         resolve_model_dir(str(tmp_path / "step_4"), world)
+
+
+def test_a_stale_file_beside_the_weights_is_refused(bf16_dir, tmp_path):
+    """Left over from another download, its tensors would silently take the place of the new."""
+    shutil.copytree(bf16_dir, tmp_path / "m")
+    save_file({"model.norm.weight": torch.zeros(64)}, tmp_path / "m" / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors: holds model.norm.weight, as model.s"):
+        WeightFiles(tmp_path / "m")

@@ -55,7 +55,7 @@ def card(out: Path, evaluations: list[Path]) -> str:
         f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{hub}"
         "tags: [reasoning]\n---",
         f"# {out.name}",
-        f"`{base}` after {STAGES[config['script']]} with `{config['script']}.py` on text.",
+        f"`{base}` after {STAGES[config['script']]} with `{config['script']}.py`.",
         "## Results",
         *results(evaluations),
         "## Data",

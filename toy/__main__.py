@@ -18,7 +18,8 @@ COMMANDS = {
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        raise SystemExit(f"{__doc__}\nusage: python -m toy data|base|table --out DIR [--help]")
+        print(f"{__doc__}\nusage: python -m toy data|base|table --out DIR [--help]")
+        raise SystemExit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     run, config, doc = COMMANDS[sys.argv[1]]
     with exit_on_value_error():
         run(parse_config(config, doc, sys.argv[2:]))
