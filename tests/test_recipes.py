@@ -80,43 +80,49 @@ def test_one_ablation_runs_and_a_second_start_finds_it_done(tmp_path):
     assert "| direct |" in second
 
 
+def files_of(out):
+    """{file: when it was written}, without the report, which is drawn again each time."""
+    files = [f for f in out.rglob("*") if f.is_file() and f.suffix not in (".html", ".svg")]
+    return {f: f.stat().st_mtime_ns for f in files}
+
+
+def demo(tmp_path, *flags, **settings):
+    """(the last line's table, the demo's folder)"""
+    said = run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch", *flags, **settings)
+    return json.loads(said.splitlines()[-1]), tmp_path / "demo-0-from-scratch-quick"
+
+
 def test_demo_runs_from_nothing_to_its_report_and_goes_on(tmp_path):
     """The command that everybody tries first: base, both stages, every evaluation, table and
-    report, by two ranks. A second start does nothing again, and with --controls only what is new:
-    their SFT without thoughts or with images, and GRPO from the base."""
-    first = run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch")
-    table = json.loads(first.splitlines()[-1])
+    report, by two ranks. A second start does nothing again."""
+    table, out = demo(tmp_path)
     assert table["vision_untouched"] is True
     assert set(table) == {"base", "direct", "sft", "grpo", "blind", "vision_untouched"}
     assert all(set(table[name]) == set(toy.TASKS[:4]) for name in ("base", "direct", "sft", "grpo"))
     assert all("exit_accuracy" in table[name]["image"] for name in ("sft", "grpo"))
-    out = tmp_path / "demo-0-from-scratch-quick"
     page = (out / "report.html").read_text()
     assert "SFT + GRPO" in page and "Stage two: GRPO" in page
     assert "<svg" in (out / "accuracy.svg").read_text()
-    made = {
-        f: f.stat().st_mtime_ns
-        for f in out.rglob("*")
-        if f.is_file() and f.suffix not in (".html", ".svg")
-    }
-    second = run_recipe("demo.sh", tmp_path, "--quick", "--from_scratch")
-    assert second.splitlines()[-1] == first.splitlines()[-1]
-    assert made == {f: f.stat().st_mtime_ns for f in made}
+    made = files_of(out)
+    assert demo(tmp_path)[0] == table and files_of(out) == made
+    assert toy_table.same_vision(out / "base", out / "sft" / "final")
+
+
+@pytest.mark.skipif(os.environ.get("RECIPES") != "full", reason="minutes: set RECIPES=full")
+def test_the_demos_controls_add_only_what_is_new(tmp_path):
+    """Its SFT without thoughts or with images, and GRPO from the base."""
+    table, out = demo(tmp_path)
+    made = files_of(out)
     data_files = {f: f.read_bytes() for f in (out / "data").glob("*.jsonl")}
-    controls = json.loads(
-        run_recipe(
-            "demo.sh", tmp_path, "--quick", "--from_scratch", "--controls", NPROC="1"
-        ).splitlines()[-1]
-    )
+    controls, _ = demo(tmp_path, "--controls", NPROC="1")
     assert {k: v for k, v in controls.items() if k in table} == table
     longer, votes = {"sft-long", "grpo-long"}, {"sft-votes", "grpo-votes"}
     assert set(controls) - set(table) == {"rl_only", "with_images"} | longer | votes
     assert "exit_accuracy" in controls["with_images"]["image"]
     assert "pass@8" in controls["grpo-votes"]["image"]
     assert data_files == {f: f.read_bytes() for f in data_files}  # written again, as they were
-    assert made == {f: f.stat().st_mtime_ns for f in made} | {
-        f: made[f] for f in made if "data" in f.parts
-    }
+    again = files_of(out)
+    assert all(again[f] == t for f, t in made.items() if "data" not in f.parts)
     towers = {
         name: toy_table.same_vision(out / "base", out / name / "final")
         for name in ("sft", "direct", "with_images")
