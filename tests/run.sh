@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 . recipes/env.sh requirements-dev.txt
 ruff check .
 ruff format --check .
-exec python -m pytest -q -n 2 --dist loadfile "${@:-tests}"  # two processes, a file at a time each
+# on two cores three processes, a file at a time each: tests wait for what they start
+exec python -m pytest -q -n 3 --dist loadfile "${@:-tests}"
