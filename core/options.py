@@ -30,8 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, TypeVar, Union
 
-import yaml
-
 T = TypeVar("T")
 GROUPS = ("data", "objective", "sampling", "optimizer", "memory and speed", "run")
 BOUNDS = {
@@ -105,6 +103,8 @@ def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -
 def _flags_of(file: str, parser: _Parser, flags: dict, given: list[str]) -> list[str]:
     """A file's settings as flags, without those that are given: {"lr": 1e-5, "data": ["a", "b"],
     "compile": true, "steps": null} → --lr=1e-5 --data a b --compile."""
+    import yaml  # only here: most commands give no file
+
     try:
         settings = dict(yaml.safe_load(Path(file).read_text()))  # json is yaml
     except (OSError, TypeError, ValueError, yaml.YAMLError) as e:

@@ -208,7 +208,7 @@ class Run:
 
         def take() -> tuple[str, bool]:
             old, token = claim(out, name, self.settings, config.CHANGEABLE)
-            same = old is not None and all(old.get(k) == v for k, v in self.settings.items())
+            same = old is not None and all(_same(old.get(k), v) for k, v in self.settings.items())
             status, final = self.out / "status", self.out / "final" / "config.json"
             finished = status.is_file() and status.read_text() == "finished\n"
             return token, same and finished and final.is_file()
@@ -228,9 +228,8 @@ class Run:
         write_json(self.out / "header.json", header)
         for kind in ("metrics", "validation", "eval"):
             if lines := _whole_lines(file := self.out / f"{kind}.jsonl"):
-                tmp = file.with_suffix(".tmp")
-                tmp.write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
-                tmp.rename(file)
+                kept = (x for x in lines if json.loads(x)["step"] <= step)
+                write_whole(file, "".join(kept))
         for file in self.out.glob("rollouts/step_*.jsonl"):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
@@ -291,8 +290,7 @@ class Run:
         """Write OUT/status; on a full disk the old one stays."""
         if self.world.is_main:
             with suppress(OSError):
-                (tmp := self.out / "status.tmp").write_text(status + "\n")
-                tmp.rename(self.out / "status")
+                write_whole(self.out / "status", status + "\n")
             if self.tracker and status != "running":
                 self.tracker.close(failed=status.startswith("failed"))
                 self.tracker = None
@@ -304,11 +302,16 @@ def _whole_lines(file: Path) -> list[str]:
     return [line for line in lines if line.endswith("\n")]
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text(text)
+    tmp.rename(file)
+
+
 def write_json(file: Path, value: dict) -> None:
     """Write a json file whole or not at all."""
-    tmp = file.with_suffix(".tmp")
-    tmp.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    tmp.rename(file)
+    write_whole(file, json.dumps(value, indent=2, default=str) + "\n")
 
 
 # -------------------------------------------------------------- what it takes to repeat a run

@@ -90,14 +90,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | Fault]]:
 def refuse_other_format(path: str | Path, rows: Sequence[dict | Fault], schema: str) -> None:
     """Raise ValueError when none of a file's first rows is of the schema: one message instead of a
     fault for each row."""
-    wanted = {"conversation": "messages", "problem": "question"}[schema]
+    field_of = {"conversation": "messages", "problem": "question"}
+    wanted = field_of.pop(schema)
     objects = [row for row in rows if isinstance(row, dict)]
     if not any(wanted in row for row in objects):
         why = f"fields {', '.join(objects[0])}; no {wanted!r}" if objects else rows[0].why
-        other = {"messages": "question", "question": "messages"}[wanted]
-        if any(other in row for row in objects):
-            found = {"messages": "conversations", "question": "problems"}[other]
-            raise ValueError(f"{path}: a file of {found}, where one of {schema}s is needed")
+        for other, field in field_of.items():
+            if any(field in row for row in objects):
+                raise ValueError(f"{path}: a file of {other}s, where one of {schema}s is needed")
         raise ValueError(
             f"{path}: no jsonl of {schema}s ({why:.200}): write one JSON object on each line. For "
             f"parquet, JSON lists and other chat formats: {CONVERT}"

@@ -1,4 +1,4 @@
-"""Tokenised documents on disk: made part by part, then read by memmap.
+"""Tokenised documents on disk: made part by part, read one by one.
 
 cache/KEY/000007.bin    (T,) TOKEN: tokens and loss mask of ROWS_PER_PART rows, end to end
           000007.json   what became of these rows; of each document [length, supervised tokens,
@@ -85,8 +85,7 @@ class TokenizedDataset:
     def get(self, i: int) -> Document:
         file, start, source, images = self.documents[i]
         # opened anew, not kept mapped: a million rows would hold a thousand open files
-        where = dict(count=self.lengths[i], offset=start * TOKEN.itemsize)
-        mine = np.fromfile(file, TOKEN, **where)
+        mine = np.fromfile(file, TOKEN, self.lengths[i], offset=start * TOKEN.itemsize)
         ids, mask = (np.ascontiguousarray(mine[name]) for name in TOKEN.names)
         return Document(ids, mask, images, self.image_token_id, source)
 

@@ -54,7 +54,8 @@ class WeightFiles:
                 raise ValueError(f"{path}: missing or truncated ({e}); fetch it again") from e
             found = {parameter_name(key): (path, key, file) for key in file.keys()}
             if twice := self.where.keys() & found:
-                other, name = self.where[min(twice)][0].name, min(twice)
+                name = min(twice)
+                other = self.where[name][0].name
                 raise ValueError(f"{path}: holds {name}, as {other} does; remove the stale file")
             self.where |= found
         if not self.where:

@@ -63,7 +63,7 @@ class _Worker:
         try:
             command = [sys.executable, "-c", code, function, str(memory_gb)]
             self.process = subprocess.Popen(command, **how)
-        except OSError as e:  # no process or file to be had: whoever asks it hears why
+        except OSError as e:  # at a limit of processes or files: told when it is used
             self.process = None
             self.loaded = Outcome("error", why=f"no worker could be started: {e}")
 
