@@ -5,21 +5,21 @@ python -m convert mmmu raw/mmmu --out data/mmmu.jsonl   folders, zips or files o
 python -m convert omnimedvqa OmniMedVQA.zip --out data/omni.jsonl --limit 1000 --seed 0
 python -m convert chat mine.json --out data/mine.jsonl  ShareGPT, Alpaca, prompt/completion,
                                                         OpenAI messages; jsonl, json, parquet
-python -m convert from_samples OUT --out traces.jsonl   right samples of eval.py, to train on
+python -m convert from_samples OUT --out traces.jsonl   right samples of an eval.py, to train on
 python -m convert select FILE --out part.jsonl          by length, by how often a model solved them
 """
 
 import argparse
 import sys
 
-from convert import from_samples, select
 from convert.conversion import convert, download, print_report
 from convert.public import HUB, SPECS
+from convert.select import __doc__ as about_select
+from convert.select import select
 
 DESCRIPTION = {
     "download": f"data sets: {', '.join(HUB)}",
-    "from_samples": from_samples.__doc__,
-    "select": select.__doc__,
+    "select": about_select,
     "convert": f"{__doc__}\ndata sets: {', '.join(SPECS)}",
 }
 
@@ -36,17 +36,15 @@ def parse(argv: list[str]) -> tuple[str, dict]:
     if command == "download":
         add("name", help="the data set")
         add("--revision", help="branch, tag or commit (default: the pinned commit)")
-    elif command == "from_samples":
-        add("folder", help="the --out of a finished eval.py")
     elif command == "select":
         add("file", help="a converted jsonl")
         add("--chars", default="0,inf", help="LOW,HIGH characters of a row")
         add("--samples", default="", help="the --out of an eval.py of this file")
         add("--solved", default="0,1", help="LOW,HIGH share of right samples")
     else:
-        add("name", help="the data set, or chat")
+        add("name", help="the data set, chat or from_samples")
         add("sources", nargs="+", help="files, folders or zips of the release")
-    if command in ("select", "convert"):
+    if command != "download":
         add("--limit", type=int, help="keep this many rows")
         add("--seed", type=int, default=0, help="which rows --limit takes")
     add("--out", required=True, help="jsonl to write, its images beside it; download: the folder")
@@ -59,14 +57,8 @@ def main(argv: list[str]) -> None:
         if command == "download":
             what = download(**args)
             print(f"{args['out']}: {what['hub']} at {what['revision']}")
-        elif command == "from_samples":
-            print(from_samples.from_samples(**args))
-        elif command == "select":
-            info = select.select(**args)
-            rows = f"{info['rows_out']:,} rows of {info['rows_in']:,}"
-            print(f"{args['out']}: {rows}; left out {info['dropped']}")
         else:
-            print_report(convert(**args), args["out"])
+            print_report({"select": select, "convert": convert}[command](**args), args["out"])
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

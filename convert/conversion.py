@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.public import HUB, SPECS
-from convert.releases import Drop, Source, image_extension
+from convert.releases import Drop, Row, Source, image_extension
 from core.schema import FINDINGS, control_tokens
 
 
@@ -58,9 +58,7 @@ def convert(
     info |= dict(rows_out=run.subsets.total(), kinds=run.kinds, images=len(run.images))
     info |= dict(subsets=dict(sorted(run.subsets.items())), notes=run.notes, limit=limit)
     info |= dict(seed=None if limit is None else seed, download=source_revision(sources))
-    info["dropped"] = {r: {"rows": len(w), "examples": w[:3]} for r, w in run.dropped.items()}
-    write_info(target, info)
-    return info
+    return write_info(target, run.dropped, **info)
 
 
 class Conversion:
@@ -72,41 +70,48 @@ class Conversion:
         self.dropped: dict[str, list[str]] = {}  # reason → where, one entry a row
         self.notes, self.kinds, self.subsets = Counter(), Counter(), Counter()
         self.images: set[str] = set()
+        self.seen: set[str] = set()  # ids, or whole rows
+        self.forbidden = control_tokens()
 
     def rows(self, keep: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
         """(number, row) of every published row that can be converted; why the others cannot is in
         `dropped`. keep: numbers of the rows to convert, None for all."""
-        seen, forbidden = set(), control_tokens()
         for i, (where, published) in enumerate(self.source.rows()):
             self.rows_in = i + 1
             if keep is not None and i not in keep:
                 continue
             try:
-                row = SPECS[self.name].convert_row(published)
-                if images := row.get("images"):
-                    row["images"] = [self.store(image) for image in images]
-                schema = "conversation" if "messages" in row else "problem"
-                if schema == "problem":
-                    id = i if row["id"] is None else row["id"]
-                    row |= dict(id=f"{self.name}/{id}", task=self.name)
-                    if row["id"] in seen:
-                        raise Drop("id seen before", row["id"])
-                    if images:  # error bars group questions about one image
-                        row["meta"] = row.get("meta", {}) | {"cluster": Path(row["images"][0]).stem}
-                for field, why, _ in FINDINGS[schema](row, self.folder or Path(), forbidden):
-                    if self.folder or field != "images":
-                        raise Drop(re.sub(r"\d+", "N", f"{field}: {why}")[:80], why)
+                row = self.row(i, published)
             except Drop as drop:
                 detail = f": {drop.detail}" if drop.detail else ""
                 self.dropped.setdefault(drop.reason, []).append(where + detail)
                 continue
             except (ValueError, TypeError, AttributeError) as e:
                 raise ValueError(f"{where}: {e}") from None
-            seen.add(row.get("id"))
             self.notes.update(published.notes)
             self.kinds[row.get("kind", "conversation")] += 1
             self.subsets[row.get("subset", "")] += 1
             yield i, row
+
+    def row(self, i: int, published: Row) -> dict:
+        """Published row `i` as training would read it. Raises Drop."""
+        row, schema = SPECS[self.name].convert_row(published), "conversation"
+        if images := row.get("images"):
+            row["images"] = [self.store(image) for image in images]
+        if "messages" not in row:
+            schema, id = "problem", i if row["id"] is None else row["id"]
+            row |= dict(id=f"{self.name}/{id}", task=self.name)
+            if images:  # error bars group questions about one image
+                row["meta"] = row.get("meta", {}) | {"cluster": Path(row["images"][0]).stem}
+        key = row.get("id", json.dumps(row) if SPECS[self.name].distinct else None)
+        if key in self.seen:
+            raise Drop(*(("id seen before", key) if "id" in row else ("the same as another",)))
+        for field, why, _ in FINDINGS[schema](row, self.folder or Path(), self.forbidden):
+            if self.folder or field != "images":
+                raise Drop(re.sub(r"\d+", "N", f"{field}: {why}")[:80], why)
+        if key is not None:
+            self.seen.add(key)
+        return row
 
     def store(self, value: Any) -> str:
         """Store an image under images/ and return its path in the jsonl. value: bytes, a struct of
@@ -116,7 +121,8 @@ class Conversion:
         if not value:
             raise Drop("image missing")
         if isinstance(value, Path):  # in a chat file: relative to it, or absolute
-            found = [root / value for root in self.source.roots if (root / value).is_file()]
+            roots = [Path()] if value.is_absolute() else self.source.roots
+            found = [root / value for root in roots if (root / value).is_file()]
             value = found[0].read_bytes() if found else str(value)
         if isinstance(value, str) and value.startswith("data:"):
             try:
@@ -169,19 +175,24 @@ def write_lines(target: Path, lines: Iterable[str]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_info(target: Path, info: dict) -> None:
-    """FILE.info.json beside FILE, written last: for the recipes it says that FILE is there."""
+def write_info(target: Path, dropped: dict[str, list[str]], **info) -> dict:
+    """FILE.info.json beside FILE, written last: for the recipes it says that FILE is there. Returns
+    what it says. dropped: reason → where, one entry a row."""
+    info["dropped"] = {r: {"rows": len(w), "examples": w[:3]} for r, w in dropped.items()}
     text = json.dumps(info, indent=1, ensure_ascii=False)
     write_lines(target.with_name(target.name + ".info.json"), [text])
+    return info
 
 
 def print_report(info: dict, out: str) -> None:
-    print(f"{out}: {info['rows_out']:,} rows of {info['rows_in']:,}, {info['images']:,} images")
+    """What a command of `python -m convert` did, for people."""
+    images = f", {info['images']:,} images" if "images" in info else ""
+    print(f"{out}: {info['rows_out']:,} rows of {info['rows_in']:,}{images}")
     for reason, what in info["dropped"].items():
         print(f"  dropped {what['rows']:,}: {reason}; first: {what['examples'][0]}")
-    for note, count in info["notes"].items():
+    for note, count in info.get("notes", {}).items():
         print(f"  {count:,} times: {note}")
-    if info["rows_expected"] not in (None, info["rows_in"]):
+    if info.get("rows_expected") not in (None, info["rows_in"]):
         print(f"  the whole split has {info['rows_expected']:,} rows: a part or another version")
 
 

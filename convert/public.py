@@ -13,13 +13,14 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from convert.chat import chat
 from convert.releases import Drop, Row
 from core.schema import LETTERS
 from data import INSTRUCTIONS
-from rewards import last_boxed
+from rewards import last_boxed, tagged
 
 HEALTH_SUBJECTS = {
     *("Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine"),
@@ -31,6 +32,7 @@ TRACE = re.compile(
     r"<\|begin_of_solution\|>(.*)<\|end_of_solution\|>\s*",
     re.S,
 )
+TAG = re.compile(r"</?think>|</?answer>|<\|(?:begin|end)_of_")
 
 
 # ---------------------------------------------------------------------- what they share
@@ -320,6 +322,35 @@ def openthoughts_direct(row: Row) -> dict:
     return conversation(question, last_boxed(solution) or solution)
 
 
+def from_samples(row: Row) -> dict:
+    """A stored sample of eval.py: rejection sampling.
+
+    Kept is what is right and whole: reward 1, ended by itself (neither truncated nor forced to
+    exit), one closed thought with something in it, and an answer after it. The user turn is the
+    prompt that the teacher had, so the student learns to think when asked in these words. The paper
+    kept the correct samples of QwQ-32B; it does not say how many of a question, nor in which form.
+    """
+    if "lenient" not in row:
+        raise ValueError("not graded yet; run the same eval.py to its end")
+    if row["reward"] < 1:
+        raise Drop("wrong, or no answer")
+    if row["finish_reason"] != "stop":
+        raise Drop("truncated, or forced to exit")
+    # QwQ's template opens the thought in the prompt: its text has no <think>
+    whole = re.fullmatch(r"\s*(?:<think>)?(.*)</think>(.*)", row["text"], re.S)
+    if whole is None:
+        raise Drop("no closed thought")
+    thought = whole[1].strip()
+    answer = tagged(whole[2]) or row.get("answer")  # a teacher without these tags: as extracted
+    if not thought or not answer:
+        raise Drop("empty thought or answer")
+    if TAG.search(thought + answer):
+        raise Drop("a tag of the format is inside the text")
+    made = conversation(row["prompt"], answer, thought)
+    images = [Path(image).absolute() for image in row.get("images") or ()]
+    return {**made, "images": images} if images else made
+
+
 def thought_and_solution(row: Row) -> tuple[str, str, str]:
     """Question, thought and solution of a row of OpenThoughts."""
     turns = [Row(t) for t in row["conversations"]]
@@ -330,7 +361,7 @@ def thought_and_solution(row: Row) -> tuple[str, str, str]:
         raise Drop("no complete thought and solution markers")
     question, thought = text_of(turns[0]["value"], "the question"), text_of(trace[1], "the thought")
     solution = text_of(trace[2], "the solution")
-    if re.search(r"</?think>|</?answer>|<\|(?:begin|end)_of_", question + thought + solution):
+    if TAG.search(question + thought + solution):
         raise Drop("a tag of the format is inside the text")
     return question, thought, solution
 
@@ -350,11 +381,13 @@ class Spec:
     tables: str  # regular expression on the file's name inside the release
     rows: int | None = None  # of the whole split, to tell it from a part
     release: str = ""  # key in HUB, where it is not the data set's own name
+    distinct: bool = False  # keep rows that come out equal once
 
 
 FIVE, FOUR = partial(medqa, expected=5), partial(medqa, expected=4)
 SPECS: dict[str, Spec] = {
     "chat": Spec(chat, r"\.(parquet|jsonl?)$"),
+    "from_samples": Spec(from_samples, r"^samples\.jsonl$", distinct=True),
     "openthoughts": Spec(openthoughts, r"(^|/)data/train\b", 113957),
     "openthoughts_direct": Spec(openthoughts_direct, r"(^|/)data/train\b", 113957, "openthoughts"),
     "orz57k": Spec(orz57k, r"orz_math_57k", 56878),

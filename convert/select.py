@@ -46,32 +46,33 @@ def select(
     seed: int = 0,
 ) -> dict:
     """Write the chosen rows of `file` to `out`, in their order, and counts to `out`.info.json."""
-    target, info = new_file(out, file), dict(locals())
+    settings, target = dict(locals()), new_file(out, file)
     lines = [x for x in Path(file).read_text(encoding="utf-8").split("\n") if x]
     shares = solved_shares(samples) if samples else None
     try:
         (low, high), (hard, easy) = (map(float, text.split(",")) for text in (chars, solved))
     except ValueError:
         raise ValueError(f"--chars {chars}, --solved {solved}: LOW,HIGH, as 0.25,0.75") from None
-    dropped, kept = {"length": 0, "difficulty": 0, "not asked": 0, "beyond --limit": 0}, {}
+    dropped, kept = defaultdict(list), {}
     for i, line in enumerate(lines):
-        row = json.loads(line)
+        row, where = json.loads(line), f"row {i}"
         share = shares.get(row["id"]) if samples else hard
         if not low <= characters(row) <= high:
-            dropped["length"] += 1
+            dropped["length"].append(where)
         elif share is None:
-            dropped["not asked"] += 1
+            dropped["not asked"].append(where)
         elif not hard <= share <= easy:
-            dropped["difficulty"] += 1
+            dropped["difficulty"].append(where)
         else:
             kept[f"{i}/{line}"] = line
     if limit:
         chosen = sample_keys(kept, limit, seed)
-        dropped["beyond --limit"] = len(kept) - len(chosen)
+        dropped["beyond --limit"] = [
+            f"row {key.partition('/')[0]}" for key in kept if key not in chosen
+        ]
         kept = {key: line for key, line in kept.items() if key in chosen}
     if not kept:
-        raise ValueError(f"{file}: no row is left ({dropped})")
+        counts = {reason: len(where) for reason, where in dropped.items()}
+        raise ValueError(f"{file}: no row is left ({counts})")
     write_lines(target, kept.values())
-    info |= dict(rows_in=len(lines), rows_out=len(kept), dropped=dropped)
-    write_info(target, info)
-    return info
+    return write_info(target, dropped, **settings, rows_in=len(lines), rows_out=len(kept))

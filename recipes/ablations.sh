@@ -41,7 +41,7 @@ ablate() {  # ablate NAME eval|sft|grpo FROM FLAGS…: train from base, sft or t
 
 add_row() {  # add_row NAME: the table so far goes to RUNS/ablations.md
     rows+=("$RUNS/eval/ablation/$1")
-    [ "$NODE_RANK" != 0 ] || python results/table.py "${rows[@]}" | tee "$RUNS/ablations.md"
+    [ "$NODE_RANK" != 0 ] || python -m scoring.tables "${rows[@]}" | tee "$RUNS/ablations.md"
 }
 
 text_solvable() {  # leave out what base or sft solves three times of three without the images

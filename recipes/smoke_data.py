@@ -16,9 +16,7 @@ import json
 import shutil
 import sys
 import zipfile
-from functools import partial
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 
@@ -28,163 +26,127 @@ from core.schema import LETTERS  # noqa: E402
 from toy import world as toy  # noqa: E402
 from toy.model_files import write_model_files  # noqa: E402
 
-ROWS = 3  # of each table
+ROWS = 24  # of each table
 SHIPPED = ROOT / "toy" / "assets"
 
 
 # ---------------------------------------------------------------------- rows as they are published
-class Maker:
-    """Random chains as questions with options, and as pictures."""
-
-    def __init__(self):
-        self.rng = np.random.default_rng(0)
-
-    def question(self) -> dict:
-        """text, answer, options, letter, gold (its text), picture of one chain; its thought."""
-        chain = toy.draw_chain(self.rng, 3)
-        options, letter = toy.draw_options(self.rng, chain)
-        file = io.BytesIO()
-        toy.draw_line(chain.text, self.rng).save(file, "PNG")
-        picture, gold = {"bytes": file.getvalue(), "path": "x.png"}, options[LETTERS.index(letter)]
-        said = dict(text=chain.text, answer=str(chain.answer), thought=toy.think(chain))
-        return said | dict(options=options, letter=letter, gold=gold, picture=picture)
-
-    def rows(self, form, times: int = 1) -> list:
-        """form(question, number) of ROWS questions, or that many times as many."""
-        return [form(self.question(), i) for i in range(ROWS * times)]
+def question(rng: np.random.Generator) -> dict:
+    """text, answer, thought, options, letter, gold (its text), picture (PNG) of a random chain."""
+    chain, file = toy.draw_chain(rng, 3), io.BytesIO()
+    options, letter = toy.draw_options(rng, chain)
+    toy.draw_line(chain.text, rng).save(file, "PNG")
+    made = dict(text=chain.text, answer=str(chain.answer), thought=toy.think(chain))
+    made |= dict(options=options, letter=letter, gold=options[LETTERS.index(letter)])
+    return made | {"picture": file.getvalue()}
 
 
-def lettered(q: dict, count: int = 4) -> dict[str, str]:
-    """Options by letter, filled up to `count`."""
-    more = [f"{i}mg" for i in range(10, 10 + count - len(q["options"]))]
-    return dict(zip(LETTERS, [*q["options"], *more]))
-
-
-def openthoughts(q: dict, i: int) -> dict:
-    thought, solution = f"\n\n{q['thought']}\n\n", f"\n\n\\boxed{{{q['answer']}}}\n\n"
-    trace = f"<|begin_of_thought|>{thought}<|end_of_thought|>\n\n"
-    trace += f"<|begin_of_solution|>{solution}<|end_of_solution|>"
+def published(q: dict, i: int) -> dict[str, dict | list | bytes]:
+    """Row i of every release's tables, made of one question, by file; and its image files. A file's
+    path may lead into a zip."""
+    four, five = dict(zip(LETTERS, q["options"])), dict(zip(LETTERS, [*q["options"], "10mg"]))
+    embedded = {"bytes": q["picture"], "path": "x.png"}
+    trace = f"<|begin_of_thought|>\n\n{q['thought']}\n\n<|end_of_thought|>\n\n"
+    trace += f"<|begin_of_solution|>\n\n\\boxed{{{q['answer']}}}\n\n<|end_of_solution|>"
     turns = [{"from": "user", "value": q["text"]}, {"from": "assistant", "value": trace}]
-    return {"system": "-", "conversations": turns}
+    choice = dict(options=q["options"], answer=q["letter"])
+    medqa = dict(question=q["text"], answer=q["gold"], answer_idx=q["letter"], meta_info="step1")
+    mmmu = dict(question="<image 1>", image_1=embedded, answer=q["letter"])
+    mmmu |= dict(options=str(q["options"]), question_type="multiple-choice")
+    # the first problem has a free answer, the others have options
+    vista = dict(question_type="multi_choice", choices=q["options"], answer=q["gold"])
+    vista |= {} if i else dict(question_type="free_form", choices=None, answer=q["answer"])
+    vista |= dict(pid=str(i), unit=None, precision=None, metadata={"task": "sums"})
+    vision = choice if i else dict(options=[], answer=q["answer"])
+    figures = [embedded] * (1 if i else 2)  # the first problem has two
+    geometry = dict(problem="<image>" * len(figures) + "Find x.", answer=q["answer"])
+    options = ", ".join(f"{letter}: {text}" for letter, text in four.items())
+    xpert = dict(question=f"Which?\nAnswer Choices: {five}", options=five, label=q["letter"])
+    omni = {f"option_{letter}": text for letter, text in four.items()} | dict(gt_answer=q["gold"])
+    nejm = {f"option_{letter}": text for letter, text in five.items()}
+    return {
+        "openthoughts/data/train-0.parquet": dict(system="-", conversations=turns),
+        "orz57k/orz_math_57k_collected.json": [
+            {"from": "human", "value": q["text"]},
+            {"from": "assistant", "ground_truth": {"value": q["answer"]}},
+        ],
+        "gsm8k/main/test-0.parquet": dict(
+            question=q["text"], answer=f"{q['thought']}\n#### {q['answer']}"
+        ),
+        "mmlu_pro/data/test-0.parquet": dict(
+            choice, question_id=i, question=q["text"], category="health" if i % 2 else "math"
+        ),
+        "medqa/data_clean.zip/data_clean/questions/US/train.jsonl": dict(medqa, options=five),
+        "medqa/data_clean.zip/data_clean/questions/US/test.jsonl": dict(medqa, options=five),
+        "medqa_4ops/phrases_no_exclude_test.jsonl": dict(medqa, options=four),
+        "mmmu/Pharmacy/validation-0.parquet": dict(mmmu, id=f"validation_Pharmacy_{i}"),
+        "mmmu/Math/validation-0.parquet": dict(mmmu, id=f"validation_Math_{i}"),
+        "mmmu_pro/standard (10 options)/test-0.parquet": dict(
+            mmmu, id=f"test_{'Math' if i % 2 else 'Pharmacy'}_{i}"
+        ),
+        "mmstar/mmstar.parquet": dict(
+            index=i, question=f"Which? \nOptions: {options}", answer=q["letter"],
+            image=q["picture"], category="math",
+        ),
+        "mathvista/data/testmini-0.parquet": dict(
+            vista, question="Which?", decoded_image=embedded, answer_type="integer"
+        ),
+        "mathvision/data/test-0.parquet": dict(
+            vision, id=str(i), question="Which? <image1>", decoded_image=embedded, subject="sums"
+        ),
+        "geometry3k/data/train-0.parquet": dict(geometry, images=figures),
+        "geometry3k/data/test-0.parquet": dict(geometry, images=figures),
+        "medxpertqa_mm/MM/test.jsonl": dict(
+            xpert, id=f"MM-{i}", images=[f"MM-{i}.png"], medical_task="Diagnosis"
+        ),
+        f"medxpertqa_mm/images.zip/images/MM-{i}.png": q["picture"],
+        "omnimedvqa/OmniMedVQA.zip/OmniMedVQA/QA_information/Open-access/Chest.json": dict(
+            omni, dataset="Chest", question_id=f"chest_{i}", question="Which?",
+            image_path=f"Images/Chest/{i}.png", modality_type="CT",
+        ),
+        f"omnimedvqa/OmniMedVQA.zip/OmniMedVQA/Images/Chest/{i}.png": q["picture"],
+        "nejm/image_challenge.json": dict(
+            nejm, image_id=f"IC{i}", date="20200101", question="Which?",
+            correct_answer=q["letter"],
+        ),
+        f"nejm/images/IC{i}.png": q["picture"],
+    }  # fmt: skip
 
 
-def orz57k(q: dict, i: int) -> list[dict]:
-    gold = {"from": "assistant", "ground_truth": {"value": q["answer"]}}
-    return [{"from": "human", "value": q["text"]}, gold]
-
-
-def gsm8k(q: dict, i: int) -> dict:
-    return {"question": q["text"], "answer": f"{q['thought']}\n#### {q['answer']}"}
-
-
-def mmlu_pro(q: dict, i: int) -> dict:
-    row = dict(question_id=i, question=q["text"], options=q["options"], answer=q["letter"])
-    return row | dict(category="health" if i % 2 else "math")
-
-
-def medqa(q: dict, i: int, count: int) -> dict:
-    row = dict(question=q["text"], answer=q["gold"], options=lettered(q, count))
-    return row | dict(answer_idx=q["letter"], meta_info="step1")
-
-
-def mmmu(q: dict, i: int, id: str) -> dict:
-    row = dict(id=f"{id}{i}", question="<image 1>", options=str(q["options"]), answer=q["letter"])
-    return row | dict(image_1=q["picture"], question_type="multiple-choice")
-
-
-def mmstar(q: dict, i: int) -> dict:
-    options = ", ".join(f"{k}: {v}" for k, v in lettered(q).items())
-    row = dict(index=i, question=f"Which? \nOptions: {options}", answer=q["letter"])
-    return row | dict(image=q["picture"]["bytes"], category="math")
-
-
-def mathvista(q: dict, i: int) -> dict:
-    row = dict(pid=str(i), question="Which?", unit=None, precision=None, metadata={"task": "sums"})
-    row |= dict(decoded_image=q["picture"], question_type="free_form", answer_type="integer")
-    row |= dict(choices=None, answer=q["answer"])
-    choice = dict(choices=q["options"], answer=q["gold"], question_type="multi_choice")
-    return row | choice if i else row
-
-
-def mathvision(q: dict, i: int) -> dict:
-    row = dict(id=str(i), question="Which? <image1>", decoded_image=q["picture"], subject="sums")
-    return row | dict(options=q["options"] if i else [], answer=q["letter"] if i else q["answer"])
-
-
-def geometry3k(q: dict, i: int) -> dict:
-    images = [q["picture"]] * (1 if i else 2)  # the first problem has two
-    problem = "<image>" * len(images) + "Find x."
-    return {"problem": problem, "answer": q["answer"], "images": images}
-
-
-def medxpertqa(q: dict, i: int) -> dict:
-    options = lettered(q, 5)
-    row = dict(id=f"MM-{i}", question=f"Which?\nAnswer Choices: {options}", options=options)
-    return row | dict(label=q["letter"], images=[f"MM-{i}.png"], medical_task="Diagnosis")
-
-
-def omnimedvqa(q: dict, i: int) -> dict:
-    row = dict(dataset="Chest", question_id=f"chest_{i}", question="Which?", gt_answer=q["gold"])
-    row |= dict(image_path=f"Images/Chest/{i}.png", modality_type="CT")
-    return row | {f"option_{k}": v for k, v in lettered(q).items()}
-
-
-def nejm(q: dict, i: int) -> dict:
-    row = dict(image_id=f"IC{i}", date=f"2020010{i + 1}", question="Which?")
-    options = {f"option_{k}": v for k, v in lettered(q, 5).items()}
-    return row | dict(correct_answer=q["letter"]) | options
-
-
-def releases(make: Maker) -> Iterator[tuple[str, list | bytes | dict]]:
-    """(file, content) of every release: rows of a table, bytes of an image, members of a zip."""
-    yield "openthoughts/data/train-0.parquet", make.rows(openthoughts, 8)
-    yield "orz57k/orz_math_57k_collected.json", make.rows(orz57k, 3)
-    yield "gsm8k/main/test-0.parquet", make.rows(gsm8k)
-    yield "mmlu_pro/data/test-0.parquet", make.rows(mmlu_pro)
-    files = [f"data_clean/questions/US/{split}.jsonl" for split in ("train", "test")]
-    yield "medqa/data_clean.zip", {file: make.rows(partial(medqa, count=5)) for file in files}
-    yield "medqa_4ops/phrases_no_exclude_test.jsonl", make.rows(partial(medqa, count=4))
-    for subject in ("Pharmacy", "Math"):
-        rows = make.rows(partial(mmmu, id=f"validation_{subject}_"))
-        yield f"mmmu/{subject}/validation-0.parquet", rows
-    rows = make.rows(partial(mmmu, id="test_Pharmacy_")) + make.rows(partial(mmmu, id="test_Math_"))
-    yield "mmmu_pro/standard (10 options)/test-0.parquet", rows
-    yield "mmstar/mmstar.parquet", make.rows(mmstar)
-    yield "mathvista/data/testmini-0.parquet", make.rows(mathvista)
-    yield "mathvision/data/test-0.parquet", make.rows(mathvision)
-    for split in ("train", "test"):
-        yield f"geometry3k/data/{split}-0.parquet", make.rows(geometry3k)
-    pictures = [make.question()["picture"]["bytes"] for _ in range(ROWS)]
-    yield "medxpertqa_mm/MM/test.jsonl", make.rows(medxpertqa)
-    images = {f"images/MM-{i}.png": picture for i, picture in enumerate(pictures)}
-    yield "medxpertqa_mm/images.zip", images
-    members = {f"OmniMedVQA/Images/Chest/{i}.png": picture for i, picture in enumerate(pictures)}
-    members["OmniMedVQA/QA_information/Open-access/Chest.json"] = make.rows(omnimedvqa)
-    yield "omnimedvqa/OmniMedVQA.zip", members
-    yield "nejm/image_challenge.json", make.rows(nejm)
-    for i, picture in enumerate(pictures):
-        yield f"nejm/images/IC{i}.png", picture
-
-
-def file_bytes(name: str, content: list | bytes | dict) -> bytes:
-    """The content as a file of the kind that its name says."""
-    if isinstance(content, bytes):
-        return content
+def table_bytes(name: str, rows: list) -> bytes:
+    """Rows as a file of the kind that its name says."""
     if name.endswith(".jsonl"):
-        return "".join(json.dumps(row) + "\n" for row in content).encode()
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
     if name.endswith(".json"):
-        return json.dumps(content).encode()
-    file = io.BytesIO()
-    if name.endswith(".zip"):
-        with zipfile.ZipFile(file, "w") as archive:
-            for member, inside in content.items():
-                archive.writestr(member, file_bytes(member, inside))
-    else:
-        import pyarrow
-        import pyarrow.parquet
+        return json.dumps(rows).encode()
+    import pyarrow
+    import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), file)
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     return file.getvalue()
+
+
+def write_releases(folder: Path) -> None:
+    """All files of all releases, and download.json as `python -m convert download` leaves it."""
+    rng, files = np.random.default_rng(0), {}
+    for i in range(ROWS):
+        for name, row in published(question(rng), i).items():
+            files.setdefault(name, []).append(row)
+    for name, rows in files.items():
+        outer, zipped, inside = name.partition(".zip/")
+        content = rows[0] if isinstance(rows[0], bytes) else table_bytes(name, rows)
+        file = folder / (f"{outer}.zip" if zipped else name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if zipped:
+            with zipfile.ZipFile(file, "a") as archive:
+                archive.writestr(inside, content)
+        else:
+            file.write_bytes(content)
+    for release in folder.iterdir():
+        if release.name != "nejm":  # that one is the user's own folder
+            note = json.dumps({"name": release.name, "hub": "made up"})
+            (release / "download.json").write_text(note)
 
 
 # ---------------------------------------------------------------------- model and teacher
@@ -216,18 +178,12 @@ def write(folder: Path, model: str = "") -> None:
     """Everything; the model last, so that a folder with a model is whole."""
     top = folder / "releases"
     shutil.rmtree(top, ignore_errors=True)
-    for name, content in releases(Maker()):
-        (top / name).parent.mkdir(parents=True, exist_ok=True)
-        (top / name).write_bytes(file_bytes(name, content))
-    for release in top.iterdir():
-        if release.name != "nejm":  # that one is the user's own folder
-            note = json.dumps({"name": release.name, "hub": "made up"})
-            (release / "download.json").write_text(note)
+    write_releases(top)
     aside = folder / "base.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     write_qwen3_vl(aside) if "Qwen3-VL" in model else shutil.copytree(SHIPPED, aside)
     aside.rename(folder / "base")
-    print(f"{folder}: base and {len(list(top.iterdir()))} releases of {ROWS} rows and more")
+    print(f"{folder}: base and {len(list(top.iterdir()))} releases of {ROWS} rows")
 
 
 def teach(out: Path, problems: Path) -> None:
@@ -243,7 +199,7 @@ def teach(out: Path, problems: Path) -> None:
         row["finish_reason"] = "stop"
         reward = rewards.reward(problem, row["text"], "stop")
         row.update(reward=reward.score, answer=reward.answer, status=reward.status)
-    (out / "samples.jsonl").write_bytes(file_bytes("samples.jsonl", rows))
+    (out / "samples.jsonl").write_bytes(table_bytes("samples.jsonl", rows))
     right = sum(row["reward"] for row in rows)
     print(f"{out}: {len(rows)} samples rewritten, {right:.0f} of them right")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.options import exit_on_value_error  # noqa: E402
 from scoring.stats import wilson  # noqa: E402
-from scoring.tables import read_result, split_name, text  # noqa: E402
+from scoring.tables import plus_minus, read_result, split_name, text  # noqa: E402
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text(encoding="utf-8"))
 MODELS = sorted({r["model"] for r in PAPER["results"]})
@@ -36,12 +36,6 @@ PROTOCOL = {  # eval.py's defaults: the paper's text, appendix C and model card
     "min_pixels": 262_144,
     "max_pixels": 262_144,
 }
-
-
-def half_width(accuracy: float, n: int) -> float:
-    """Half the 95% interval of a share, all in percent. half_width(53, 900) → 3.3."""
-    low, high = wilson(accuracy / 100, n)
-    return 50 * (high - low)
 
 
 # ---------------------------------------------------------------------------------------- protocol
@@ -63,16 +57,28 @@ def departures(result: dict) -> list[str]:
     return found + [f"--limit {limit}"] * bool(limit) + [f"--rule {rule}"] * (rule != "answer")
 
 
-# ------------------------------------------------------------------------------------------ tables
+# -------------------------------------------------------------------------------------- comparison
 def paper_of(model: str, protocol: str) -> dict[str, dict]:
-    """set → the paper's row, with its number of questions and half its interval."""
+    """set → the paper's metrics, as eval.py has them: accuracy with the interval that follows from
+    the number of questions; and where the paper says it."""
     left = " with text-solvable ones removed" if protocol == "text-solvable removed" else ""
     sizes, rows = PAPER[f"questions{left}"], {}
     for r in PAPER["results"]:
         if (r["model"], r["protocol"]) == (model, protocol):
-            n = sizes[r["set"]]
-            rows[r["set"]] = {**r, "n": n, "half": half_width(r["accuracy"], n)}
+            n, accuracy = sizes[r["set"]], r["accuracy"] / 100
+            low, high = wilson(accuracy, n)
+            rows[r["set"]] = {**r, "n": n, "accuracy": accuracy, "low": low, "high": high}
     return rows
+
+
+def half(m: dict) -> float:
+    """Half the interval of a metric, in percent."""
+    return 50 * (m["high"] - m["low"])
+
+
+def minus(a: dict, b: dict) -> tuple[float, float]:
+    """The difference of two accuracies in points, and half its interval if they are independent."""
+    return 100 * (a["accuracy"] - b["accuracy"]), math.hypot(half(a), half(b))
 
 
 def verdict(difference: float, width: float, n: int) -> str:
@@ -81,24 +87,17 @@ def verdict(difference: float, width: float, n: int) -> str:
     return "beyond noise" if abs(difference) > width else "within noise"
 
 
-def half(m: dict) -> float:
-    """Half the interval of a metric, in percent."""
-    return 50 * (m["high"] - m["low"])
-
-
 def levels(model: str, result: dict) -> list[list[str]]:
     """One line for each set that the paper has too: ours, the paper's, their difference."""
     lines = []
     for name, paper in paper_of(model, protocol_of(result)).items():
         if ours := result["sets"].get(name):
-            accuracy, both = 100 * ours["accuracy"], math.hypot(half(ours), paper["half"])
-            difference = accuracy - paper["accuracy"]
+            difference = minus(ours, paper)
             n = str(ours["n"]) if ours["n"] == paper["n"] else f"{ours['n']} of {paper['n']}"
-            about = "" if paper.get("sure", True) else "~"
-            theirs = f"{about}{paper['accuracy']:.1f} ± {paper['half']:.1f}"
-            cells = [model, name, n, f"{accuracy:.1f} ± {half(ours):.1f}", theirs]
-            judged = verdict(difference, both, ours["n"])
-            lines.append([*cells, f"{difference:+.1f} ± {both:.1f}", judged, paper["source"]])
+            theirs = "~" * (not paper.get("sure", True)) + plus_minus(paper)
+            judged = verdict(*difference, ours["n"])
+            cells = [model, name, n, plus_minus(ours), theirs, shown(*difference)]
+            lines.append([*cells, judged, paper["source"]])
     return lines
 
 
@@ -109,16 +108,19 @@ def gains(model: str, result: dict, base: dict) -> list[list[str]]:
     before, after = paper_of("base", protocol), paper_of(model, protocol)
     paired = (result.get("compare") or {"sets": {}})["sets"]
     for name in (s for s in after if s in before and s in result["sets"] and s in base["sets"]):
-        a, b, pair = result["sets"][name], base["sets"][name], paired.get(name, {})
-        gain, width = 100 * (a["accuracy"] - b["accuracy"]), math.hypot(half(a), half(b))
-        if pair.get("low") is not None:
+        gain, width = minus(result["sets"][name], base["sets"][name])
+        if (pair := paired.get(name, {})).get("low") is not None:
             width = half(pair)
-        theirs = after[name]["accuracy"] - before[name]["accuracy"]
-        their_width = math.hypot(after[name]["half"], before[name]["half"])
-        judged = verdict(gain - theirs, math.hypot(width, their_width), a["n"])
-        both = [f"{gain:+.1f} ± {width:.1f}", f"{theirs:+.1f} ± {their_width:.1f}"]
+        theirs, their_width = minus(after[name], before[name])
+        both = [shown(gain, width), shown(theirs, their_width)]
+        n = result["sets"][name]["n"]
+        judged = verdict(gain - theirs, math.hypot(width, their_width), n)
         lines.append([model, name, *both, judged])
     return lines
+
+
+def shown(difference: float, width: float) -> str:
+    return f"{difference:+.1f} ± {width:.1f}"
 
 
 def report(results: list[tuple[str, dict]]) -> str:

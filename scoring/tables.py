@@ -1,4 +1,9 @@
-"""Tables of evaluations, for eval.py, results/ and the report.
+"""Evaluations read and shown as tables, for eval.py, results/, toy/ and report/.
+
+    python -m scoring.tables runs/eval/a "after SFT"=runs/eval/b
+
+prints a markdown table: a row a run, accuracy ± half its 95% interval for each set, then how its
+outputs ended and how many words they have, as means over its sets.
 
 A table is (head, lines) of strings: `text(*table)` and `markdown(*table)` write it. `runs` are
 evaluations by name: name → set of questions → metrics. Accuracies and shares are in percent.
@@ -6,9 +11,12 @@ evaluations by name: name → set of questions → metrics. Accuracies and share
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from core.options import exit_on_value_error
 
 Table = tuple[list[str], list[list[str]]]
 Runs = dict[str, dict[str, dict]]
@@ -146,3 +154,25 @@ def report(result: dict) -> str:
         title = f"this minus {result['compare']['other']}, paired"
         parts.append(f"{title}\n\n{text(*paired(result['compare']))}")
     return "\n\n".join(parts)
+
+
+def summary(arguments: list[str]) -> str:
+    """Markdown of evaluations "DIR" or "NAME=DIR"; its columns: all sets that any of them has."""
+    named = [split_name(argument) for argument in arguments]
+    runs = {name or Path(d).resolve().name: read_result(d)["sets"] for name, d in named}
+    if len(runs) < len(named):
+        raise ValueError("two runs have one name; give each its own with NAME=DIR")
+    head, lines = by_run(runs)
+    for line, sets in zip(lines, runs.values()):
+        for key in ("forced", "truncated", "unparsed"):
+            line.append(f"{100 * sum(m[key] for m in sets.values()) / len(sets):.0f}%")
+        line.append(f"{sum(m['words_mean'] for m in sets.values()) / len(sets):.0f}")
+    return markdown([*head, "forced", "truncated", "unparsed", "words"], lines)
+
+
+if __name__ == "__main__":
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m scoring.tables", None, __doc__, formatter_class=raw)
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]DIR", help="--out of a finished eval.py")
+    with exit_on_value_error():
+        print(summary(parser.parse_args().runs))

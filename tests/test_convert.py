@@ -793,7 +793,7 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             convert.convert("gsm8k", [str(source)], out)
-    with pytest.raises(SystemExit, match="unknown data set 'gsm9k'; there are: chat, openthoughts"):
+    with pytest.raises(SystemExit, match="unknown data set 'gsm9k'; there are: chat, from_samples"):
         main(["gsm9k", str(wrong), "--out", out])
     with pytest.raises(SystemExit, match=r"error: .*wrong\.jsonl"):
         main(["gsm8k", str(wrong), "--out", f"{wrong}/o.jsonl"])
@@ -1116,7 +1116,11 @@ def test_every_release_is_pinned_or_its_commit_is_recorded():
         "orz57k",
         "geometry3k",
     }
-    assert {s.release or n for n, s in public.SPECS.items()} - {"chat", "nejm"} == set(public.HUB)
+    assert {s.release or n for n, s in public.SPECS.items()} - {
+        "chat",
+        "from_samples",
+        "nejm",
+    } == set(public.HUB)
     assert public.HUB["orz57k"][0].startswith("Open-Reasoner-Zero/")
 
 

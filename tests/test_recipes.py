@@ -12,8 +12,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from scipy.stats import binomtest
@@ -21,18 +23,17 @@ from tiny_model import reference
 
 import data
 from convert import conversion as convert
-from convert import from_samples, public, releases
+from convert import public, releases
 from convert.__main__ import main as convert_main
-from core import schema
 from core.images import ImageConfig
-from core.samples import Sample
+from scoring import tables
+from scoring.stats import wilson
 from toy import table as toy_table
 from toy import world as toy
 
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "results")]
 import compare as compare_runs  # noqa: E402
 import smoke_data  # noqa: E402
-import table  # noqa: E402
 
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 DOCS = [
@@ -233,8 +234,9 @@ def test_the_train_and_test_splits_of_medqa_are_read_apart(tmp_path):
         options = dict(zip("ABCDE", "12345"))
         return {"question": q, "answer": "1", "options": options, "answer_idx": "A"}
 
-    splits = {f"data_clean/questions/US/{s}.jsonl": [row(s)] for s in ("train", "dev", "test")}
-    (tmp_path / "data_clean.zip").write_bytes(smoke_data.file_bytes("data_clean.zip", splits))
+    with zipfile.ZipFile(tmp_path / "data_clean.zip", "w") as archive:
+        for split in ("train", "dev", "test"):
+            archive.writestr(f"data_clean/questions/US/{split}.jsonl", json.dumps(row(split)))
     for name, split in (("medqa", "test"), ("medqa_train", "train")):
         convert.convert(name, [str(tmp_path)], str(tmp_path / "out.jsonl"))
         assert [p["question"] for p in data.load_problems(tmp_path / "out.jsonl")[0]] == [split]
@@ -284,27 +286,26 @@ def sample(**changes) -> dict:
         ({"text": "<answer>42</answer>"}, "no closed thought"),
         ({"text": "<think> </think><answer>42</answer>"}, "empty"),
         ({"text": "<think>a</think> b</think><answer>42</answer>"}, "tag"),
-        ({"text": "six sevens</think><answer>42</answer>"}, "no closed thought"),
     ],
 )
 def test_what_a_student_must_not_learn_is_left_out(changes, reason):
     """Wrong, cut or broken traces in the data teach exactly that."""
-    made = from_samples.as_conversation(Sample(**sample(**changes)), False)
-    assert isinstance(made, str) and reason in made
+    with pytest.raises(releases.Drop, match=reason):
+        public.from_samples(releases.Row(sample(**changes)))
 
 
 @pytest.mark.parametrize(
-    "text, open_thought",
+    "text",
     [
-        ("<think>six sevens</think>\n<answer>42</answer>", False),
-        ("six sevens\n</think>\n\n<answer>42</answer>", True),
-        ("<think>\nsix sevens\n</think>\nSo it is \\boxed{42}.", False),
+        "<think>six sevens</think>\n<answer>42</answer>",
+        "six sevens\n</think>\n\n<answer>42</answer>",
+        "<think>\nsix sevens\n</think>\nSo it is \\boxed{42}.",
     ],
 )
-def test_kept_samples_have_the_form_of_the_first_stage(text, open_thought):
+def test_kept_samples_have_the_form_of_the_first_stage(text):
     """QwQ's template opens the thought in the prompt, so its text has no <think>; other teachers
     box their answers."""
-    made = from_samples.as_conversation(Sample(**sample(text=text)), open_thought)
+    made = public.from_samples(releases.Row(sample(text=text)))
     assert made["messages"] == [
         {"role": "user", "content": "6·7?"},
         {"role": "assistant", "content": "<think>\nsix sevens\n</think>\n<answer>\n42\n</answer>"},
@@ -319,38 +320,34 @@ def test_from_samples_reads_an_evaluation_and_counts(tmp_path, capsys):
         sample(id="r", reward=0.0),
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "config.json").write_text('{"open_thought": false}')
     convert_main(["from_samples", str(tmp_path), "--out", str(tmp_path / "traces.jsonl")])
     said = capsys.readouterr().out
-    assert "2 samples of 1 problems kept" in said and "1 not: the same as another" in said
-    assert "1 not: wrong" in said
+    assert "2 rows of 4" in said and "dropped 1: the same as another" in said
+    assert "dropped 1: wrong" in said
     good, faults = data.load_conversations(tmp_path / "traces.jsonl")
     assert len(good) == 2 and not faults
 
 
 def test_images_of_kept_samples_are_found_from_the_new_file(tmp_path):
-    """The new jsonl may lie in another folder than the problems: its paths count from there."""
-    (tmp_path / "problems/img").mkdir(parents=True)
-    image = tmp_path / "problems/img/1.png"
-    image.write_bytes(smoke_data.Maker().question()["picture"]["bytes"])
+    """The new jsonl may lie in another folder than the problems: its images lie beside it."""
+    image = tmp_path / "1.png"
+    image.write_bytes(smoke_data.question(np.random.default_rng(0))["picture"])
     (tmp_path / "samples.jsonl").write_text(
         json.dumps(sample(prompt="What? <image>", images=[str(image)])) + "\n"
     )
-    (tmp_path / "config.json").write_text("{}")
-    from_samples.from_samples(str(tmp_path), str(tmp_path / "new/traces.jsonl"))
+    convert.convert("from_samples", [str(tmp_path)], str(tmp_path / "new/traces.jsonl"))
     (row,), faults = data.load_conversations(tmp_path / "new/traces.jsonl")
-    assert not faults and Path(row["images"][0]).resolve() == image.resolve()
+    assert not faults and Path(row["images"][0]).read_bytes() == image.read_bytes()
 
 
 def test_from_samples_names_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="not the --out of eval.py"):
-        from_samples.from_samples(str(tmp_path), str(tmp_path / "x"))
-    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no table whose name matches .*samples"):
+        convert.convert("from_samples", [str(tmp_path)], str(tmp_path / "x"))
     (tmp_path / "samples.jsonl").write_text(
         json.dumps({k: v for k, v in sample().items() if k != "lenient"}) + "\n"
     )
-    with pytest.raises(ValueError, match="samples.jsonl: not graded"):
-        from_samples.from_samples(str(tmp_path), str(tmp_path / "x"))
+    with pytest.raises(ValueError, match="samples.jsonl row 0: not graded"):
+        convert.convert("from_samples", [str(tmp_path)], str(tmp_path / "x"))
 
 
 # ----------------------------------------------------------------------------- the paper's numbers
@@ -463,7 +460,7 @@ def test_table_has_a_row_per_run_and_all_their_sets(tmp_path):
         stored(tmp_path / name, result(sets=sets))
         for name, sets in (("a", dict(gsm8k=(9, 0.5, 0.25))), ("b", dict(mmmu=(9, 0.25, 0.1))))
     )
-    assert table.table([a, f"GRPO={b}"]).splitlines() == [
+    assert tables.summary([a, f"GRPO={b}"]).splitlines() == [
         "| run | gsm8k | mmmu | forced | truncated | unparsed | words |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| a | 50.0 ± 25.0 |  | 10% | 0% | 0% | 9 |",
@@ -483,7 +480,8 @@ def test_the_noise_table_is_true():
     ]
     for _, n, width, visible in listed:
         n = int(n.replace(",", ""))
-        assert float(width) == pytest.approx(compare_runs.half_width(50, n), abs=0.051)
+        low, high = wilson(0.5, n)
+        assert float(width) == pytest.approx(50 * (high - low), abs=0.051)
         assert float(visible) == pytest.approx(100 * (1.96 + 0.8416) * (0.25 / n) ** 0.5, abs=0.06)
 
 
@@ -553,10 +551,6 @@ def test_commands_of_the_docs_can_be_split():
                     None,
                 )
                 assert script is None or (ROOT / script).is_file(), line
-
-
-def test_schema_letters_cover_the_made_up_options():
-    assert set(smoke_data.lettered({"options": ["1", "2", "3", "4"]}, 5)) == set(schema.LETTERS[:5])
 
 
 def test_the_tiny_qwen3_vl_is_one_for_transformers_too(tmp_path):

@@ -272,6 +272,7 @@ def test_table_reads_what_eval_writes_and_ends_with_one_json_line(tmp_path, caps
     def write(folder, name, tasks, figures, budgets, right=10):
         (folder / f"eval-{name}").mkdir(parents=True)
         result = {"sets": dict.fromkeys(tasks, figures), "budgets": budgets}
+        result |= {"settings": {}, "rules": {}}
         (folder / f"eval-{name}" / "result.json").write_text(json.dumps(result))
         samples = ({"task": t, "reward": float(i < right)} for t in tasks for i in range(20))
         (folder / f"eval-{name}" / "samples.jsonl").write_text(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from core.options import option
 from scoring.stats import paired_difference, wilson
-from scoring.tables import percent, span, text
+from scoring.tables import percent, read_result, span, text
 from toy.world import TASKS
 
 Table = dict[str, dict[str, dict]]  # model → test set → metrics
@@ -45,16 +45,14 @@ def read_evaluations(folder: str) -> Table:
         raise ValueError(f"{folder}: no eval-NAME/result.json in it; run recipes/demo.sh first")
     table: Table = {}
     for file in files:
-        name, result = file.parent.name.removeprefix("eval-"), json.loads(file.read_text())
-        for task in (t for t in TASKS if t in result["sets"]):
-            metrics = result["sets"][task]
-            row = {k: metrics[k] for k in KEYS}
-            exits = [budget[task] for budget in result["budgets"].values()]
-            if exits:  # the largest budget is the last one
-                row |= {f"exit_{k}": exits[-1][k] for k in ("accuracy", "low", "high")}
+        result, tasks = read_result(file.parent), {}
+        for task, metrics in result["sets"].items():
+            tasks[task] = {k: metrics[k] for k in KEYS}
+            for exits in result["budgets"].values():  # the largest budget is the last one
+                tasks[task] |= {f"exit_{k}": exits[task][k] for k in ("accuracy", "low", "high")}
             for votes in ("pass", "maj"):
-                row |= {f"{votes}@{k}": v for k, v in metrics.get(votes, {}).items()}
-            table.setdefault(name, {})[task] = row
+                tasks[task] |= {f"{votes}@{k}": v for k, v in metrics.get(votes, {}).items()}
+        table[file.parent.name.removeprefix("eval-")] = tasks
     return table
 
 
