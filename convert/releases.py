@@ -1,5 +1,5 @@
 """Published files as stored on disk: parquet, json and jsonl, in folders or zips (never unpacked),
-and the images beside them. Only reading parquet needs pyarrow."""
+and the images beside them."""
 
 from __future__ import annotations
 
@@ -116,10 +116,8 @@ class Source:
 def read_table(name: str, content: bytes) -> Iterator[Any]:
     """Rows of one table. A json file holds a list, or an object of rows."""
     if name.lower().endswith(".parquet"):
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(f"{name}: parquet needs pyarrow; pip install pyarrow") from None
+        import pyarrow.parquet
+
         try:
             table = pyarrow.parquet.ParquetFile(io.BytesIO(content))
             for batch in table.iter_batches(batch_size=32):

@@ -17,6 +17,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 
@@ -24,10 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from core.schema import LETTERS  # noqa: E402
 from toy import world as toy  # noqa: E402
-from toy.model_files import write_model_files  # noqa: E402
+from toy.base import ASSETS, write_model_files  # noqa: E402
 
 ROWS = 24  # of each table
-SHIPPED = ROOT / "toy" / "assets"
 
 
 # ---------------------------------------------------------------------- rows as they are published
@@ -41,76 +41,67 @@ def question(rng: np.random.Generator) -> dict:
     return made | {"picture": file.getvalue()}
 
 
-def published(q: dict, i: int) -> dict[str, dict | list | bytes]:
-    """Row i of every release's tables, made of one question, by file; and its image files. A file's
-    path may lead into a zip."""
+def published(q: dict, i: int) -> Iterator[tuple[str, dict | list | bytes]]:
+    """(file, row i of its table, made of one question) for every release, and its image files. A
+    file may lie in a zip. Of what has options or a free answer, the first row has the latter."""
     four, five = dict(zip(LETTERS, q["options"])), dict(zip(LETTERS, [*q["options"], "10mg"]))
-    embedded = {"bytes": q["picture"], "path": "x.png"}
-    trace = f"<|begin_of_thought|>\n\n{q['thought']}\n\n<|end_of_thought|>\n\n"
-    trace += f"<|begin_of_solution|>\n\n\\boxed{{{q['answer']}}}\n\n<|end_of_solution|>"
-    turns = [{"from": "user", "value": q["text"]}, {"from": "assistant", "value": trace}]
-    choice = dict(options=q["options"], answer=q["letter"])
-    medqa = dict(question=q["text"], answer=q["gold"], answer_idx=q["letter"], meta_info="step1")
-    mmmu = dict(question="<image 1>", image_1=embedded, answer=q["letter"])
-    mmmu |= dict(options=str(q["options"]), question_type="multiple-choice")
-    # the first problem has a free answer, the others have options
-    vista = dict(question_type="multi_choice", choices=q["options"], answer=q["gold"])
-    vista |= {} if i else dict(question_type="free_form", choices=None, answer=q["answer"])
-    vista |= dict(pid=str(i), unit=None, precision=None, metadata={"task": "sums"})
-    vision = choice if i else dict(options=[], answer=q["answer"])
-    figures = [embedded] * (1 if i else 2)  # the first problem has two
-    geometry = dict(problem="<image>" * len(figures) + "Find x.", answer=q["answer"])
+    picture = {"bytes": q["picture"], "path": "x.png"}
+
+    thought = f"<|begin_of_thought|>\n\n{q['thought']}\n\n<|end_of_thought|>"
+    solution = f"<|begin_of_solution|>\n\n\\boxed{{{q['answer']}}}\n\n<|end_of_solution|>"
+    reply = {"from": "assistant", "value": f"{thought}\n\n{solution}"}
+    turns = [{"from": "user", "value": q["text"]}, reply]
+    yield "openthoughts/data/train-0.parquet", dict(system="-", conversations=turns)
+    gold = {"from": "assistant", "ground_truth": {"value": q["answer"]}}
+    turns = [{"from": "human", "value": q["text"]}, gold]
+    yield "orz57k/orz_math_57k_collected.json", turns
+    answer = f"{q['thought']}\n#### {q['answer']}"
+    yield "gsm8k/main/test-0.parquet", dict(question=q["text"], answer=answer)
+    row = dict(question_id=i, question=q["text"], options=q["options"], answer=q["letter"])
+    yield "mmlu_pro/data/test-0.parquet", row | {"category": "health" if i % 2 else "math"}
+
+    row = dict(question=q["text"], answer=q["gold"], answer_idx=q["letter"], meta_info="step1")
+    for split in ("train", "test"):
+        yield f"medqa/data_clean.zip/data_clean/questions/US/{split}.jsonl", row | {"options": five}
+    yield "medqa_4ops/phrases_no_exclude_test.jsonl", row | {"options": four}
+
+    row = dict(question="<image 1>", options=str(q["options"]), answer=q["letter"])
+    row |= dict(image_1=picture, question_type="multiple-choice")
+    for subject in ("Pharmacy", "Math"):
+        yield f"mmmu/{subject}/validation-0.parquet", row | {"id": f"validation_{subject}_{i}"}
+    id = f"test_{'Math' if i % 2 else 'Pharmacy'}_{i}"
+    yield "mmmu_pro/standard (10 options)/test-0.parquet", row | {"id": id}
+
     options = ", ".join(f"{letter}: {text}" for letter, text in four.items())
-    xpert = dict(question=f"Which?\nAnswer Choices: {five}", options=five, label=q["letter"])
-    omni = {f"option_{letter}": text for letter, text in four.items()} | dict(gt_answer=q["gold"])
-    nejm = {f"option_{letter}": text for letter, text in five.items()}
-    return {
-        "openthoughts/data/train-0.parquet": dict(system="-", conversations=turns),
-        "orz57k/orz_math_57k_collected.json": [
-            {"from": "human", "value": q["text"]},
-            {"from": "assistant", "ground_truth": {"value": q["answer"]}},
-        ],
-        "gsm8k/main/test-0.parquet": dict(
-            question=q["text"], answer=f"{q['thought']}\n#### {q['answer']}"
-        ),
-        "mmlu_pro/data/test-0.parquet": dict(
-            choice, question_id=i, question=q["text"], category="health" if i % 2 else "math"
-        ),
-        "medqa/data_clean.zip/data_clean/questions/US/train.jsonl": dict(medqa, options=five),
-        "medqa/data_clean.zip/data_clean/questions/US/test.jsonl": dict(medqa, options=five),
-        "medqa_4ops/phrases_no_exclude_test.jsonl": dict(medqa, options=four),
-        "mmmu/Pharmacy/validation-0.parquet": dict(mmmu, id=f"validation_Pharmacy_{i}"),
-        "mmmu/Math/validation-0.parquet": dict(mmmu, id=f"validation_Math_{i}"),
-        "mmmu_pro/standard (10 options)/test-0.parquet": dict(
-            mmmu, id=f"test_{'Math' if i % 2 else 'Pharmacy'}_{i}"
-        ),
-        "mmstar/mmstar.parquet": dict(
-            index=i, question=f"Which? \nOptions: {options}", answer=q["letter"],
-            image=q["picture"], category="math",
-        ),
-        "mathvista/data/testmini-0.parquet": dict(
-            vista, question="Which?", decoded_image=embedded, answer_type="integer"
-        ),
-        "mathvision/data/test-0.parquet": dict(
-            vision, id=str(i), question="Which? <image1>", decoded_image=embedded, subject="sums"
-        ),
-        "geometry3k/data/train-0.parquet": dict(geometry, images=figures),
-        "geometry3k/data/test-0.parquet": dict(geometry, images=figures),
-        "medxpertqa_mm/MM/test.jsonl": dict(
-            xpert, id=f"MM-{i}", images=[f"MM-{i}.png"], medical_task="Diagnosis"
-        ),
-        f"medxpertqa_mm/images.zip/images/MM-{i}.png": q["picture"],
-        "omnimedvqa/OmniMedVQA.zip/OmniMedVQA/QA_information/Open-access/Chest.json": dict(
-            omni, dataset="Chest", question_id=f"chest_{i}", question="Which?",
-            image_path=f"Images/Chest/{i}.png", modality_type="CT",
-        ),
-        f"omnimedvqa/OmniMedVQA.zip/OmniMedVQA/Images/Chest/{i}.png": q["picture"],
-        "nejm/image_challenge.json": dict(
-            nejm, image_id=f"IC{i}", date="20200101", question="Which?",
-            correct_answer=q["letter"],
-        ),
-        f"nejm/images/IC{i}.png": q["picture"],
-    }  # fmt: skip
+    row = dict(index=i, question=f"Which? \nOptions: {options}", answer=q["letter"])
+    yield "mmstar/mmstar.parquet", row | dict(image=q["picture"], category="math")
+    row = dict(pid=str(i), question="Which?", decoded_image=picture, metadata={"task": "sums"})
+    row |= dict(answer_type="integer", unit=None, precision=None)
+    choice = dict(question_type="multi_choice", choices=q["options"], answer=q["gold"])
+    free = dict(question_type="free_form", choices=None, answer=q["answer"])
+    yield "mathvista/data/testmini-0.parquet", row | (choice if i else free)
+    row = dict(id=str(i), question="Which? <image1>", decoded_image=picture, subject="sums")
+    choice = dict(options=q["options"], answer=q["letter"])
+    free = dict(options=[], answer=q["answer"])
+    yield "mathvision/data/test-0.parquet", row | (choice if i else free)
+    images = [picture] * (1 if i else 2)  # the first problem has two
+    row = dict(problem="<image>" * len(images) + "Find x.", answer=q["answer"], images=images)
+    for split in ("train", "test"):
+        yield f"geometry3k/data/{split}-0.parquet", row
+
+    row = dict(id=f"MM-{i}", question=f"Which?\nAnswer Choices: {five}", options=five)
+    row |= dict(label=q["letter"], images=[f"MM-{i}.png"], medical_task="Diagnosis")
+    yield "medxpertqa_mm/MM/test.jsonl", row
+    yield f"medxpertqa_mm/images.zip/images/MM-{i}.png", q["picture"]
+    row = dict(dataset="Chest", question_id=f"chest_{i}", question="Which?", gt_answer=q["gold"])
+    row |= dict(image_path=f"Images/Chest/{i}.png", modality_type="CT")
+    row |= {f"option_{letter}": text for letter, text in four.items()}
+    yield "omnimedvqa/OmniMedVQA.zip/OmniMedVQA/QA_information/Open-access/Chest.json", row
+    yield f"omnimedvqa/OmniMedVQA.zip/OmniMedVQA/Images/Chest/{i}.png", q["picture"]
+    row = dict(image_id=f"IC{i}", date="20200101", question="Which?", correct_answer=q["letter"])
+    row |= {f"option_{letter}": text for letter, text in five.items()}
+    yield "nejm/image_challenge.json", row
+    yield f"nejm/images/IC{i}.png", q["picture"]
 
 
 def table_bytes(name: str, rows: list) -> bytes:
@@ -131,7 +122,7 @@ def write_releases(folder: Path) -> None:
     """All files of all releases, and download.json as `python -m convert download` leaves it."""
     rng, files = np.random.default_rng(0), {}
     for i in range(ROWS):
-        for name, row in published(question(rng), i).items():
+        for name, row in published(question(rng), i):
             files.setdefault(name, []).append(row)
     for name, rows in files.items():
         outer, zipped, inside = name.partition(".zip/")
@@ -157,12 +148,11 @@ def write_qwen3_vl(folder: Path) -> None:
 
     write_model_files(folder)
     old = json.loads((folder / "config.json").read_text())
-    sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size".split()
-    text = {k: old[k] for k in (*sizes, "num_key_value_heads", "rms_norm_eps")} | dict(head_dim=48)
     rope = dict(rope_type="default", rope_theta=5000000, mrope_section=[10, 8, 6])
+    text = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, head_dim=48)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=old["vocab_size"])
     text |= dict(rope_parameters=rope, tie_word_embeddings=True)
-    vision = {k: old["vision_config"][k] for k in ("depth", "hidden_size", "num_heads")}
-    vision |= dict(intermediate_size=128, out_hidden_size=old["hidden_size"])
+    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128)
     vision |= dict(deepstack_visual_indexes=[0, 1])
     tokens = {k: v for k, v in old.items() if k.endswith("token_id")}
     sides = dict(text_config=text, vision_config=vision, tie_word_embeddings=True)
@@ -181,7 +171,7 @@ def write(folder: Path, model: str = "") -> None:
     write_releases(top)
     aside = folder / "base.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    write_qwen3_vl(aside) if "Qwen3-VL" in model else shutil.copytree(SHIPPED, aside)
+    write_qwen3_vl(aside) if "Qwen3-VL" in model else shutil.copytree(ASSETS, aside)
     aside.rename(folder / "base")
     print(f"{folder}: base and {len(list(top.iterdir()))} releases of {ROWS} rows")
 

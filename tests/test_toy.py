@@ -15,7 +15,7 @@ from core import schema
 from core.images import ImageConfig, load_image, preprocess_image
 from core.options import parse_config
 from toy import base, table, world
-from toy.model_files import ASSETS, write_model_files
+from toy.base import ASSETS, write_model_files
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import MISSING, dataclass
@@ -34,8 +35,12 @@ from core.images import ImageConfig
 from core.options import option
 from model import Model, ModelConfig
 from toy import world
-from toy.model_files import ASSETS, write_model_files
 
+# The shipped base. Its tokenizer makes a token of every byte, and one of each string that all
+# prompts or answers share, on which a model of characters would spend most of its time; its
+# template writes what Qwen2.5-VL's does. Its config gives all of M-RoPE's frequencies to the width:
+# along a line of glyphs they turn as along a text.
+ASSETS = Path(__file__).parent / "assets"
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
 THINKS = 0.4  # share of text questions with up to three statements that show a thought
 
@@ -168,6 +173,12 @@ def update(optimizer, loss: torch.Tensor, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
+
+
+def write_model_files(path: str | Path) -> None:
+    """Copy all but the weights of the shipped base into the folder `path`."""
+    weights = shutil.ignore_patterns("model.safetensors", "made_by.json")
+    shutil.copytree(ASSETS, path, ignore=weights, dirs_exist_ok=True)
 
 
 def make_base(config: BaseConfig) -> None:

@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from core.options import option
+from core.run import write_whole
 from core.schema import LETTERS
 from data import prompt_text
 
@@ -245,9 +246,7 @@ def take_folder(out: Path, *own: str) -> None:
 
 def write_jsonl(path: Path, rows) -> None:
     """Write all rows or no file: one that is there is complete."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.rename(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def conversations(config: DataConfig, thoughts: bool = True, images: bool = False) -> list[dict]:
