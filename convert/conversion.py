@@ -70,7 +70,7 @@ class Conversion:
         self.dropped: dict[str, list[str]] = {}  # reason → where, one entry a row
         self.notes, self.kinds, self.subsets = Counter(), Counter(), Counter()
         self.images: set[str] = set()
-        self.seen: set[str] = set()  # ids, or whole rows
+        self.seen: set[str | None] = set()  # ids of problems, or whole rows
         self.forbidden = control_tokens()
 
     def rows(self, keep: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
@@ -103,14 +103,15 @@ class Conversion:
             row |= dict(id=f"{self.name}/{id}", task=self.name)
             if images:  # error bars group questions about one image
                 row["meta"] = row.get("meta", {}) | {"cluster": Path(row["images"][0]).stem}
-        key = row.get("id", json.dumps(row) if SPECS[self.name].distinct else None)
-        if key in self.seen:
-            raise Drop(*(("id seen before", key) if "id" in row else ("the same as another",)))
+        key, reason = row.get("id"), "id seen before"
+        if SPECS[self.name].distinct:
+            key, reason = json.dumps(row), "the same as another"
+        if key and key in self.seen:
+            raise Drop(reason, row.get("id", ""))
         for field, why, _ in FINDINGS[schema](row, self.folder or Path(), self.forbidden):
             if self.folder or field != "images":
                 raise Drop(re.sub(r"\d+", "N", f"{field}: {why}")[:80], why)
-        if key is not None:
-            self.seen.add(key)
+        self.seen.add(key)
         return row
 
     def store(self, value: Any) -> str:

@@ -6,8 +6,7 @@
 --chars: characters of all texts of a row (about three to a token in mathematics). --samples: the
 --out of an eval.py of this file with several samples a problem; kept are problems of which a share
 within --solved came out right: a problem that is always or never solved teaches GRPO nothing, and
-one that was not asked is left out. --limit takes rows by the hash of their text, whatever their
-order.
+one that was not asked is left out. --limit takes rows by a hash of their number and text.
 """
 
 from __future__ import annotations
@@ -53,24 +52,24 @@ def select(
         (low, high), (hard, easy) = (map(float, text.split(",")) for text in (chars, solved))
     except ValueError:
         raise ValueError(f"--chars {chars}, --solved {solved}: LOW,HIGH, as 0.25,0.75") from None
+
+    def why_not(row: dict) -> str:
+        if not low <= characters(row) <= high:
+            return "length"
+        share = shares.get(row["id"]) if samples else hard
+        return "not asked" if share is None else "" if hard <= share <= easy else "difficulty"
+
     dropped, kept = defaultdict(list), {}
     for i, line in enumerate(lines):
-        row, where = json.loads(line), f"row {i}"
-        share = shares.get(row["id"]) if samples else hard
-        if not low <= characters(row) <= high:
-            dropped["length"].append(where)
-        elif share is None:
-            dropped["not asked"].append(where)
-        elif not hard <= share <= easy:
-            dropped["difficulty"].append(where)
+        if why := why_not(json.loads(line)):
+            dropped[why].append(f"row {i}")
         else:
             kept[f"{i}/{line}"] = line
     if limit:
         chosen = sample_keys(kept, limit, seed)
-        dropped["beyond --limit"] = [
-            f"row {key.partition('/')[0]}" for key in kept if key not in chosen
-        ]
-        kept = {key: line for key, line in kept.items() if key in chosen}
+        for key in [key for key in kept if key not in chosen]:
+            dropped["beyond --limit"].append(f"row {key.partition('/')[0]}")
+            del kept[key]
     if not kept:
         counts = {reason: len(where) for reason, where in dropped.items()}
         raise ValueError(f"{file}: no row is left ({counts})")

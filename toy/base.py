@@ -24,6 +24,7 @@ import sys
 import time
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -43,6 +44,10 @@ from toy import world
 ASSETS = Path(__file__).parent / "assets"
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
 THINKS = 0.4  # share of text questions with up to three statements that show a thought
+
+
+# the loss to minimise, the one to show, the share of characters that are recognised
+Losses = tuple[torch.Tensor, torch.Tensor, float]
 
 
 @dataclass
@@ -113,39 +118,28 @@ def goal(model: Model, config: BaseConfig) -> torch.Tensor:
     return embedding @ torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
 
 
-def align(model: Model, optimizer, tokenizer, images: ImageConfig, config: BaseConfig, rng) -> None:
-    """Phase 1: the tower alone, on lines of random characters."""
+def align(model: Model, tokenizer, images: ImageConfig, config: BaseConfig, rng) -> Losses:
+    """A step of phase 1: the tower alone, on lines of random characters."""
     characters = list(world.NAMES + "0123456789=:,;? " + "".join(world.OPERATIONS))
-    for step in range(config.align_steps):
-        lines = ["".join(rng.choice(characters, 12)) for _ in range(config.rows)]
-        pictures = [world.draw_line(line, rng) for line in lines]
-        patches, grids = data.load_images(pictures, images)
-        ids = torch.tensor(tokenizer.encode("".join(lines)))  # a token each
-        loss, right = alignment_loss(model.visual(patches, grids), goal(model, config), ids)
-        update(optimizer, loss, schedule(step, config.align_steps))
-        show_progress("align", step + 1, config.align_steps, loss, right)
+    lines = ["".join(rng.choice(characters, 12)) for _ in range(config.rows)]
+    patches, grids = data.load_images([world.draw_line(line, rng) for line in lines], images)
+    ids = torch.tensor(tokenizer.encode("".join(lines)))  # a token each
+    loss, right = alignment_loss(model.visual(patches, grids), goal(model, config), ids)
+    return loss, loss, right
 
 
-def joint(model: Model, optimizer, tokenizer, images: ImageConfig, config: BaseConfig, rng) -> None:
-    """Phase 2: everything, on text and images."""
-    seen: list[torch.Tensor] = []  # the tower's output for the batch, for the alignment loss
+def joint(model: Model, tokenizer, images: ImageConfig, config: BaseConfig, rng) -> Losses:
+    """A step of phase 2: everything, on text and images."""
+    b, ids = make_batch(rng, config, tokenizer, images)
+    seen: list[torch.Tensor] = []  # the tower's output, for the alignment loss
     hook = model.visual.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    for step in range(config.steps):
-        b, ids = make_batch(rng, config, tokenizer, images)
-        images_of_batch = {"pixel_values": b.pixel_values, "grid_thw": b.grid_thw}
-        packed = b.tokens, b.position_ids, b.cu_seqlens
-        logprobs, _ = model(*packed, targets=b.targets, **images_of_batch)
-        language = -logprobs.sum() / (b.targets != -100).sum()
-        aligned, right = alignment_loss(seen.pop(), goal(model, config), ids)
-        update(optimizer, language + aligned, schedule(step, config.steps))
-        show_progress("joint", step + 1, config.steps, language, right)
+    images_of_batch = {"pixel_values": b.pixel_values, "grid_thw": b.grid_thw}
+    packed = b.tokens, b.position_ids, b.cu_seqlens
+    logprobs, _ = model(*packed, targets=b.targets, **images_of_batch)
     hook.remove()
-
-
-def show_progress(phase: str, step: int, steps: int, loss: torch.Tensor, right: float) -> None:
-    if step % 50 == 0:
-        done = f"{phase} {step}/{steps} | loss {loss.item():.3f}"
-        print(f"{done} | characters {right:.1%}", flush=True)
+    language = -logprobs.sum() / (b.targets != -100).sum()
+    aligned, right = alignment_loss(seen.pop(), goal(model, config), ids)
+    return language + aligned, language, right
 
 
 @torch.no_grad()
@@ -165,14 +159,21 @@ def schedule(step: int, steps: int) -> float:
     return 2e-3 * (min(1.0, (step + 1) / 20) * cosine)
 
 
-def update(optimizer, loss: torch.Tensor, lr: float) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+def train(trained: torch.nn.Module, phase: str, steps: int, losses: Callable[[], Losses]) -> None:
+    """One phase: AdamW on the parameters of `trained`."""
+    settings = {"betas": (0.9, 0.98), "weight_decay": 0.01, "fused": True}
+    optimizer = torch.optim.AdamW(trained.parameters(), **settings)
+    for step in range(steps):
+        loss, shown, right = losses()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, steps)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            done = f"{phase} {step + 1}/{steps} | loss {shown.item():.3f}"
+            print(f"{done} | characters {right:.1%}", flush=True)
 
 
 def write_model_files(path: str | Path) -> None:
@@ -191,10 +192,9 @@ def make_base(config: BaseConfig) -> None:
     model = Model(ModelConfig.from_dir(ASSETS), with_vision=True)
     initialise(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    for phase, trained in ((align, model.visual), (joint, model)):
-        settings = {"betas": (0.9, 0.98), "weight_decay": 0.01, "fused": True}
-        optimizer = torch.optim.AdamW(trained.parameters(), **settings)
-        phase(model, optimizer, tokenizer, images, config, rng)
+    parts = model, tokenizer, images, config, rng
+    train(model.visual, "align", config.align_steps, lambda: align(*parts))
+    train(model, "joint", config.steps, lambda: joint(*parts))
     write_model_files(out)
     weights = {n: p.detach().bfloat16().contiguous() for n, p in model.named_parameters()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
