@@ -38,6 +38,7 @@ import model
 import rewards
 from core import run
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
+from core.files import hash_files, write_json
 from core.images import ImageConfig, ImageLoader
 from core.options import DATA, MEMORY, OBJECTIVE, RUN, SAMPLING, parse_config
 from core.parallel import World, all_any, all_max, barrier, from_rank0, init
@@ -133,7 +134,7 @@ def without_images(problem: dict) -> dict:
 # --------------------------------------------------------------------------------------------- OUT
 def hashes(files: list[str | Path]) -> list[list[str]]:
     """[[name, sha256], …]"""
-    return [[Path(file).name, digest] for file, digest in run.hash_files(files).items()]
+    return [[Path(file).name, digest] for file, digest in hash_files(files).items()]
 
 
 def take_out(c: Config, model_dir: Path | None, world: World) -> tuple[dict, str]:
@@ -308,7 +309,7 @@ def write_header(engine: Engine, problems: list[dict]) -> None:
         text = engine.tokenizer.decode(engine.prompt(p))
         prompts[p["kind"]] = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>…", text)
     more = {"model": str(engine.dir), "settings": s, "prompts": prompts}
-    run.write_json(file, run.header(world_size=engine.world.size, **more))
+    write_json(file, run.header(world_size=engine.world.size, **more))
     exit = f"forced exit after {s['think_budget']}" if s["think_budget"] else "no forced exit"
     exit += ", images removed" * s["blind"]
     how = f"{s['samples']} sample(s) each at temperature {s['temperature']}, {exit}"
@@ -361,7 +362,7 @@ def score(c: Config, settings: dict, problems: list, left_out: dict, stages: dic
     if c.compare:
         theirs = load_rows(Path(c.compare), "samples").values()
         result["compare"] = compare(problems, samples, theirs, c.compare)
-    run.write_json(out / "result.json", result)
+    write_json(out / "result.json", result)
     solved = (p["id"] for p, group in zip(problems, samples) if all(s.reward == 1 for s in group))
     (out / "solved.txt").write_text("".join(f"{i}\n" for i in solved), encoding="utf-8")
     print(report(result), flush=True)

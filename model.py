@@ -29,7 +29,7 @@ from torch.utils.checkpoint import (
 )
 
 from core.attention import apply_rope, attend
-from core.config import ModelConfig
+from core.config import ModelConfig, refuse_what_is_no_model
 from core.logprobs import ChunkedLogProbs, head_logits, rows_of_logits
 from core.lora import LoRA, add_lora, init_lora
 from core.parallel import World, rank0_first, shard
@@ -277,18 +277,13 @@ class Model(nn.Module):
 
 # ---------------------------------------------------------------------- from a model directory
 def resolve_model_dir(name: str, world: World) -> Path:
-    """A local directory as it is, or the local copy of a hub id (downloaded by rank 0 first)."""
+    """A local directory as it is, or the local copy of a hub id (downloaded by rank 0 first).
+    Raises ValueError where neither holds a model."""
     path = Path(name).expanduser()
-    if (path / "complete.json").is_file():
-        raise ValueError(
-            f"--model {name}: a training checkpoint; make a model directory of it with "
-            f"`python -m tools.export {name} --out DIR`"
-        )
-    if (path / "final" / "config.json").is_file() and not any(path.glob("*.safetensors")):
-        raise ValueError(f"--model {name}: a run directory; its model is {path / 'final'}")
-    if path.is_dir():
+    if path.exists():
+        refuse_what_is_no_model(path)
         return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"--model {name}: no such directory (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
 
@@ -299,7 +294,7 @@ def resolve_model_dir(name: str, world: World) -> Path:
         except Exception as e:  # the hub client raises a dozen kinds of exceptions
             raise ValueError(
                 f"--model {name}: no such directory, and the hub does not give it "
-                f"({type(e).__name__}: {e})"
+                f"({type(e).__name__}: {' '.join(str(e).split())})"
             ) from e
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections import Counter
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
@@ -128,7 +127,8 @@ def _from_user(outcome: Outcome, weights: dict[str, float]) -> Reward:
     value = outcome.value if isinstance(outcome.value, dict) else {"score": outcome.value}
     parts = value.get("parts") or {}
     if missing := sorted(weights.keys() - parts.keys()):
-        return _failed(f"the reward has no part {missing[0]!r}, which --reward_weights names")
+        there = ", ".join(map(str, parts)) or "none"
+        return _failed(f"--reward_weights names {missing[0]!r}; parts of the reward: {there}")
     total = sum(weights.get(name, 1.0) * part for name, part in parts.items()) if parts else None
     score = total if weights else value.get("score", total)
     for number in (score, *parts.values()):
@@ -206,7 +206,6 @@ class Grader(AbstractContextManager):
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {how['rule']!r}")
         self.user, self.how = bool(reward), how
         self.from_user = partial(_from_user, weights=weights or {})
-        self._lock, self._counts = threading.Lock(), Counter()
         function = reward or "grading.equality:equal_to_any"
         self.pool = WorkerPool(function, workers, deadline, memory_gb)
 
@@ -215,7 +214,6 @@ class Grader(AbstractContextManager):
         future: Future = Future()
         settled = None if self.user else _settle(problem, completion, finish_reason, self.how)
         if isinstance(settled, Reward):
-            self._count(settled, "here")
             future.set_result(settled)
             return future
         args = settled or (problem, completion, finish_reason)
@@ -231,18 +229,17 @@ class Grader(AbstractContextManager):
                 result = convert(done.result())
             except Exception as e:  # noqa: BLE001  10**400, parts that are a list, …
                 result = _failed(f"{type(e).__name__}: {e}")
-            self._count(result, "in_worker")
             future.set_result(result)
 
-    def _count(self, result: Reward, where: str) -> None:
-        right = "correct" if result.score > 0 else "wrong"
-        with self._lock:
-            self._counts.update([where, "graded", result.status, right])
-
-    def counters(self) -> dict[str, int]:
-        """graded = here + in_worker = correct + wrong = the sum over statuses; and kills."""
-        names = "graded here in_worker correct wrong ok no_answer truncated timeout error".split()
-        return {n: self._counts[n] for n in names} | {"kills": self.pool.kills}
+    def trial(self, problem: dict) -> str:
+        """What the gold of a problem earns in the prompt's format, in a line: before any sampling,
+        a user sees a reward that fails, misses a part that has a weight, or pays nothing."""
+        gold = problem["answer"][0] if isinstance(problem["answer"], list) else problem["answer"]
+        text = f"<think>\n</think>\n<answer>{gold}</answer>"
+        got = self.submit(problem, text, "stop").result()
+        parts = "".join(f", {name} {part:g}" for name, part in got.parts.items())
+        said = f"{got.score:g}{parts}" if got.status == "ok" else f"{got.status}: {got.why}"
+        return f"--reward, for the right answer to {problem['id']}: {said}"
 
     def close(self, *_: object) -> None:
         self.pool.close()

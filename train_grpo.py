@@ -30,12 +30,13 @@ from tqdm import tqdm
 import data
 from core import attention, optim, plan, throughput
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
+from core.files import hash_files
 from core.images import ImageConfig, ImageLoader
 from core.lora import lora_disabled
 from core.options import DATA, MEMORY, OBJECTIVE, OPTIMIZER, RUN, SAMPLING, parse_config
 from core.packing import next_problems
 from core.parallel import World, all_max, all_sum, init
-from core.run import Run, hash_files, run_and_exit, script
+from core.run import Run, run_and_exit, script
 from core.samples import Sample, problem_seed, rollout_metrics, sample_on_ranks
 from core.slots import ForcedExit
 from core.training import Training, TrainingOptions, trained_on
@@ -503,6 +504,8 @@ def train(c: Config) -> int:
     how |= dict(reward=c.reward, weights=c.part_weights)
     grader = Grader(c.graders, c.reward_deadline, **how)  # first: a wrong --reward shows at once
     problems, held_out, longest, images = load_data(c, model_dir, tokenizer, run)
+    if c.reward and world.is_main:
+        run.say(grader.trial(problems[0]))
     max_len = ModelConfig.from_dir(model_dir).room_for(longest, c.max_new_tokens)
     model, reference, optimizer = build(c, run, model_dir, tokenizer, images is not None, max_len)
     rollouts = Rollouts(c, model, tokenizer, grader, images, max_len, world)

@@ -230,7 +230,7 @@ def grade(rows: list[Row], submit) -> tuple[list[bool], list[float], int]:
 
 
 def compare(data: Path | None, shown: int, both: bool) -> None:
-    sets = build(data)
+    sets, here = build(data), []
     head = f"{'rows':>6}{'agree':>8}{'FP':>6}{'FN':>6}{'median ms':>11}"
     head += f"{'p99':>9}{'max':>9}{'kills':>7}"
     print(f"{'set':32}{'grader':14}{head}")
@@ -241,7 +241,9 @@ def compare(data: Path | None, shown: int, both: bool) -> None:
 
         def ours(problem: dict, text: str) -> tuple[bool, bool]:
             grader.how = {"rule": "boxed" if problem.get("box") else "answer"}
-            got = grader.submit(problem, text).result()
+            future = grader.submit(problem, text)
+            here.append(future.done())
+            got = future.result()
             return got.score > 0, got.status == "timeout"
 
         def alone(problem: dict, text: str) -> tuple[bool, bool]:
@@ -268,7 +270,7 @@ def compare(data: Path | None, shown: int, both: bool) -> None:
                     print(f"{'':32}  problems where a copy pays: {len(questions)}")
                 for (problem, text, right), _ in wrong[:shown] if who == "ours" else ():
                     print(f"    should be {right}: {text[-90:]!r} | {problem['answer'][:60]!r}")
-        print("settled without a worker: {here} of {graded}".format(**grader.counters()))
+        print(f"settled without a worker: {sum(here)} of {len(here)}")
 
 
 # ----------------------------------------------------------------------------------------- stress
@@ -319,7 +321,7 @@ def stress_once(jobs: list[Row], deadline: float, out: dict) -> None:
             seen.update(grader.pool.pids())
             time.sleep(0.2)
         scores = [f.result().score for f in futures]
-        out.update(grader.counters(), longest=round(max(taken), 2))
+        out.update(kills=grader.pool.kills, longest=round(max(taken), 2))
     out["misses"] = sum((s > 0) != right for s, (*_, right) in zip(scores, jobs))
     out["seconds"] = round(time.monotonic() - begin, 1)
     out["left_behind"] = sum(map(alive, seen))

@@ -6,11 +6,12 @@ for text, supervised in chat_segments(row["messages"], tokenizer): ...
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from jinja2 import TemplateError
+
+from core.files import read_json
 
 
 def load_tokenizer(model_dir: str | Path):
@@ -27,10 +28,10 @@ def load_tokenizer(model_dir: str | Path):
         raise ValueError(f"{model_dir}: its tokenizer does not load ({e}); fetch it again") from e
     older, config = model_dir / "chat_template.json", model_dir / "config.json"
     if tokenizer.chat_template is None and older.is_file():
-        tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
+        tokenizer.chat_template = read_json(older)["chat_template"]
     if tokenizer.chat_template is None:
         raise ValueError(f"{model_dir}: no chat template; start from an instruct model")
-    raw = json.loads(config.read_text()) if config.is_file() else {}
+    raw = read_json(config) if config.is_file() else {}
     size = raw.get("text_config", raw).get("vocab_size", len(tokenizer))
     if len(tokenizer) > size:
         raise ValueError(

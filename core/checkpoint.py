@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from core.files import read_json
 from core.parallel import World, barrier, from_rank0
 
 MARKER = "complete.json"  # written last: a directory without it was truncated
@@ -177,7 +178,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def _marker(folder: Path) -> dict:
-    return json.loads((folder / MARKER).read_text())
+    return read_json(folder / MARKER)
 
 
 def _state_dirs(root: Path) -> list[Path]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from core.files import read_json
 from core.vision import VisionConfig
 
 
@@ -53,15 +53,10 @@ class ModelConfig:
     @staticmethod
     def from_dir(path: str | Path) -> ModelConfig:
         """Read `path`/config.json. Raises ValueError when it is missing, broken or unsupported."""
-        file = Path(path) / "config.json"
-        if not file.is_file():
-            raise ValueError(
-                f"{file}: not found. --model must name a Hugging Face model directory "
-                "(config.json, *.safetensors, tokenizer files) or a hub id"
-            )
+        raw = read_json(file := Path(path) / "config.json")
         try:
-            return ModelConfig.from_dict(json.loads(file.read_text()))
-        except ValueError as e:  # broken JSON too
+            return ModelConfig.from_dict(raw)
+        except ValueError as e:
             raise ValueError(f"{file}: {e}") from e
 
     def room_for(self, prompt: int, new_tokens: int) -> int:
@@ -125,3 +120,34 @@ def _refuse_unknown_variants(arch: Architecture, text: dict) -> None:
             raise ValueError(f"{field} {text[field]!r} is not supported, only {values[0]!r}")
     if other := set(text.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(f"layer_types {sorted(other)} are not supported, only 'full_attention'")
+
+
+def refuse_what_is_no_model(path: Path) -> None:
+    """Raise ValueError unless `path` is a directory with a config.json of a model: what it is
+    instead, and what to do."""
+    needed = "config.json, *.safetensors and tokenizer files"
+    if path.is_file():
+        raise ValueError(f"--model {path}: a file; name a directory with {needed}")
+    places = ("", "step_*/", "checkpoints/step_*/")
+    saved = [file.parent for place in places for file in path.glob(f"{place}complete.json")]
+    inside = [*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")]
+    weights = any(path.glob("*.safetensors"))
+    if path / "final" / "config.json" in inside and not weights:
+        why = f"a run directory; its model is {path / 'final'}"
+    elif saved and not weights:
+        last = max(saved, key=lambda folder: folder.stat().st_mtime)
+        why = "a training checkpoint" if last == path else "a run without a model so far"
+        why += f"; `python -m tools.export {last} --out DIR` makes a model of it"
+    elif (path / "config.json").is_file():
+        return
+    elif (path / "adapter_config.json").is_file():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        why = f"a LoRA adapter: train with --model {base} --adapter {path}, or evaluate OUT/final"
+    elif inside:
+        why = f"no model, but {inside[0].parent} may be one"
+    elif gguf := next(path.glob("*.gguf"), None):
+        why = f"{gguf.name} is not supported; fetch the weights as published, *.safetensors"
+    else:
+        why = "no config.json" if any(path.iterdir()) else "an empty directory"
+        why += f"; a model directory has {needed}"
+    raise ValueError(f"--model {path}: {why}")

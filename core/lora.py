@@ -14,7 +14,6 @@ Only the language model's blocks get adapters. Must equal PEFT's `LoraConfig` wi
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from core.files import read_json, write_json
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -184,15 +185,16 @@ def save_adapter(
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out_dir / "adapter_model.safetensors", metadata={"format": "pt"})
-    (out_dir / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(out_dir / "adapter_config.json", config)
 
 
 def read_adapter_config(adapter_dir: str | Path) -> dict:
     """adapter_config.json of a PEFT LoRA adapter. Raises ValueError for unsupported kinds."""
     file = Path(adapter_dir) / "adapter_config.json"
-    if not file.is_file():
-        raise ValueError(f"{adapter_dir}: not a PEFT adapter (adapter_config.json is missing)")
-    config = json.loads(file.read_text())
+    for needed in (file, file.with_name("adapter_model.safetensors")):
+        if not needed.is_file():
+            raise ValueError(f"{adapter_dir}: not a PEFT adapter ({needed.name} is missing)")
+    config = read_json(file)
     plain = dict(peft_type="LORA", bias="none", modules_to_save=[], use_dora=False)
     plain |= dict(use_rslora=False, rank_pattern={}, alpha_pattern={})
     for key, value in plain.items():

@@ -70,7 +70,8 @@ def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     add = groups["run"].add_argument
     add("-h", "--help", action="help", help="show this text")
-    add("--config", metavar="FILE", help="json or yaml of settings; flags add to them and win")
+    text = "json or yaml of settings; flags add to them and win, --no_X where X is on"
+    add("--config", metavar="FILE", help=text)
     fields, hints = dataclasses.fields(cls), typing.get_type_hints(cls)
     flags = {_add(groups[f.metadata["group"]], f, hints[f.name]): f for f in fields}
     if spec := getattr(sys.modules["__main__"], "__spec__", None):  # started by python -m
@@ -79,8 +80,10 @@ def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -
     parser.usage = " ".join(["%(prog)s", *required, "[option …]"])
 
     given = [a.partition("=")[0] for a in argv if a.startswith("--")]
+    switches = [f"--{no}{f.name}" for f in fields if hints[f.name] is bool for no in ("", "no_")]
+    known = ["--help", "--config", *flags, *switches]
     for flag in given:  # argparse would complain about what is missing first
-        if flag not in (known := ["--help", "--config", *flags]):
+        if flag not in known:
             near = difflib.get_close_matches(f"--{flag[2:].replace('-', '_')}", known, 1)
             parser.error(f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else ""))
     if "--config" in given:
@@ -130,13 +133,15 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _add(group, field: dataclasses.Field, hint: Any) -> str:
-    """Add a field's flag to its group: --NAME, or --no_NAME for a bool that is on by default."""
+    """Add a field's flag to its group, and return it: --NAME; of a bool what changes its default,
+    --NAME or --no_NAME. The other one is there too, against a --config, but not in --help."""
     default, text = _default(field), field.metadata["help"].replace("%", "%%")
     if hint is bool:
-        flag, action = f"--{field.name}", "store_true"
-        if default:
-            flag, action, text = f"--no_{field.name}", "store_false", f"turn off: {text}"
-        group.add_argument(flag, dest=field.name, action=action, help=text)
+        on, off = f"--{field.name}", f"--no_{field.name}"
+        flag, other, text = (off, on, f"turn off: {text}") if default else (on, off, text)
+        how = dict(dest=field.name, action="store_const", default=default)
+        group.add_argument(flag, const=not default, help=text, **how)
+        group.add_argument(other, const=default, help=argparse.SUPPRESS, **how)
         return flag
     notes = ["required"] if default is MISSING else []
     notes += [f"default: {default}"] if default not in ("", [], None, MISSING) else []

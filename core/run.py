@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from typing import Any, Callable, Collection, Iterator
 import torch
 from tqdm import tqdm
 
+from core.files import read_json, write_json, write_whole
 from core.options import exit_on_value_error
 from core.parallel import World, all_gather_objects, from_rank0, shutdown
 from core.samples import Sample, write_samples
@@ -136,13 +136,14 @@ def _same(a: Any, b: Any) -> bool:
 def stored_settings(out: Path, script: str) -> dict:
     """The settings in `out`/config.json; none where `out` is new, or was begun by --plan or with a
     copied checkpoint."""
-    found = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    # .tmp: a kill came while one of them was written
+    found = {p.name for p in out.iterdir() if p.suffix != ".tmp"} if out.is_dir() else set()
     if found <= {"lock", "cache", "checkpoints"}:
         return {}
     try:
-        old = json.loads((out / "config.json").read_text())
+        old = read_json(out / "config.json")
         owner = old["script"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         owner = None
     if owner != script:
         what = f"a run of {owner}" if owner else f"other files, as {min(found)}"
@@ -302,18 +303,6 @@ def _whole_lines(file: Path) -> list[str]:
     return [line for line in lines if line.endswith("\n")]
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    tmp = file.with_suffix(".tmp")
-    tmp.write_text(text)
-    tmp.rename(file)
-
-
-def write_json(file: Path, value: dict) -> None:
-    """Write a json file whole or not at all."""
-    write_whole(file, json.dumps(value, indent=2, default=str) + "\n")
-
-
 # -------------------------------------------------------------- what it takes to repeat a run
 def header(**more) -> dict:
     """Command, commit, versions, machine, and the script's own facts."""
@@ -325,7 +314,7 @@ def header(**more) -> dict:
     packages = ("torch", "transformers", "safetensors", "numpy", "flash-attn", "math-verify")
     on_cpu = f"CPU, {torch.get_num_threads()} thread(s) a rank"
     return {
-        "command": shlex.join([sys.executable, *sys.argv]),
+        "command": command(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "commit": git_commit(),
         "python": platform.python_version(),
@@ -336,18 +325,19 @@ def header(**more) -> dict:
     }
 
 
+def command() -> str:
+    """What starts this script again, on as many processes."""
+    launcher = [sys.executable]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        nodes, processes = (os.environ[f"{part}_WORLD_SIZE"] for part in ("GROUP", "LOCAL"))
+        launcher = ["torchrun", *([f"--nnodes={nodes}"] if nodes != "1" else [])]
+        launcher.append(f"--nproc_per_node={processes}")
+    return shlex.join([*launcher, *sys.argv])
+
+
 def git_commit() -> str | None:
     """The commit of this code, '+changes' when the tree differs; None outside a git checkout."""
     command = "git describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
     with suppress(OSError, subprocess.CalledProcessError):
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
         return done.stdout.decode().strip()
-
-
-def hash_files(paths: list[str | Path]) -> dict[str, str]:
-    """{path: sha256 of its bytes}"""
-    out = {}
-    for path in paths:
-        with open(path, "rb") as f:
-            out[str(path)] = hashlib.file_digest(f, "sha256").hexdigest()
-    return out

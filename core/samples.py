@@ -20,6 +20,7 @@ from typing import Any, Iterable, Sequence
 
 import numpy as np
 
+from core.files import replacing
 from core.parallel import World, all_gather_objects
 
 
@@ -211,12 +212,10 @@ def rollout_metrics(samples: list[Sample], group: int) -> dict:
 
 # ----------------------------------------------------------------------------------------- disk
 def write_samples(file: Path, samples: Iterable[Sample]) -> None:
-    """One json object a line; the file is written aside and renamed, so it is whole or absent."""
+    """One json object a line; a kill leaves the file whole or as it was."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_suffix(".tmp")
-    with open(tmp, "w", encoding="utf-8", newline="\n") as f:
+    with replacing(file) as aside, open(aside, "w", encoding="utf-8", newline="\n") as f:
         f.writelines(s.to_json() for s in samples)
-    tmp.rename(file)
 
 
 def read_samples(file: Path, truncated_end: bool = False) -> list[Sample]:

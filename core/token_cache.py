@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from typing import Callable, Iterator, Sequence
 
 import numpy as np
 
+from core.files import write_whole
 from core.schema import Fault, progress
 
 ROWS_PER_PART = 1024
@@ -130,7 +130,7 @@ def build_cache(
         if not (about := file.with_suffix(".json")).is_file():
             tokens, made = encode_part(batch, encode, drop, max_len)
             write_whole(file, tokens.tobytes())
-            write_whole(about, json.dumps(made).encode())
+            write_whole(about, json.dumps(made))
         tokens = np.fromfile(file, TOKEN)
         for digest, name in zip(digests, TOKEN.names):
             digest.update(tokens[name].tobytes())
@@ -144,7 +144,7 @@ def build_cache(
         )
     meta = dict(parts=number, stats={**stats, "faults": faults}, image_token_id=image_token_id)
     meta["data_hash"] = "".join(digest.hexdigest()[:32] for digest in digests)
-    write_whole(folder / "meta.json", json.dumps(meta).encode())
+    write_whole(folder / "meta.json", json.dumps(meta))
 
 
 def encode_part(batch: list, encode, drop, max_len: int) -> tuple[np.ndarray, dict]:
@@ -165,10 +165,3 @@ def encode_part(batch: list, encode, drop, max_len: int) -> tuple[np.ndarray, di
         kept.append(document)
         documents.append([len(document), supervised, source, images])
     return np.concatenate(kept), dict(documents=documents, stats=stats)
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write aside and rename, so that a kill leaves no half of a file."""
-    aside = file.with_suffix(f"{file.suffix}.{os.getpid()}.tmp")
-    aside.write_bytes(content)
-    aside.rename(file)

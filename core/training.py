@@ -20,10 +20,11 @@ import torch
 from torch import nn
 
 from core.checkpoint import require_space, resume, save_state
+from core.files import write_json
 from core.lora import LoRA, save_adapter
 from core.options import DATA, MEMORY, OBJECTIVE, OPTIMIZER, RUN
 from core.parallel import all_any, from_rank0
-from core.run import Run, header, write_json
+from core.run import Run, header
 from core.trackers import KINDS, check_installed
 from core.weights import export_hf
 

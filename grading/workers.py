@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
 import importlib
+import inspect
 import json
 import os
 import queue
@@ -27,6 +29,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -133,8 +136,7 @@ class WorkerPool(contextlib.AbstractContextManager):
         self._idle.put(first := self._idle.get())
         if why := first.load().why:
             self.close()
-            how = f"write module:function or file.py:function, in {os.getcwd()} or installed"
-            raise ValueError(f"reward function {function!r} can't be loaded: {why} ({how})")
+            raise ValueError(f"reward function {function!r} can't be loaded: {why}")
 
     def submit(self, *args: object) -> Future:
         """Queue function(*args). The result is an Outcome; cancelled if the pool closes before."""
@@ -225,26 +227,59 @@ def _reply(stream, function: Callable, *args: object) -> bool:
     try:
         text = json.dumps(reply | {"value": function(*args)}, default=float)  # scalars of numpy
     except (Exception, SystemExit) as e:  # noqa: BLE001
-        place = traceback.extract_tb(e.__traceback__)[-1]
-        where = f"{os.path.basename(place.filename)}:{place.lineno}"
-        reply |= dict(status="error", why=f"{type(e).__name__}: {str(e)[:400]} ({where})")
+        reply |= dict(status="error", why=in_words(e))
         text = json.dumps(reply | {"spent": isinstance(e, MemoryError)})
     print(text, file=stream, flush=True)
     return reply["status"] == "ok"
 
 
+class NotLoadable(ValueError):
+    """What is wrong with the name of a function, and how to fix it."""
+
+
+def in_words(e: BaseException) -> str:
+    """An error and the last line of the user's own code that it went through, which isn't one of
+    Python's or of this file: "KeyError: 'a' (score.py:12)"."""
+    if isinstance(e, NotLoadable):
+        return str(e)
+    if isinstance(e, SyntaxError) and e.filename:
+        return f"{type(e).__name__}: {e.msg} ({os.path.basename(e.filename)}:{e.lineno})"
+    python = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen ", __file__)
+    places = [p for p in traceback.extract_tb(e.__traceback__) if not p.filename.startswith(python)]
+    where = [f" ({os.path.basename(p.filename)}:{p.lineno})" for p in places[-1:]]
+    return f"{type(e).__name__}: {str(e)[:400]}{''.join(where)}"
+
+
 def load(name: str) -> Callable:
-    """`package.module:name` or `path/file.py:name` → the function, or an instance of the class."""
+    """`package.module:name` or `path/file.py:name` → the function, or an instance of the class.
+    Raises NotLoadable, or whatever the user's code does."""
     module, _, attribute = name.rpartition(":")
+    if not module or not attribute:
+        raise NotLoadable("write module:function or file.py:function")
     if module.endswith(".py"):
         file = Path(module).resolve()
+        if not file.is_file():
+            raise NotLoadable(f"{file}: no such file")
         sys.path.append(str(file.parent))  # so that it can import its neighbours
         found = runpy.run_path(str(file), run_name=f"user_{file.stem}")
     else:
-        found = vars(importlib.import_module(module))
+        try:
+            found = vars(importlib.import_module(module))
+        except ModuleNotFoundError as e:
+            if not f"{module}.".startswith(f"{e.name}."):  # one that it imports
+                raise
+            raise NotLoadable(f"no module {e.name!r} in {os.getcwd()}, nor installed") from None
     function = found.get(attribute)
     if not callable(function):
-        raise ValueError(f"{module!r} has no function or class {attribute!r}")
-    function = function() if isinstance(function, type) else function
+        near = difflib.get_close_matches(attribute, [n for n in found if callable(found[n])], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise NotLoadable(f"{module} has no function or class {attribute!r}{hint}")
+    if isinstance(function, type):
+        try:
+            inspect.signature(function).bind()
+        except TypeError as e:
+            raise NotLoadable(f"class {attribute} is made without arguments: {e}") from None
+        if not callable(function := function()):
+            raise NotLoadable(f"an instance of class {attribute} can't be called: add __call__")
     getattr(function, "warm_up", int)()  # what should be done once, outside any deadline
     return function

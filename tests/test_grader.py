@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -203,15 +204,56 @@ def test_a_child_in_a_session_of_its_own_is_killed_too(functions):
         assert all_gone(pids)
 
 
-def test_a_function_that_can_not_be_loaded_is_named_at_once(functions):
-    """A typo in --reward must stop the run before any GPU time, not zero every reward."""
-    for name, mend in (
-        ("bad_functions:nothing", "no function"),
-        ("not_there:f", "not_there"),
-        ("just_a_name", "module:function"),
-    ):
-        with pytest.raises(ValueError, match=mend):
-            WorkerPool(name, workers=1)
+UNLOADABLE = (
+    """
+def missing_colon()
+    return 1
+""",
+    """
+import no_such_package
+""",
+    """
+import helper
+""",
+    """
+class NeedsUrl:
+    def __init__(self, url):
+        self.url = url
+
+class Silent:
+    pass
+""",
+)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("bad_functions:nothing", "bad_functions has no function or class 'nothing'"),
+        ("bad_functions:doubel", "has no function or class 'doubel'; did you mean double?"),
+        ("not_there:f", "no module 'not_there' in "),
+        ("just_a_name", "write module:function or file.py:function"),
+        ("a/gone.py:score", "a/gone.py: no such file"),
+        ("syntax.py:missing_colon", "SyntaxError: expected ':' (syntax.py:2)"),
+        ("syntax:missing_colon", "SyntaxError: expected ':' (syntax.py:2)"),
+        ("imports.py:f", "ModuleNotFoundError: No module named 'no_such_package' (imports.py:2)"),
+        (
+            "indirect.py:f",
+            "JSONDecodeError: Expecting value: line 1 column 1 (char 0) (helper.py:2)",
+        ),
+        ("classes.py:NeedsUrl", "class NeedsUrl is made without arguments: missing a required"),
+        ("classes.py:Silent", "an instance of class Silent can't be called: add __call__"),
+    ],
+)
+def test_a_function_that_can_not_be_loaded_is_named_at_once(functions, name, said):
+    """A mistake in --reward must stop the run before any GPU time, not zero every reward; and say
+    which line of the user's is wrong, not of Python's or of ours."""
+    for file, text in zip(("syntax", "imports", "indirect", "classes"), UNLOADABLE):
+        (functions / f"{file}.py").write_text(text)
+    (functions / "helper.py").write_text("import json\nx = json.loads('x')\n")
+    with pytest.raises(ValueError) as error:
+        WorkerPool(name, workers=1)
+    assert said in str(error.value) and not re.search("workers.py|frozen", str(error.value))
 
 
 def test_an_item_ends_where_no_worker_can_be_started_any_more(functions):

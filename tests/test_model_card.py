@@ -7,9 +7,9 @@ import pytest
 from tools import model_card
 
 
-def make_run(folder, **config):
+def make_run(folder, architecture="qwen2_5_vl", **config):
     (folder / "final").mkdir(parents=True)
-    (folder / "final" / "config.json").write_text("{}")
+    (folder / "final" / "config.json").write_text(json.dumps({"model_type": architecture}))
     config = {"script": "train_grpo", "model": "Qwen/Some-VL", "data": ["a.jsonl"], **config}
     (folder / "config.json").write_text(json.dumps(config))
     header = {"command": "python train_grpo.py --lr 3e-06", "commit": "abc123", "world_size": 8}
@@ -46,6 +46,14 @@ def test_a_card_holds_data_settings_results_and_commit(tmp_path, capsys):
 def test_a_local_base_is_no_hub_id_and_missing_results_are_said(tmp_path):
     text = model_card.card(make_run(tmp_path / "m", model=str(tmp_path)), [])
     assert "base_model" not in text and "Not evaluated yet" in text
+
+
+@pytest.mark.parametrize(
+    "architecture, task", [("qwen3_vl", "image-text-to-text"), ("qwen3", "text-generation")]
+)
+def test_the_hub_is_told_whether_the_model_takes_images(tmp_path, architecture, task):
+    text = model_card.card(make_run(tmp_path / "m", architecture), [])
+    assert f"\npipeline_tag: {task}\n" in text
 
 
 @pytest.mark.parametrize("gone", ["header.json", "final/config.json"])

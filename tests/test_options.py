@@ -105,6 +105,8 @@ def test_settings_from_a_file_and_flags_win(suffix, tmp_path, capsys):
     assert got == Settings("-x", ["a", "b"], 0.5, compile=True, reshard=False)
     got = parse_config(Settings, DOC, [f"--config={file}", "--data", "b", "c", "--steps", "4"])
     assert got == Settings("-x", ["b", "c"], 1e-4, 4, compile=True, reshard=False)
+    got = parse_config(Settings, DOC, ["--no_compile", "--config", str(file), "--reshard"])
+    assert (got.compile, got.reshard) == (False, True), "a switch that the file has on goes off"
     file.write_text('{"learning_rate": 1}')
     with pytest.raises(SystemExit):
         parse("--config", str(file))

@@ -312,6 +312,7 @@ def test_named_parts_and_a_class_from_a_file(tmp_path):
     (tmp_path / "neighbour.py").write_text("WEIGHT = 0.5\n")
     with Grader(workers=1, reward=f"{tmp_path / 'mine.py'}:Score") as grader:
         first, second = (grader.submit(MATH, text).result() for text in ("", "sum"))
+        assert grader.trial(MATH).endswith("the right answer to m: 3, correct 1, format 1.5")
     assert first.score == 3 and first.parts == {"correct": 1, "format": 0.5}
     assert second.score == 2 and second.parts == {"correct": 1, "format": 1.0}
 
@@ -327,7 +328,9 @@ def test_weights_of_named_parts(tmp_path):
         with Grader(workers=1, reward=function, weights=part_weights(flags, function)) as grader:
             assert grader.submit(MATH, "").result().score == expected
     with Grader(workers=1, reward=function, weights={"formt": 1.0}) as grader:
-        assert "no part 'formt'" in grader.submit(MATH, "").result().why
+        said = "--reward_weights names 'formt'; parts of the reward: correct, format"
+        assert grader.submit(MATH, "").result().why == said
+        assert grader.trial(MATH).endswith(f"to m: error: {said}"), "before any sampling"
     for flags, reward_function in ((["format"], "x"), (["a=b"], "x"), (["a=1"], "")):
         with pytest.raises(ValueError, match="--reward_weights"):
             part_weights(flags, reward_function)
@@ -421,7 +424,7 @@ def test_rules_of_a_user(tmp_path, monkeypatch):
             c: grader.submit(MATH, c).result()
             for c in ("raise", "hang", "none", "nan", "text", "dict", "12345")
         }
-        counts = grader.counters()
+        kills = grader.pool.kills
     assert {c: (g.score, g.status) for c, g in got.items()} == {
         "raise": (0.0, "error"),
         "hang": (0.0, "timeout"),
@@ -432,7 +435,7 @@ def test_rules_of_a_user(tmp_path, monkeypatch):
         "12345": (0.5, "ok"),
     }
     assert got["dict"].answer == "7" and "ZeroDivisionError" in got["raise"].why
-    assert (counts["graded"], counts["error"], counts["timeout"], counts["kills"]) == (7, 4, 1, 1)
+    assert kills == 1
 
 
 HANGING = (  # guards refuse the first two; the others take minutes of algebra
@@ -462,10 +465,7 @@ def test_hanging_answers_cost_themselves_only():
         with ThreadPoolExecutor(4) as threads:
             futures = list(threads.map(lambda job: grader.submit(*job[:2]), jobs))
         results = [f.result(60) for f in futures]
-        counts = grader.counters()
     assert [r.score for r in results] == [s for *_, s in jobs]
-    assert counts["graded"] == counts["here"] + counts["in_worker"] == 104
-    assert counts["correct"] == 75
 
 
 def test_reward_and_is_equal_work_off_the_main_thread():

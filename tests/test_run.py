@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 from conftest import ROOT
 
-from core.run import Run, _same, claim, script
+from core.run import Run, _same, claim, command, script
 from core.throughput import describe_evaluation
 from core.training import Training, TrainingOptions
 
@@ -267,6 +267,19 @@ def test_exports_still_to_come_need_room_and_a_missing_one_is_made_up_for(
     assert made == [["step_90"], ["step_90"]]
     sizes = [room["export_bytes"] for room in asked]
     assert sizes == [5000, 4000], "best, final, steps 90 (once), 100 and 110"
+
+
+def test_the_command_in_the_header_starts_as_many_processes(monkeypatch):
+    """Prevents a run of 16 GPUs whose model card says that `python` repeats it."""
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", "--out", "my runs/a"])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert command() == f"{sys.executable} train_sft.py --out 'my runs/a'"
+    found = dict(TORCHELASTIC_RUN_ID="x", GROUP_WORLD_SIZE="1", LOCAL_WORLD_SIZE="8")
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    assert command() == "torchrun --nproc_per_node=8 train_sft.py --out 'my runs/a'"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert command().startswith("torchrun --nnodes=2 --nproc_per_node=8 train_sft.py")
 
 
 def test_time_left_is_in_the_log_without_a_terminal(world, tmp_path, monkeypatch, capsys):

@@ -466,7 +466,7 @@ def test_bad_model_directories_are_named_before_tokenising(
         "pickle": "convert pickles",
         "truncated": "missing or truncated",
         "other architecture": "qwen3_vl are supported",
-        "no config": "config.json: not found",
+        "no config": "no config.json; a model directory has",
         "missing tensor": "parameters are missing",
     }[kind]
     monkeypatch.setattr(train_sft, "tokenize_files", None)

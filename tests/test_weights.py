@@ -202,6 +202,31 @@ def test_a_run_or_a_checkpoint_for_a_model_is_told_where_the_model_is(world, tmp
         resolve_model_dir(str(tmp_path / "step_4"), world)
 
 
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ([], "an empty directory; a model directory has config.json, "),
+        (["notes.txt"], "no config.json; a model directory has"),
+        (["a.gguf"], "a.gguf is not supported; fetch the weights as published"),
+        (["Qwen2.5-7B/config.json"], "no model, but .*/Qwen2.5-7B may be one"),
+        (["snapshots/0123/config.json"], "no model, but .*/snapshots/0123 may be one"),  # hub cache
+        (["step_2/complete.json"], "a run without a model.* tools.export .*/step_2 --out DIR"),
+        (["config.json", "checkpoints/step_2/complete.json"], "tools.export .*/step_2 --out DIR"),
+        (["adapter_config.json"], "a LoRA adapter: train with --model Qwen/Base --adapter"),
+    ],
+)
+def test_what_a_directory_is_instead_of_a_model_is_said_first(world, tmp_path, files, words):
+    """Each said that tokenizer.json or *.safetensors is missing: true, and no help."""
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text('{"base_model_name_or_path": "Qwen/Base"}')
+    with pytest.raises(ValueError, match=words):
+        resolve_model_dir(str(tmp_path), world)
+    for file in files:
+        with pytest.raises(ValueError, match="a file; name a directory"):
+            resolve_model_dir(str(tmp_path / file), world)
+
+
 def test_a_stale_file_beside_the_weights_is_refused(bf16_dir, tmp_path):
     """Left over from another download, its tensors would silently take the place of the new."""
     shutil.copytree(bf16_dir, tmp_path / "m")

@@ -9,13 +9,13 @@ fp32 (7B: 31 GB). The result is byte for byte what OUT/final would be if the run
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch.distributed.checkpoint as dcp
 
 from core.checkpoint import is_whole, trained_weights
+from core.files import read_json
 from core.lora import LoRA
 from core.options import exit_on_value_error
 from core.parallel import init
@@ -34,11 +34,9 @@ def export(checkpoint: Path, out: Path, model_dir: Path | None = None) -> None:
         raise ValueError(f"--out {out}: is not empty; name a new directory")
     run = checkpoint.absolute().parent.parent
     try:
-        header, settings = (
-            json.loads((run / name).read_text()) for name in ("header.json", "config.json")
-        )
-    except OSError as e:
-        raise ValueError(f"{e.filename}: not found; name a checkpoint in its run directory") from e
+        header, settings = (read_json(run / name) for name in ("header.json", "config.json"))
+    except ValueError as e:
+        raise ValueError(f"{e}; name a checkpoint in its run directory") from e
     source, vision, world = model_dir or header["model"], settings["train_vision"], init("cpu")
     lora = LoRA.from_flags(SimpleNamespace(**settings))
     model = build_model(source, world, with_vision=vision, train_vision=vision, lora=lora)

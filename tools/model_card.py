@@ -12,6 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
+from core.config import ARCHITECTURES
+from core.files import read_json
 from core.options import exit_on_value_error
 from scoring.tables import markdown, percent, read_result, span
 
@@ -40,8 +42,10 @@ def card(out: Path, evaluations: list[Path]) -> str:
     """The text of README.md. Raises ValueError where `out` is no finished training run."""
     if not (out / "header.json").is_file() or not (out / "final" / "config.json").is_file():
         raise ValueError(f"{out}: not the --out of a training run that has ended")
-    config, header = (json.loads((out / f).read_text()) for f in ("config.json", "header.json"))
-    base = config["model"]
+    files = ("config.json", "header.json", "final/config.json")
+    config, header, model = (read_json(out / file) for file in files)
+    base, images = config["model"], ARCHITECTURES[model["model_type"]].images
+    task = "image-text-to-text" if images else "text-generation"
     hub = f"base_model: {base}\n" * (base.count("/") == 1 and not Path(base).exists())
     rows = [[f"`{name}`", f"`{digest[:16]}`"] for name, digest in header["data"].items()]
     settings = [
@@ -52,8 +56,7 @@ def card(out: Path, evaluations: list[Path]) -> str:
     machine = f"{header['world_size']} × {header['device']}"
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v)
     parts = [
-        f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{hub}"
-        "tags: [reasoning]\n---",
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\n{hub}tags: [reasoning]\n---",
         f"# {out.name}",
         f"`{base}` after {STAGES[config['script']]} with `{config['script']}.py`.",
         "## Results",
