@@ -8,19 +8,21 @@ problem       {"id", "task", "subset"?, "kind": "math|choice|open", "question": 
 Image paths are relative to the jsonl's folder. `<image>` stands in the text once per image, in
 order; only a problem may leave it out: its images then come between instruction and question.
 A text may not hold a token that steers the model, such as `<|im_end|>`: it could forge a turn,
-and to change the text silently would be to train on something else.
+and to change the text silently would be to train on something else. Other fields may be there and
+are not read; one that looks like a missing field of the schema (`image`) is warned of.
 
     rows, faults = load_problems(["a.jsonl"])      ValueError on bad rows, unless skip_bad_rows
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
@@ -55,6 +57,13 @@ class Fault:
     def __str__(self) -> str:
         why = self.why if len(self.why) < 300 else f"{self.why[:200]} … {self.why[-60:]}"
         return f"{self.file}:{self.line}: {self.field}: {why} ({self.fix})"
+
+
+@lru_cache
+def warn(text: str) -> None:
+    """Print a warning on rank 0, once."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"warning: {text}")
 
 
 def progress(items: Iterable | None, what: str) -> tqdm:
@@ -189,6 +198,19 @@ def problem_findings(row: dict, folder: Path, forbidden: re.Pattern) -> Iterator
     yield from image_findings(row.get("images"), folder, tags, optional=True)
 
 
+FIELDS = {
+    "conversation": ("messages", "images"),
+    "problem": tuple("id task subset kind question options answer images meta".split()),
+}
+
+
+@lru_cache(maxsize=4096)
+def meant_field(name: str, schema: str) -> str | None:
+    """The field that an unknown one seems to be: "image" → "images", "source" → None."""
+    near = difflib.get_close_matches(name.lower(), FIELDS[schema], 1, 0.8)
+    return near[0] if near and name not in FIELDS[schema] else None
+
+
 FINDINGS = {"conversation": conversation_findings, "problem": problem_findings}
 
 
@@ -208,7 +230,7 @@ def scan(
     A row's image paths become absolute. A problem's id must be new: seeds and resumed evaluations
     use it. Raises ValueError for a missing or empty file, and for one in another format.
     """
-    forbidden, seen = forbidden or control_tokens(), {}
+    forbidden, seen, misspelt = forbidden or control_tokens(), {}, {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         folder, rows = Path(path).resolve().parent, read_jsonl(path)
         first = list(islice(rows, 20))  # missing or empty: an error at once
@@ -229,9 +251,15 @@ def scan(
                         fix = "give every problem its own id"
                         found.append(Fault(str(path), line, "id", why, fix))
                     seen.setdefault(row["id"], f"{path}:{line}")
+                for name in row:
+                    if (meant := meant_field(name, schema)) and row.get(meant) is None:
+                        misspelt.setdefault((name, meant), []).append(f"{path}:{line}")
                 if not found and row.get("images"):
                     row["images"] = [str(folder / name) for name in row["images"]]
                 yield str(path), line, row, found
+    for (name, meant), places in misspelt.items():
+        here = f"{len(places)} row(s) have a field {name!r}, the first is {places[0]}"
+        warn(f"{here}; it is not read: did you mean {meant!r}?")
 
 
 def read_images(rows: Iterable[tuple[int, dict | Fault]], folder: Path) -> None:
