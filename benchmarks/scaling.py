@@ -400,8 +400,8 @@ def report(found: dict, s: SimpleNamespace) -> dict:
         },
     )
     table(
-        f"Sampler, {s.at_samples} samples, {s.at_slots} slots, completions of {found['limit'][0]['tokens']:,.0f} tokens in "
-        "all",
+        f"Sampler, {s.at_samples} samples, {s.at_slots} slots, completions of "
+        f"{found['limit'][0]['tokens']:,.0f} tokens in all",
         found["limit"],
         {"size": "limit", **speeds, **parts},
     )
@@ -415,10 +415,12 @@ def report(found: dict, s: SimpleNamespace) -> dict:
         },
     )
     print(
-        f"\nlargest relative residual: length {fits['length']['worst']:.1%}, slots {fits['slots']['worst']:.1%}; exponents: "
-        f"CPU seconds against tokens sampled {fits['samples_exponent']:.2f}, host seconds against samples "
-        f"{fits['host_exponent']:.2f}, CPU seconds against the limit {fits['limit_exponent']:.2f}, packing "
-        f"{fits['pack_exponent']:.2f} and collating {fits['collate_exponent']:.2f} against documents"
+        f"\nlargest relative residual: length {fits['length']['worst']:.1%}, slots "
+        f"{fits['slots']['worst']:.1%}; exponents: CPU seconds against tokens sampled "
+        f"{fits['samples_exponent']:.2f}, host seconds against samples "
+        f"{fits['host_exponent']:.2f}, CPU seconds against the limit {fits['limit_exponent']:.2f}, "
+        f"packing {fits['pack_exponent']:.2f} and collating {fits['collate_exponent']:.2f} against "
+        "documents"
     )
     return fits
 

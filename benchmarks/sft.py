@@ -195,8 +195,8 @@ def measure(size: str, rounds: int, steps: int) -> list[str]:
                 print(size, trainer, results[trainer][-1], flush=True)
     lengths = documents.lengths
     rows = [
-        f"{size}: {len(lengths)} documents, {tokens} tokens, median {int(statistics.median(lengths))}, longest "
-        f"{lengths.max()}, mean {lengths.mean():.0f}",
+        f"{size}: {len(lengths)} documents, {tokens} tokens, median "
+        f"{int(statistics.median(lengths))}, longest {lengths.max()}, mean {lengths.mean():.0f}",
         "| trainer | useful tokens/s (min–max) | ours is × faster | "
         "useful tokens per CPU second | × | memory GiB | first loss | last loss |",
         "|---" * 8 + "|",
@@ -211,7 +211,8 @@ def measure(size: str, rounds: int, steps: int) -> list[str]:
         rows.append(
             f"| {t} | {middle(wall[t]):.0f} ({wall[t][0]:.0f}–{wall[t][-1]:.0f}) | "
             f"{middle(wall['ours']) / middle(wall[t]):.2f} | {middle(cpu[t]):.0f} | "
-            f"{middle(cpu['ours']) / middle(cpu[t]):.2f} | {middle(r['memory_gib'] for r in results[t]):.2f} | "
+            f"{middle(cpu['ours']) / middle(cpu[t]):.2f} | "
+            f"{middle(r['memory_gib'] for r in results[t]):.2f} | "
             f"{losses[0]:.5f} | {losses[-1]:.5f} |"
         )
     firsts = [results[t][0]["losses"][0] for t in TRAINERS]

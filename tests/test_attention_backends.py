@@ -1,6 +1,6 @@
-"""Attention's CUDA branch with CPU tensors that say they are on a GPU, and stand-ins for the kernels
-that only a GPU has: FlashAttention's forward and backward pass, as formulas in fp32 with bf16 in and
-out. The arguments, what is saved, and the gradients' way back are the real ones."""
+"""Attention's CUDA branch with CPU tensors that say they are on a GPU, and stand-ins for kernels
+that only a GPU has: FlashAttention's forward and backward pass, as formulas in fp32 with bf16 in
+and out. The arguments, what is saved, and the gradients' way back are the real ones."""
 
 import os
 import subprocess

@@ -37,7 +37,7 @@ def act(what):
         while True:
             pass
     if what == "bignum":
-        return len(str(9 ** 9 ** 9))          # one C call that holds the GIL: no thread could stop it
+        return len(str(9 ** 9 ** 9))  # one C call that holds the GIL: no thread could stop it
     if what == "sleep":
         time.sleep(1000)
     if what == "raise":
@@ -367,7 +367,8 @@ def test_no_worker_outlives_a_killed_parent(functions, end):
 
 def test_an_exit_without_close_is_clean(functions):
     """A script that forgets to close must end, at once and without a traceback."""
-    code = "from grading.workers import WorkerPool; p = WorkerPool('bad_functions:act', 2, 100); p.submit('spin'); print(*p.pids())"
+    code = "from grading.workers import WorkerPool; p = WorkerPool('bad_functions:act', 2, 100); "
+    code += "p.submit('spin'); print(*p.pids())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=dict(os.environ, PYTHONPATH=str(ROOT)),

@@ -1,4 +1,5 @@
-"""The memory plan against published arithmetic. Against torch's memory tracker: test_cuda_paths.py."""
+"""The memory plan against published arithmetic; against torch's memory tracker, see
+test_cuda_paths.py."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -285,8 +285,9 @@ def test_numbers_of_any_library_and_no_others(tmp_path, monkeypatch):
     """A torch scalar is a number; 10**400 raised OverflowError in a callback and hung the run."""
     (tmp_path / "odd.py").write_text(
         "import numpy as np, torch\n"
-        "VALUES = dict(np=np.float32(0.5), np64=np.int64(1), torch=torch.tensor(0.25), big=10**400,\n"
-        "              huge=10**9999, bool=True, array=np.zeros(3), parts={'parts': [1]},\n"
+        "VALUES = dict(np=np.float32(0.5), np64=np.int64(1), torch=torch.tensor(0.25),\n"
+        "              big=10**400, huge=10**9999, bool=True, array=np.zeros(3),\n"
+        "              parts={'parts': [1]},\n"
         "              nested={'score': np.float64(2), 'parts': {'a': torch.tensor(2)}})\n"
         "def score(problem, completion, finish_reason):\n    return VALUES[completion]\n"
     )
@@ -318,7 +319,7 @@ def test_named_parts_and_a_class_from_a_file(tmp_path):
 
 
 def test_weights_of_named_parts(tmp_path):
-    """With weights the score is their sum, whatever the function says; a misspelt part is an error."""
+    """With weights the score is their sum, whatever the function says; a misspelt part fails."""
     (tmp_path / "mine.py").write_text(
         "def score(problem, completion, finish_reason):\n"
         "    return {'score': 9, 'parts': {'correct': 1, 'format': 1}}\n"
@@ -415,7 +416,8 @@ def test_rules_of_a_user(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "import time\ndef score(problem, completion, finish_reason):\n"
         "    if completion == 'raise': 1 / 0\n    if completion == 'hang': time.sleep(99)\n"
-        "    odd = {'none': None, 'nan': float('nan'), 'text': 'x', 'dict': {'score': 0.5, 'answer': 7}}\n"
+        "    odd = {'none': None, 'nan': float('nan'), 'text': 'x'}\n"
+        "    odd['dict'] = {'score': 0.5, 'answer': 7}\n"
         "    return odd.get(completion, len(completion) / 10)\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -487,7 +489,7 @@ def test_reward_and_is_equal_work_off_the_main_thread():
 
 @needs_real
 def test_labelled_rows_keep_their_agreement():
-    """Rows of public graders' suites: two hedges and two texts are missed, nothing wrong is paid."""
+    """Rows of public graders' suites: two hedges and two texts missed, nothing wrong is paid."""
     path = ROOT / "benchmarks" / "rewards.py"
     spec = importlib.util.spec_from_file_location("grading_benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)

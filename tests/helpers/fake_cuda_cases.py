@@ -180,8 +180,8 @@ def decode() -> dict:
 
 
 VIEWS = (
-    "view reshape split slice select unsqueeze squeeze expand transpose permute detach unbind alias "
-    "t flatten unflatten chunk tensor_split _unsafe_view empty empty_like as_strided"
+    "view reshape split slice select unsqueeze squeeze expand transpose permute detach unbind "
+    "alias t flatten unflatten chunk tensor_split _unsafe_view empty empty_like as_strided"
 )
 
 

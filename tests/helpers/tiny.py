@@ -17,9 +17,8 @@ SPECIAL = [
 ]  # ids 300 … 306
 MERGES = """Ġ t|Ġ a|h e|i n|r e|o n|e r|Ġt he|n d|i s|o u|Ġ =|Ġ +|Ġ s|a n|Ġ w|i n g|o r
 Ġa nd|Ċ Ċ|e s|a t|e n
-Ġ o|Ġo f|Ġ c|i t|s t|l l|Ġ b|Ġ m|Ġ f|Ġ p|Ġ d|Ġ I|Ġ 1|Ġ 2|u s|e d|a l|s w|t h|an sw|answ er""".replace(
-    "\n", "|"
-).split("|")
+Ġ o|Ġo f|Ġ c|i t|s t|l l|Ġ b|Ġ m|Ġ f|Ġ p|Ġ d|Ġ I|Ġ 1|Ġ 2|u s|e d|a l|s w|t h
+an sw|answ er""".replace("\n", "|").split("|")
 PRETOKENIZE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
