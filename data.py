@@ -18,7 +18,6 @@ from typing import Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 
 from core import chat, schema
 from core.chat import chat_segments, load_tokenizer, with_image_parts  # noqa: F401
@@ -65,14 +64,14 @@ def image_token_id(tokenizer) -> int | None:
     return number if known else None
 
 
-def image_counts(row: dict, config: ImageConfig | None) -> list[int]:
-    """How many tokens each image of a row, a file or an open one, takes at its upright size."""
+def image_counts(files: Sequence[str], config: ImageConfig | None) -> list[int]:
+    """How many tokens each image takes at its upright size. Raises ValueError for an unusable
+    one, and where the model takes none."""
     counts = []
-    for image in row.get("images") or []:
+    for file in files:
         if config is None:
-            raise ValueError(f"{image}: this model has no image settings (text-only?)")
-        size = image.size if isinstance(image, Image.Image) else image_size(image)
-        if isinstance(size, str):
+            raise ValueError(f"{file}: an image, but this model has no image settings (text-only?)")
+        if isinstance(size := image_size(file), str):
             raise ValueError(size)
         height, width = smart_resize(size[1], size[0], config)
         counts.append(height * width // (config.patch_size * config.merge_size) ** 2)
@@ -92,7 +91,7 @@ def encode_conversations(
         mine = [np.asarray(next(ids), np.int32) for _ in p]
         tokens = np.concatenate(mine)
         loss_mask = np.repeat([supervised for _, supervised in p], [len(t) for t in mine])
-        repeats = expand_images(tokens, image_counts(row, images), pad)
+        repeats = expand_images(tokens, image_counts(row.get("images") or [], images), pad)
         yield np.repeat(tokens, repeats), np.repeat(loss_mask, repeats)
 
 
@@ -105,12 +104,11 @@ def tokenize_files(
     overlong: str,
     cache_dir: str | Path,
     skip_bad_rows: bool = False,
-) -> tuple[TokenizedDataset, dict]:
+) -> TokenizedDataset:
     """Conversations → tokens and loss mask, made once and kept in cache_dir/<key>.
 
     overlong, for documents of more than max_len tokens: "truncate" keeps the first max_len (as in
-    the paper), or "drop". stats counts rows and each reason to drop one; stats["faults"] has
-    the text of each bad row's fault. Raises ValueError for bad rows (unless skip_bad_rows) before
+    the paper), or "drop". Raises ValueError for bad rows (unless skip_bad_rows) before
     anything is tokenised, and when nothing is left to learn from.
     """
     settings = dict(max_len=max_len, overlong=overlong, skip=skip_bad_rows)
@@ -130,25 +128,12 @@ def tokenize_files(
             folder,
             scan(paths, "conversation", forbidden),
             partial(encode_conversations, tokenizer=tokenizer, images=images),
-            partial(reason_to_drop, max_len=max_len, overlong=overlong, pad=pad),
             max_len=max_len,
+            overlong=overlong,
             image_token_id=pad,
             faults=list(map(str, faults)),
         )
-    dataset = TokenizedDataset(folder)
-    return dataset, dataset.stats
-
-
-def reason_to_drop(
-    tokens: np.ndarray, loss_mask: np.ndarray, max_len: int, overlong: str, pad: int | None
-) -> str | None:
-    """None if the first max_len tokens are a document, else why not. pad: the image token's id; a
-    document that is cut before the end of its last image is dropped."""
-    if len(tokens) > max_len and overlong == "drop":
-        return "dropped_overlong"
-    if pad is not None and pad in tokens[max_len:]:
-        return "dropped_cut_image"
-    return None if loss_mask[1:max_len].any() else "dropped_nothing_to_learn"
+    return TokenizedDataset(folder)
 
 
 # ---------------------------------------------------------------------- batches
@@ -304,17 +289,24 @@ def prompt_text(problem: dict, style: str = "kind") -> str:
 def prompt_tokens(
     problem: dict, tokenizer, images: ImageConfig | None, style: str = "kind"
 ) -> list[int]:
-    """The prompt of a problem of `load_problems` in the model's chat template, each image as the
-    tokens that it takes. Raises ValueError when a text holds one of the tokenizer's own control
-    tokens, or the model takes no images."""
+    """The prompt of a problem of `load_problems`. Raises ValueError when a text holds one of the
+    tokenizer's own control tokens, and as `image_counts`."""
     text = prompt_text(problem, style)
     if found := control_tokens(tokenizer).search(text):
         where = f"problem {problem['id']}"
         raise ValueError(f"{where}: its text holds the control token {found[0]}; remove it")
-    turn = [{"role": "user", "content": with_image_parts(text)}]
-    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    tokens = np.asarray(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    repeats = expand_images(tokens, image_counts(problem, images), image_token_id(tokenizer))
+    turn = {"role": "user", "content": with_image_parts(text)}
+    return chat_tokens([turn], problem.get("images") or [], tokenizer, images)
+
+
+def chat_tokens(
+    messages: list[dict], files: Sequence[str], tokenizer, images: ImageConfig | None
+) -> list[int]:
+    """A conversation in the model's chat template, up to and including the assistant header; each
+    image as the tokens that it takes. messages: as `chat_message` makes them; files: all images."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    tokens = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"])
+    repeats = expand_images(tokens, image_counts(files, images), image_token_id(tokenizer))
     return np.repeat(tokens, repeats).tolist()
 
 
@@ -326,9 +318,9 @@ def render_problem(
     loaded: tuple | None = None,
 ) -> Prompt:
     """A problem's prompt with its images preprocessed (or as `loaded` before). style: "train" for
-    GRPO, "kind" for evaluation. Raises ValueError as `prompt_tokens`, or for an unusable image."""
-    pixels, grids = loaded or load_images(problem.get("images") or [], images)
-    return Prompt(prompt_tokens(problem, tokenizer, images, style), pixels, grids)
+    GRPO, "kind" for evaluation. Raises ValueError as `prompt_tokens`."""
+    tokens = prompt_tokens(problem, tokenizer, images, style)
+    return Prompt(tokens, *(loaded or load_images(problem.get("images") or [], images)))
 
 
 # ----------------------------------------------------------------------------- rollouts as batches

@@ -169,8 +169,8 @@ def make_plan(config: Config, world: World) -> Plan:
     how = dict(max_len=config.max_len, overlong=config.overlong, cache_dir=f"{config.out}/cache")
     tokenize = partial(tokenize_files, skip_bad_rows=config.skip_bad_rows, **how)
     with rank0_first(world):
-        data, _ = tokenize(config.data, model_dir)
-        val = tokenize(config.val_data, model_dir)[0] if config.val_data else None
+        data = tokenize(config.data, model_dir)
+        val = tokenize(config.val_data, model_dir) if config.val_data else None
     with_images = config.train_vision or data.has_images or bool(val and val.has_images)
     images = ImageConfig.from_dir(model_dir) if with_images else None
     steps, steps_per_epoch = plan_steps(data.lengths, config)

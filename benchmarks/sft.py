@@ -73,7 +73,7 @@ def tokenised(folder: Path):
     from data import tokenize_files
 
     how = dict(max_len=MAX_LEN, overlong="truncate", cache_dir=folder / "cache")
-    return tokenize_files([folder / "train.jsonl"], folder / "model", **how)[0]
+    return tokenize_files([folder / "train.jsonl"], folder / "model", **how)
 
 
 def resident_gib() -> float:

@@ -46,21 +46,19 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 
 
 # ---------------------------------------------------------------------- images to RGB
-def load_image(source: str | Path | Image.Image) -> Image.Image:
-    """Any image → 8-bit RGB by the rules in the module's docstring, decoded to the end.
+def load_image(source: str | Path) -> Image.Image:
+    """Any image file → 8-bit RGB by the rules in the module's docstring, decoded to the end.
 
     Raises ValueError, which names the file and how to fix it, when it is missing, not an image,
     damaged, larger than MAX_PIXELS, longer than MAX_ASPECT, or has no known white.
     """
-    if isinstance(source, Image.Image):
-        return _upright_rgb(source)
     if not Path(source).is_file():  # also keeps us from waiting for a pipe
         raise ValueError(
             f"{source}: no such image file; image paths are relative to the folder of their jsonl"
         )
     try:
         with open(source, "rb") as file:  # by name, Pillow 13 maps a turned TIFF with sides swapped
-            return _upright_rgb(Image.open(file, formats=FORMATS))
+            return upright_rgb(Image.open(file, formats=FORMATS))
     except (ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{source}: {e}") from e
     except Exception as e:  # Pillow's parsers raise nearly anything on foreign bytes
@@ -86,8 +84,8 @@ def _image_size(path: str, modified: int) -> tuple[int, int] | str:
         return str(e)
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Check the size that the header gives, then decode."""
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened image → 8-bit RGB. Checks the size that the header gives, then decodes."""
     (width, height), size = image.size, f"{image.width}x{image.height} pixels"
     if width * height > MAX_PIXELS:
         raise ValueError(f"{size}, more than {MAX_PIXELS:,}; scale it down first")
@@ -221,8 +219,6 @@ def load_images(paths: Sequence[str], config: ImageConfig | None) -> Images:
     """pixel_values and grid_thw of these images in order; (None, None) of none."""
     if not paths:
         return None, None
-    if config is None:
-        raise ValueError(f"{paths[0]}: an image, but this model has no image settings (text-only?)")
     patches, grids = zip(*(preprocess_image(load_image(p), config) for p in paths))
     return torch.cat(patches), torch.tensor([tuple(g) for g in grids])
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Callable, Iterator, Sequence
 
 import numpy as np
 
-from core.files import write_whole
+from core.files import hash_files, write_whole
 from core.schema import Fault, progress
 
 ROWS_PER_PART = 1024
@@ -49,7 +50,8 @@ class TokenizedDataset:
     """Documents of a cache directory, read from disk when asked for.
 
     lengths, supervised: (N,) int64 tokens and targets of each document. stats: what became of the
-    rows. data_hash: of all tokens and masks; equal for equal data, wherever the files are.
+    rows, and "faults", what is wrong with the bad ones. data_hash: of all tokens and masks; equal
+    for equal data, wherever the files are.
     """
 
     def __init__(self, path: Path):
@@ -96,34 +98,29 @@ def cache_key(
     """Changes with whatever the tokens depend on: data, tokenizer, template, image settings, the
     other settings, versions of the libraries, and the source files `code`."""
     settings |= {name: version(name) for name in ("transformers", "tokenizers")}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     names = ("*.json", "*.jinja", "merges.txt")
-    model_files = sorted(file for name in names for file in Path(model_dir).glob(name))
-    for path in [*map(Path, (__file__, *code)), *model_files, *map(Path, paths)]:
-        digest.update(f"\n{path.name if path in model_files else path.resolve()}\n".encode())
-        if path.is_file():
-            with open(path, "rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:20]
+    files = [(f.name, f) for name in names for f in sorted(Path(model_dir).glob(name))]
+    files += [(str(f.resolve()), f) for f in map(Path, (__file__, *code, *paths))]
+    hashes = [[name, *hash_files([f]).values()] for name, f in files if f.is_file()]
+    return hashlib.sha256(json.dumps([settings, hashes], sort_keys=True).encode()).hexdigest()[:20]
 
 
 def build_cache(
     folder: Path,
     rows: Iterator[tuple[str, int, dict | None, list[Fault]]],
     encode: Callable[[list[dict]], Iterator[tuple[np.ndarray, np.ndarray]]],
-    drop: Callable[[np.ndarray, np.ndarray], str | None],
+    *,
     max_len: int,
+    overlong: str,
     image_token_id: int | None,
     faults: list[str],
 ) -> None:
-    """Fill a cache directory from checked rows (see `scan`); parts that exist are kept.
-
-    encode: rows → (tokens, loss_mask) of each. drop(tokens, loss_mask) → None for a document, cut
-    to max_len, else the name of the count that it goes to.
-    """
+    """Fill a cache directory from checked rows (see `scan`); parts that exist are kept. encode:
+    rows → (tokens, loss_mask) of each. max_len and overlong: see `drop_reason`."""
     folder.mkdir(parents=True, exist_ok=True)
     number, digests = 0, (hashlib.sha256(), hashlib.sha256())
     stats = Counter(dict.fromkeys(("documents", "truncated", *DROPPED), 0))
+    drop = partial(drop_reason, max_len=max_len, overlong=overlong, pad=image_token_id)
     bar = progress(None, "tokenising")
     while batch := list(islice(rows, ROWS_PER_PART)):
         file = folder / f"{number:06d}.bin"
@@ -145,6 +142,19 @@ def build_cache(
     meta = dict(parts=number, stats={**stats, "faults": faults}, image_token_id=image_token_id)
     meta["data_hash"] = "".join(digest.hexdigest()[:32] for digest in digests)
     write_whole(folder / "meta.json", json.dumps(meta))
+
+
+def drop_reason(
+    tokens: np.ndarray, loss_mask: np.ndarray, *, max_len: int, overlong: str, pad: int | None
+) -> str | None:
+    """None if the first max_len tokens are a document, else the count in `stats` that it goes to.
+    pad: the image token's id; a document that is cut before the end of its last image is dropped.
+    """
+    if len(tokens) > max_len and overlong == "drop":
+        return "dropped_overlong"
+    if pad is not None and pad in tokens[max_len:]:
+        return "dropped_cut_image"
+    return None if loss_mask[1:max_len].any() else "dropped_nothing_to_learn"
 
 
 def encode_part(batch: list, encode, drop, max_len: int) -> tuple[np.ndarray, dict]:

@@ -102,7 +102,8 @@ def tokenize(file: str, model_dir: Path, tmp_path: Path, **settings):
         "cache_dir": tmp_path / "cache",
         **settings,
     }
-    return data.tokenize_files([file], model_dir, **settings)
+    dataset = data.tokenize_files([file], model_dir, **settings)
+    return dataset, dataset.stats
 
 
 # ------------------------------------------------------------------------------ schemas and faults

@@ -15,7 +15,6 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 import data
@@ -68,16 +67,9 @@ class Chat:
 
     def prompt(self) -> data.Prompt:
         """The conversation in the model's chat template, with all its images."""
-        if self.files and self.images is None:
-            raise ValueError(f"{self.config.model}: takes no images")
         chat = [chat_message(m, self.tokenizer) for m in self.messages]
-        render = self.tokenizer.apply_chat_template
-        text = render(chat, tokenize=False, add_generation_prompt=True)
-        tokens = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        counts = data.image_counts({"images": self.files}, self.images)
-        repeats = data.expand_images(tokens, counts, data.image_token_id(self.tokenizer))
-        images = data.load_images(self.files, self.images)
-        return data.Prompt(tokens.repeat(repeats).tolist(), *images)
+        tokens = data.chat_tokens(chat, self.files, self.tokenizer, self.images)
+        return data.Prompt(tokens, *data.load_images(self.files, self.images))
 
     def say(self, text: str, files: list[str]) -> str:
         """Send a message with images, print the answer while it comes, and return it."""

@@ -1,8 +1,8 @@
 """How much memory a run takes on each GPU, before a machine is asked for.
 
     python -m tools.memory                                       what fits where: docs/memory.md
-    python -m tools.memory --model 7B                            a table of machines and modes
-    python -m tools.memory --model DIR --ranks 8 --tokens 8192   one setting in detail (or 7B)
+    python -m tools.memory --model DIR                           the same of one model (or 7B)
+    python -m tools.memory --model DIR --ranks 8 --tokens 8192   one setting in detail
     python train_sft.py … --plan                                 a run's own settings and batches
 
 What is counted, and how: core/plan.py.
@@ -12,20 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Sequence
 
 from core.lora import LoRA
 from core.options import exit_on_value_error, option, parse_config
-from core.plan import (
-    FASTEST_FIRST,
-    GIB,
-    Setting,
-    count_parameters,
-    fits,
-    in_gib,
-    plan_grpo,
-    plan_step,
-)
+from core.plan import GIB, Setting, count_parameters, fits, in_gib, plan_grpo, plan_step
 from model import Model, ModelConfig, meta_model
 
 # name → hidden, layers, heads, KV heads, MLP size, vocabulary, tied, head size: the decoders of
@@ -51,7 +42,7 @@ MACHINES = {  # GPUs, usable GiB of each: 24 and 48 GB as they are with ECC on, 
     "16 × 80 GB": (16, 79),
     "8 × 141 GB": (8, 139),
 }
-DETAILED = ("1 × 80 GB", "4 × 80 GB", "8 × 80 GB", "1 × 141 GB", "8 × 141 GB")
+SHOWN = ("3B", "7B", "Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen3-VL-8B", "32B", "72B")
 
 
 def published_config(name: str) -> ModelConfig:
@@ -75,32 +66,8 @@ def published_config(name: str) -> ModelConfig:
     )
 
 
-def hardware_table(model: Model) -> str:
-    """Markdown: predicted peak GiB a GPU over machines and modes; struck out: does not fit."""
-    out = [
-        "| machine | tokens a micro-batch | Adam | full | matmul | none |",
-        "|---|---|---|---|---|---|",
-    ]
-    for machine in DETAILED:
-        ranks, usable = MACHINES[machine]
-        for tokens in (8192, 16384, 32768):
-            for moments, size in (("fp32", 4), ("bf16", 2)):
-                cells = []
-                for mode in reversed(FASTEST_FIRST):
-                    setting = Setting(ranks, tokens=tokens, adam_bytes=size, checkpointing=mode)
-                    cells.append(cell(plan_step(model, setting), usable))
-                out.append(f"| {machine} | {tokens} | {moments} | {' | '.join(cells)} |")
-    return "\n".join(out)
-
-
-def cell(plan: dict[str, int], usable: int, letters: str = "") -> str:
-    """A plan's peak in GiB, with what makes it fit; struck out where it doesn't."""
-    text = f"{plan['peak'] / GIB:.0f}"
-    return f"{text} {letters}".strip() if fits(plan, usable * GIB) else f"~~{text}~~"
-
-
 def cheapest(model: Model, ranks: int, usable: int, grpo: bool) -> str:
-    """A cell of `fitting_table`: GiB of the first setting that fits, and its letters; else of the
+    """A cell of `fitting_tables`: GiB of the first setting that fits, and its letters; else of the
     last one, struck out. Letters: o, --offload_optimizer; m, --adam_dtype bf16;
     c, --micro_tokens 8192 and (GRPO) --kv_gb 6."""
     lora = count_parameters(model)["adapters"] > 0
@@ -113,12 +80,12 @@ def cheapest(model: Model, ranks: int, usable: int, grpo: bool) -> str:
             more = dict(kv_gb=6.0 if "c" in way else 20.0, offload_optimizer="o" in way)
             plan = plan_grpo(model, setting, reference=True, **more)
         if fits(plan, usable * GIB):
-            break
-    return cell(plan, usable, way)
+            return f"{plan['peak'] / GIB:.0f} {way}".strip()
+    return f"~~{plan['peak'] / GIB:.0f}~~"
 
 
-def fitting_tables(lora_rank: int) -> str:
-    """Markdown: SFT and GRPO, all weights and LoRA, of the sizes up to 72B on MACHINES."""
+def fitting_tables(names: Sequence[str], lora_rank: int) -> str:
+    """Markdown: SFT and GRPO, all weights and LoRA, of these models on MACHINES."""
     parts = []
     for rank in (0, lora_rank):
         for grpo in (False, True):
@@ -129,10 +96,10 @@ def fitting_tables(lora_rank: int) -> str:
                 f"| model | {' | '.join(MACHINES)} |",
             ]
             out.append("|---" * (len(MACHINES) + 1) + "|")
-            for name in ("3B", "7B", "Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen3-VL-8B", "32B", "72B"):
+            for name in names:
                 model = meta_model(published_config(name), lora=LoRA(rank, 32.0) if rank else None)
                 cells = [cheapest(model, *machine, grpo) for machine in MACHINES.values()]
-                name = name if name.startswith("Qwen") else f"Qwen2.5-VL-{name}"
+                name = f"Qwen2.5-VL-{name}" if name in ("3B", "7B", "32B", "72B") else name
                 out.append(f"| {name} | {' | '.join(cells)} |")
             parts.append("\n".join(out))
     return "\n\n".join(parts)
@@ -141,11 +108,11 @@ def fitting_tables(lora_rank: int) -> str:
 @dataclass
 class Config:
     model: str = option("", f"{', '.join(PUBLISHED)}, or a model directory; default: what fits")
-    ranks: int = option(0, "GPUs; 0: print the table of machines", ge=0)
+    ranks: int = option(0, "GPUs; 0: print the tables of machines", ge=0)
     tokens: int = option(16384, "tokens of a micro-batch (--pack_len, --micro_tokens)", ge=1)
     checkpointing: Literal["none", "matmul", "full"] = option("full", "as in train_sft.py")
     adam_dtype: Literal["fp32", "bf16"] = option("fp32", "as in train_sft.py")
-    lora_rank: int = option(0, "as in train_sft.py; without --model: 32", ge=0)
+    lora_rank: int = option(0, "as in train_sft.py; in the tables: 32", ge=0)
     grpo: bool = option(False, "train_grpo.py: reference model, weights and 20 GB of KV cache")
 
     def __post_init__(self):
@@ -157,12 +124,10 @@ class Config:
 def main(argv: list[str] | None = None) -> None:
     with exit_on_value_error():
         c = parse_config(Config, __doc__, argv)
-        if not c.model:
-            return print(fitting_tables(c.lora_rank or 32))
+        if not c.model or c.ranks == 0:
+            return print(fitting_tables([c.model] if c.model else SHOWN, c.lora_rank or 32))
         lora = LoRA(c.lora_rank, 32.0) if c.lora_rank else None
         model = meta_model(published_config(c.model), lora=lora)
-        if c.ranks == 0:
-            return print(hardware_table(model))
         more = dict(adam_bytes=2 if c.adam_dtype == "bf16" else 4, checkpointing=c.checkpointing)
         setting = Setting(c.ranks, tokens=c.tokens, **more)
         plan = plan_step(model, setting)
