@@ -110,6 +110,12 @@ def test_a_start_that_did_no_step_does_not_hold_the_directory(world, tmp_path):
         Run(tmp_path, Settings(lr=3.0), world)
 
 
+def test_a_kill_within_the_very_first_write_does_not_hold_the_directory(world, tmp_path):
+    """The rerun was told that --out holds other files."""
+    (tmp_path / "config.json.4711.tmp").write_text('{"scr')
+    Run(tmp_path, Settings(), world)
+
+
 def test_a_plan_may_leave_its_token_cache(world, tmp_path):
     (tmp_path / "cache").mkdir()
     Run(tmp_path, Settings(), world)
