@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import math
 import operator
 import os
@@ -37,6 +38,12 @@ BOUNDS = {
     "gt": ("greater than", operator.gt),
     "le": ("at most", operator.le),
     "lt": ("less than", operator.lt),
+}
+DISK_ERRORS = {  # an OSError's number → how to fix it
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room within your quota",
+    errno.EROFS: "choose a directory that can be written",
+    errno.EACCES: "change its permissions",
 }
 
 
@@ -162,16 +169,22 @@ def _add(group, field: dataclasses.Field, hint: Any) -> str:
 
 
 @contextmanager
-def exit_on_value_error(told: Callable[[ValueError], None] = lambda e: None) -> Iterator[None]:
-    """Turn a ValueError (a user's mistake: it says what is wrong, where, how to fix it) into one
-    line and exit code 2; TRACEBACK=1 in the environment prints a traceback before that line.
-    told(e) is called first."""
+def exit_on_value_error(told: Callable[[Exception], None] = lambda e: None) -> Iterator[None]:
+    """Turn a ValueError (a user's mistake: it says what is wrong, where, how to fix it) or one of
+    DISK_ERRORS into one line and exit code 2; TRACEBACK=1 in the environment prints a traceback
+    before that line. told(e) is called first."""
     try:
         yield
-    except ValueError as e:
+    except (ValueError, OSError) as e:
+        said = str(e)
+        if isinstance(e, OSError):
+            if e.errno not in DISK_ERRORS:
+                raise
+            said = f"{e.strerror} ({e.filename or 'while writing'}); {DISK_ERRORS[e.errno]}, then "
+            said += "run the command again"
         told(e)
         sys.stdout.flush()
         if os.environ.get("TRACEBACK"):  # Python prints none for a SystemExit, whatever its cause
             traceback.print_exc()
-        print(f"error: {e}", file=sys.stderr, flush=True)
+        print(f"error: {said}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

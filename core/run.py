@@ -47,7 +47,7 @@ _current: Run | None = None  # this process's run: a failure is written to its s
 @contextmanager
 def script() -> Iterator[None]:
     """Run the body of a script's `main`: all ranks leave together, or OUT/status says
-    `failed: why`. A ValueError is a user's mistake: one line, exit code 2."""
+    `failed: why`. What a user can fix is one line, exit code 2: see `exit_on_value_error`."""
     try:
         with exit_on_value_error(_failed):
             yield
@@ -288,10 +288,10 @@ class Run:
         return 0
 
     def set_status(self, status: str) -> None:
-        """Write OUT/status; on a full disk the old one stays."""
+        """Write OUT/status, in place: on a full disk there is room for no second one."""
         if self.world.is_main:
             with suppress(OSError):
-                write_whole(self.out / "status", status + "\n")
+                (self.out / "status").write_text(status + "\n")
             if self.tracker and status != "running":
                 self.tracker.close(failed=status.startswith("failed"))
                 self.tracker = None

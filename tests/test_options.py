@@ -1,5 +1,6 @@
 """The command line: ranges, misspelt flags, --help, settings from a file."""
 
+import errno
 import json
 from dataclasses import MISSING, dataclass
 from typing import Literal
@@ -111,6 +112,22 @@ def test_settings_from_a_file_and_flags_win(suffix, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse("--config", str(file))
     assert "unknown option learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(errno.ENOSPC, "No space left"), "No space left (while writing); make room on the"),
+        (OSError(errno.EROFS, "Read-only", "o/x"), "Read-only (o/x); choose a directory that can"),
+        (PermissionError(errno.EACCES, "No", "d.jsonl"), "No (d.jsonl); change its permissions,"),
+    ],
+)
+def test_a_disk_that_cannot_be_written_is_one_line(error, said, capsys):
+    with pytest.raises(SystemExit) as end, exit_on_value_error():
+        raise error
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {said}")
+    with pytest.raises(ConnectionResetError), exit_on_value_error():
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -187,6 +187,14 @@ def test_a_failure_is_written_to_the_status(world, tmp_path, monkeypatch, capsys
     assert (tmp_path / "status").read_text() == "finished\n"
 
 
+def test_a_failure_of_a_full_disk_is_written_to_the_status(world, tmp_path, monkeypatch):
+    """Where no second file fits beside the old one, that one is written over."""
+    run = begun(tmp_path, world)
+    monkeypatch.setattr("core.files.replacing", Mock(side_effect=OSError(28, "No space left")))
+    run.set_status("failed: No space left")
+    assert (tmp_path / "status").read_text() == "failed: No space left\n"
+
+
 @pytest.mark.parametrize(
     "body, code, said",
     [
