@@ -125,7 +125,8 @@ def export_hf(model: nn.Module, source_dir: str | Path, out_dir: str | Path, wor
     text-only training) or did not train are copied byte for byte; every config, tokenizer and
     processor file too. LoRA adapters are merged in fp32, then rounded once.
     Of a tied model no `lm_head.weight` is written: transformers would use the old one.
-    GPUs gather one tensor at a time, rank 0 collects one file in host memory. Collective.
+    GPUs gather one tensor at a time, rank 0 collects one file in host memory. Collective. Raises
+    ValueError on a full disk.
     """
     source_dir, out_dir, tmp = Path(source_dir), Path(out_dir), Path(f"{out_dir}.tmp")
     source = WeightFiles(source_dir)
@@ -146,7 +147,10 @@ def export_hf(model: nn.Module, source_dir: str | Path, out_dir: str | Path, wor
                 p = trained.get(name) if layer is None else layer.merged_weight()
                 tensors[key] = _export_tensor(p, source.slice(name), world)  # every rank takes part
         if world.is_main and tensors:
-            save_file(tensors, tmp / file.name, metadata={"format": "pt"})
+            try:
+                save_file(tensors, tmp / file.name, metadata={"format": "pt"})
+            except SafetensorError as e:  # a full disk
+                raise ValueError(f"{tmp / file.name}: {e}; make room, then run it again") from e
             shutil.copymode(file, tmp / file.name)  # safetensors lets only the owner read its files
             weight_map |= dict.fromkeys(tensors, file.name)
             size += sum(t.nbytes for t in tensors.values())

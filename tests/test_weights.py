@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_model import load, text_stream
 from tiny import make_tiny_tokenizer
@@ -165,6 +166,19 @@ def test_a_stale_head_of_a_tied_model_is_not_exported(world, tmp_path):
     assert "lm_head.weight" not in tensors(tmp_path / "out")
     theirs = Qwen2ForCausalLM.from_pretrained(tmp_path / "out")(input_ids=tokens[None]).logits[0]
     assert (model(tokens, positions, cu) - theirs).abs().max() <= 1e-4
+
+
+def test_an_export_to_a_full_disk_says_so_and_leaves_no_model(
+    bf16_dir, world, tmp_path, monkeypatch
+):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device")
+
+    model = build_model(bf16_dir, world)
+    monkeypatch.setattr("core.weights.save_file", full)
+    with pytest.raises(ValueError, match="safetensors: I/O error: No space left .* make room"):
+        export_hf(model, bf16_dir, tmp_path / "out", world)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./model", "model", "a/b/c"])
