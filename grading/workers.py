@@ -238,16 +238,18 @@ class NotLoadable(ValueError):
 
 
 def in_words(e: BaseException) -> str:
-    """An error and the last line of the user's own code that it went through, which isn't one of
-    Python's or of this file: "KeyError: 'a' (score.py:12)"."""
+    """An error and the last line of the user's own code that it went through, before any of an
+    installed package: "KeyError: 'a' (score.py:12)"."""
     if isinstance(e, NotLoadable):
         return str(e)
     if isinstance(e, SyntaxError) and e.filename:
         return f"{type(e).__name__}: {e.msg} ({os.path.basename(e.filename)}:{e.lineno})"
-    python = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen ", __file__)
-    places = [p for p in traceback.extract_tb(e.__traceback__) if not p.filename.startswith(python)]
-    where = [f" ({os.path.basename(p.filename)}:{p.lineno})" for p in places[-1:]]
-    return f"{type(e).__name__}: {str(e)[:400]}{''.join(where)}"
+    installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    ours = ("<frozen ", __file__)
+    places = [p for p in traceback.extract_tb(e.__traceback__) if not p.filename.startswith(ours)]
+    own = [p for p in places if not p.filename.startswith(installed)] or places
+    where = "".join(f" ({os.path.basename(p.filename)}:{p.lineno})" for p in own[-1:])
+    return f"{type(e).__name__}: {str(e)[:400]}{where}"
 
 
 def load(name: str) -> Callable:
