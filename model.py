@@ -325,12 +325,12 @@ def build_model(
     checkpointing: str = "none",
     compile_blocks: bool = False,
     lora: LoRA | None = None,
-    **sharding,
+    replicas: int = 1,
 ) -> Model:
     """The model of a directory, sharded over the ranks and filled, without a full copy on any rank.
 
-    With `lora` everything but the fp32 adapters is frozen in the compute dtype. sharding:
-    reshard_after_forward and replicas, see `core.parallel.shard`.
+    With `lora` everything but the fp32 adapters is frozen in the compute dtype. replicas: see
+    `core.parallel.shard`.
     """
     model = meta_model(ModelConfig.from_dir(model_dir), with_vision)
     model.to(compute_dtype if lora else master_dtype)
@@ -344,7 +344,7 @@ def build_model(
         block.checkpointing = checkpointing
         if compile_blocks:
             block.compile()
-    shard(model, world, compute_dtype=compute_dtype, **sharding)
+    shard(model, world, compute_dtype=compute_dtype, replicas=replicas)
     model.to_empty(device=world.device)
     load_hf(model, model_dir)
     if lora:

@@ -90,21 +90,15 @@ def shutdown() -> None:
 
 
 def shard(
-    model: nn.Module,
-    world: World,
-    *,
-    compute_dtype: torch.dtype,
-    reshard_after_forward: bool = True,
-    replicas: int = 1,
+    model: nn.Module, world: World, *, compute_dtype: torch.dtype, replicas: int = 1
 ) -> nn.Module:
     """Shard every parameter over the ranks (FSDP2): a unit per decoder block, the rest in the root.
 
     Parameters keep the dtype that they were built in (fp32 master weights); blocks gather them in
     `compute_dtype`, gradients are reduced in fp32. Embedding, final norm and head stay in the root:
     the chunked loss runs in the root's forward, so one all-gather serves all its chunks.
-    reshard_after_forward=False keeps gathered blocks for the backward pass (13 GiB for 7B in bf16,
-    saves an all-gather). replicas > 1 is HSDP: `replicas` groups of ranks, each with a full set of
-    shards (one group per node keeps the all-gathers inside it).
+    replicas > 1 is HSDP: `replicas` groups of ranks, each with a full set of shards (one group per
+    node keeps the all-gathers inside it).
     """
     shape, names = (world.size,), ("shard",)
     if replicas > 1:
@@ -114,11 +108,11 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for unit in [*model.model.layers, model]:
-        # the root (and a vision tower in it) is needed at both ends of a step: keep it gathered
-        unit.reshards = reshard_after_forward and unit is not model
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=unit.reshards)
-    return model
+    how = dict(mesh=mesh, mp_policy=policy)
+    for block in model.model.layers:
+        fully_shard(block, reshard_after_forward=True, **how)
+    # the root (and a vision tower in it) is needed at both ends of a step: keep it gathered
+    return fully_shard(model, reshard_after_forward=False, **how)
 
 
 def units(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -158,7 +152,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for unit in sharded:
             unit.reshard()
-            unit.set_reshard_after_forward(unit.reshards, recurse=False)
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
 
 
 def all_sum(*values: float) -> list[float]:
@@ -198,17 +192,17 @@ _turn = itertools.count()
 
 
 @contextmanager
-def rank0_first(world: World, hours: float = 48.0) -> Iterator[None]:
+def rank0_first(world: World) -> Iterator[None]:
     """Rank 0 runs the body first, the others after it (they find what rank 0 prepared).
 
     The others wait on the store, not in a collective whose timeout is minutes: rank 0 may download
-    or tokenise for hours. When rank 0 fails, the others exit with code 1; rank 0 says why.
+    or tokenise for two days. When rank 0 fails, the others exit with code 1; rank 0 says why.
     """
     key = f"rank0_first/{next(_turn)}"
     store = dist.distributed_c10d._get_default_store()
     if not world.is_main:
         try:
-            store.wait([key], timedelta(hours=hours))
+            store.wait([key], timedelta(days=2))
             failed = store.get(key) == b"failed"
         except RuntimeError:  # the store went with rank 0
             failed = True
