@@ -147,6 +147,7 @@ def test_an_alpha_beside_an_adapter_of_another_is_refused(tmp_path):
     """It was ignored without a word."""
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").touch()
     flags = dict(lora_rank=0, lora_targets="all-linear", adapter=str(tmp_path), seed=0)
     flags |= dict(train_vision=False)
     assert LoRA.from_flags(SimpleNamespace(lora_alpha=32.0, **flags)).alpha == 8
@@ -164,6 +165,9 @@ def test_a_foreign_adapter_is_refused(pair, tmp_path):
         read_adapter_config(tmp_path)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(ValueError, match="adapter_model.safetensors is missing"):
+        read_adapter_config(tmp_path)  # it showed when the model was built
+    (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(ValueError, match="use_dora"):
         read_adapter_config(tmp_path)
 
