@@ -9,8 +9,9 @@ speed does not depend on them.
 
 Sections: check (CUDA paths against CPU fp32), sft, prefill, decode, grpo, vision, peer (HF generate
 on the same weights); each is one or more pieces of about a minute or two. --into keeps every
-piece's rows, skips those that are there, and writes rows.md, a table for BENCHMARKS.md. The last
-line printed is a JSON object. A piece that fails is a row with its error; the others go on.
+piece's rows, skips those that are there (delete PIECE.json to repeat it), and writes rows.md after
+each, a table for BENCHMARKS.md. The last line printed is a JSON object. A piece that fails is a row
+with its error; the others go on, in the next call if the error has broken CUDA for this process.
 Limits: matrix work at the GPU's dense bf16 peak; decode by what it must read, weights once and each
 sequence's KV cache, at the memory bandwidth, or compute, whichever is slower.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 import traceback
@@ -96,6 +98,7 @@ class Bench:
         """Peak of the GPU's memory since the last call."""
         if not self.cuda:
             return ""
+        self.synchronize()  # raises if a kernel has failed
         peak = torch.cuda.max_memory_allocated() / 2**30
         gc.collect()
         torch.cuda.empty_cache()
@@ -210,7 +213,9 @@ def check_sampler(b: Bench) -> None:
             p.copy_(r)
             t.to_local().copy_(r)
     params = SamplingParams(n=3, max_new_tokens=32, seed=1)
-    expected, differences = Sampler(model, max_len=128, slots=4).generate(prompts, params), []
+    sampler, differences = Sampler(model, max_len=128, slots=4), []
+    expected = sampler.generate(prompts, params)
+    sampler.release()  # see `core.decode_kernels.Graphs`
     for r in expected:
         tokens = torch.tensor(prompts[r.prompt_index].tokens + r.tokens)
         start, end = len(prompts[r.prompt_index].tokens), len(tokens)
@@ -309,7 +314,7 @@ def grpo(b: Bench) -> None:
     import train_grpo
     from core.samples import Sample
 
-    count, group, new, length = (2, 2, 8, 16) if b.dry else (8, 64, 1536, 256)
+    count, group, new, length = (2, 2, 8, 16) if b.dry else (8, 48, 768, 256)
     how = dict(prompts=count, group=group, max_new_tokens=new, kl_coef=0.0, checkpointing="full")
     config = train_grpo.Config(model="-", data=["-"], out="-", **how)
     model = sharded_model(b, b.config, "full")
@@ -401,25 +406,38 @@ def pieces(args) -> dict[str, Callable[[Bench], None]]:
 def run_pieces(b: Bench, end: float) -> tuple[int, int]:
     """Runs what is not kept yet, until perf_counter() says `end`: pieces that failed, and that are
     left."""
-    failed = left = 0
+    failed, left, broken = 0, 0, False
+
+    def write_table() -> None:
+        if b.args.into:
+            table = "\n".join([b.title, "", *markdown(b.rows)])
+            (b.args.into / "rows.md").write_text(table + "\n")
+
     for name, run in pieces(b.args).items():
         kept = b.args.into and b.args.into / f"{name.replace(' ', '_')}.json"
         if kept and kept.is_file():
             b.rows += json.loads(kept.read_text())
             continue
-        if time.perf_counter() > end:
+        if broken or time.perf_counter() > end:
             left += 1
             continue
         start = len(b.rows)
+        torch.compiler.reset()  # what is compiled for one model's sizes is slower for another's
         try:
             run(b)
-            if kept:
-                kept.write_text(json.dumps(b.rows[start:]))
         except Exception as e:  # a row, not the end of a lent machine's time
             failed += 1
             traceback.print_exc()
-            b.rows.append(dict(section=name, name="error", note=f"{type(e).__name__}: {e}"))
-        b.memory()
+            note = f"{type(e).__name__}: {e}".partition("\n")[0]
+            b.rows.append(dict(section=name, name="error", note=note))
+        try:
+            b.memory()
+        except RuntimeError:  # after an illegal access every later call of this process fails
+            broken = True
+        if kept:
+            kept.write_text(json.dumps(b.rows[start:]))
+        write_table()  # now: the call may be killed in the next piece
+    write_table()
     return failed, left
 
 
@@ -454,20 +472,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.into:
         args.into.mkdir(parents=True, exist_ok=True)
     b = Bench(args)
-    try:
-        failed, left = run_pieces(b, time.perf_counter() + 60 * args.minutes)
-    finally:
-        shutdown()
+    command = " ".join(["python benchmarks/gpu.py", *(sys.argv[1:] if argv is None else argv)])
+    b.title = f"{b.name}, `{command}`, {time.strftime('%Y-%m-%d')}:"
     backend = attention.backend(b.device, b.dtype)
     info = header(size="tiny" if args.dry else args.size, gpu=b.name, attention=backend)
-    if args.into:
-        command = " ".join(["python benchmarks/gpu.py", *(sys.argv[1:] if argv is None else argv)])
-        lines = [f"{b.name}, `{command}`, {time.strftime('%Y-%m-%d')}:", "", *markdown(b.rows)]
-        (args.into / "rows.md").write_text("\n".join(lines) + "\n")
+    failed, left = run_pieces(b, time.perf_counter() + 60 * args.minutes)
     print(f"{left} pieces left: run the same command again" if left else "done")
     result = {"dry": args.dry, "failed": failed, "left": left, "rows": b.rows, "header": info}
-    print(json.dumps(result))
-    raise SystemExit(1 if failed else 0)
+    print(json.dumps(result), flush=True)
+    if not failed:  # else CUDA may be broken, and NCCL block on its way out
+        shutdown()
+    os._exit(1 if failed else 0)  # gloo's threads could abort an orderly end
 
 
 if __name__ == "__main__":

@@ -125,8 +125,20 @@ def bucket_of(rows: int, most: int) -> int:
     return min(fitting[0], most)
 
 
+@cache
+def warm_up_stream() -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace for every stream that it has run on, 32 MiB
+    on Hopper GPUs."""
+    return torch.cuda.Stream()
+
+
 class Graphs:
-    """One decode step per batch size, recorded once and replayed without Python or launch cost."""
+    """One decode step per batch size, recorded once and replayed without Python or launch cost.
+
+    All graphs of a process share the cuBLAS workspace of the stream that they are recorded on, and
+    torch 2.13 frees it with the first graph that goes (pytorch issue 193402): release one sampler
+    before another records.
+    """
 
     def __init__(self, step: Callable[[int], None], most: int):
         """step(rows) runs one step on slots 0 … rows - 1 from persistent tensors. Records it for
@@ -135,7 +147,7 @@ class Graphs:
         self.most, self.graphs, pool = most, {}, None
         self.step = step  # holds the tensors whose addresses the graphs read
         for rows in sorted({bucket_of(r, most) for r in range(1, most + 1)}, reverse=True):
-            side = torch.cuda.Stream()
+            side = warm_up_stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # lazy initialisation must not happen while recording
                 step(rows)

@@ -4,8 +4,11 @@ name."""
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from conftest import ROOT
+
+from benchmarks import gpu
 
 
 def run(*flags):
@@ -33,3 +36,36 @@ def test_every_piece_runs_with_tiny_sizes_and_only_once(tmp_path):
     for file in tmp_path.glob("*.json"):
         file.write_text(json.dumps([dict(result["rows"][0], note="kept")]))
     assert {row["note"] for row in run("--into", tmp_path)[1]["rows"]} == {"kept"}
+
+
+def test_a_piece_that_breaks_cuda_stops_one_call_only(tmp_path, monkeypatch):
+    """After an illegal access every call fails: the other pieces wait for a new process, in which
+    the one to blame is not tried again."""
+    ran = []
+
+    def piece(name):
+        def run(b):
+            ran.append(name)
+            if name == "check bad":
+                raise RuntimeError("CUDA error: illegal\nmore lines")
+            b.rows.append(dict(section="check", name=name, value=1.0, unit="", limit=None, note=""))
+
+        return run
+
+    names = ("check a", "check bad", "check c")
+    monkeypatch.setattr(gpu, "pieces", lambda args: {name: piece(name) for name in names})
+
+    def call():
+        def memory():
+            if ran[-1] == "check bad":
+                raise RuntimeError("CUDA error")
+
+        ran.clear()
+        args = SimpleNamespace(into=tmp_path)
+        b = SimpleNamespace(args=args, rows=[], title="a GPU:", memory=memory)
+        return gpu.run_pieces(b, float("inf")), list(ran)
+
+    assert call() == ((1, 1), ["check a", "check bad"])
+    assert "RuntimeError: CUDA error: illegal |" in (tmp_path / "rows.md").read_text()
+    assert call() == ((0, 0), ["check c"])
+    assert len((tmp_path / "rows.md").read_text().splitlines()) == 4 + 3

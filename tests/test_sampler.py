@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import weakref
 from contextlib import nullcontext
+from functools import cache
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -27,6 +28,7 @@ from core.decode_kernels import (
     plan_attention,
     rotate,
     swiglu,
+    warm_up_stream,
 )
 from core.decode_weights import DecodeWeights, fuse
 from core.random_numbers import sample_key, uniform
@@ -861,8 +863,11 @@ def test_recorded_graphs_keep_alive_what_they_read(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("core.decode_kernels.warm_up_stream", cache(warm_up_stream.__wrapped__))
     stop_ids = torch.tensor([7])
     graphs = Graphs(lambda rows, ids=stop_ids: ids + rows, 2)
     held = weakref.ref(stop_ids)
     del stop_ids
     assert len(graphs.graphs) == 2 and held() is not None
+    Graphs(lambda rows: None, 3)
+    assert torch.cuda.Stream.call_count == 1  # each would keep a workspace of cuBLAS
