@@ -345,7 +345,10 @@ def test_a_checkpoint_of_two_ranks_is_exported_by_one_process(two, model_dir, tm
     assert files(tmp_path / "two") != files(two.folder / "final")
     (run / "header.json").unlink()
     for arguments, words in (
-        ([str(run / "checkpoints" / "step_3"), "--out", str(tmp_path / "b")], "not found"),
+        (
+            [str(run / "checkpoints" / "step_3"), "--out", str(tmp_path / "b")],
+            "name a checkpoint in its",
+        ),
         (
             [str(run / "checkpoints" / "step_9"), "--out", str(tmp_path / "b")],
             "not a whole checkpoint",
