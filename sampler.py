@@ -13,9 +13,11 @@ Two slots, three samples; • marks a stop token:
     4      C  c3             nobody waits: C, the last running sample, moves into the hole
     5      C  c4•            the batch is always slots 0 … B-1, so a CUDA graph can replay it
 
-1. A prompt is prefilled once, packed with others; each of its n samples copies its KV.
+1. A prompt is prefilled once, packed with others; each of its n samples copies its KV. On a GPU,
+   attention then reads a long prompt once for all its samples (`samples_sharing`).
 2. A token's random number depends on (seed, sample id, position) and nothing else. Neither slots,
-   refills nor ranks change what is sampled, up to the rounding of matrix products of other sizes.
+   refills nor ranks change what is sampled, up to the rounding of matrix products of other sizes
+   and, on a GPU, of attention to prompts.
 3. Log-probabilities are the trainer's: `model.head_logits`, fp32, after temperature, before top-p.
 4. Forced exit: the paper (arXiv 2505.03981, section 2.1) stops at a length, appends `</think>` and
    generates again; here the tokens are inserted in place, one a step, and never trained on.
@@ -38,7 +40,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.attention import attend
+from core.attention import HALF, attend
 from core.decode_kernels import Graphs, as_one_kernel, decode_attend, exp_and_sum, plan_attention
 from core.decode_weights import DecodeWeights
 from core.random_numbers import sample_key, uniform
@@ -142,7 +144,7 @@ def sample_next_token(s: Slots, model: Model, p: SamplingParams) -> torch.Tensor
     if p.temperature == 0:
         token, lse = logits.argmax(-1), logits.logsumexp(-1)
     else:
-        token, lse = sample_token(logits, uniform(s.key, s.count), p.top_p)
+        token, lse = sample_token(logits, as_one_kernel(uniform, s.key, s.count), p.top_p)
     forced = None
     if p.forced_exit is not None:
         token, forced = force_exit(s, token, p.forced_exit)
@@ -201,12 +203,14 @@ def decode_step(
     s: Slots,
     p: SamplingParams,
     bounds: list[int] | None = None,
+    sharing: int = 0,
 ) -> None:
     """One token for every row of `s`, in place. The host reads no value: a CUDA graph can hold it.
-    angles: cos and sin by position, (max_len, D/2) each; bounds: see `plan_attention`."""
+    angles: cos and sin by position, (max_len, D/2) each; bounds: see `plan_attention`. sharing: the
+    most samples a prompt in `s.groups`, 0: each reads its own copy."""
     x = model.model.embed_tokens(sample_next_token(s, model, p))  # (B, C)
     cos, sin = (a[s.length + s.rope_delta] for a in angles)  # new tokens are text: one position
-    plan = plan_attention(s.length, s.kv.shape[3], bounds)
+    plan = plan_attention(s.length, s.kv.shape[3], bounds, s.groups, sharing)
     rows = torch.arange(len(x), device=x.device)
     for layer, keys, values in zip(model.model.layers, *s.kv):  # (B, capacity, Hkv, D) each
 
@@ -305,6 +309,19 @@ def check_prompts(prompts: Sequence, ids, new_tokens: int, max_len: int, model: 
             raise ValueError(f"prompt {i}: {fault}")
 
 
+# Reading prompts once gains 15 % from here on, by the model in BENCHMARKS.md.
+SHARED_ROWS = 64  # samples in a step: the prompts of fewer do not fill a GPU
+SHARED_TOKENS = 448  # prompt tokens a sample that go unread: 512 in a group of 8, of which 7 gain
+
+
+def samples_sharing(prompts: Sequence, samples: int, weight: torch.Tensor) -> int:
+    """How many samples' decode attention reads a prompt together: these samples of each prompt, or
+    0 where each reads its own copy. weight: says device and dtype."""
+    unread = sum(len(p.tokens) for p in prompts) * (samples - 1)
+    pays = unread >= SHARED_TOKENS * len(prompts) * samples
+    return samples if weight.is_cuda and weight.dtype in HALF and pays else 0
+
+
 class Sampler:
     """Weights, KV memory and recorded graphs, which outlive a call."""
 
@@ -343,16 +360,16 @@ class Sampler:
         torch.cuda.empty_cache()  # nothing happens without CUDA
 
     def _allocate(self, weight: torch.Tensor) -> None:
-        """The slots: as many as asked for, or as memory allows."""
-        if self.slots is not None:
-            self.slots.done.fill_(1)
-            return
-        form = self.config, weight.dtype, weight.device
-        wanted = self.wanted_slots, self.kv_gb, self.max_len, self.prefill_tokens
-        self.usable = number_of_slots(*wanted, *form)
-        self.slots = Slots.allocate(max(self.usable, self.min_rows), self.max_len, *form)
-        positions = torch.arange(self.max_len, device=weight.device).expand(3, -1)
-        self.angles = rope_cos_sin(positions, self.config)  # of every position of a new token
+        """The slots, all empty: as many as asked for, or as memory allows."""
+        if self.slots is None:
+            form = self.config, weight.dtype, weight.device
+            wanted = self.wanted_slots, self.kv_gb, self.max_len, self.prefill_tokens
+            self.usable = number_of_slots(*wanted, *form)
+            self.slots = Slots.allocate(max(self.usable, self.min_rows), self.max_len, *form)
+            positions = torch.arange(self.max_len, device=weight.device).expand(3, -1)
+            self.angles = rope_cos_sin(positions, self.config)  # of every position of a new token
+        self.slots.done.fill_(1)
+        self.slots.group([], self.config)
 
     @torch.inference_mode()
     def generate(
@@ -380,14 +397,19 @@ class Sampler:
         if not prompts:
             return []
         model = self.decoder.current()
-        self._allocate(model.model.embed_tokens.weight)
-        step = self._step(model, params)
+        weight = model.model.embed_tokens.weight
+        self._allocate(weight)
+        sharing = samples_sharing(prompts, len(indices), weight)
+        step = self._step(model, params, sharing)
         call = Scheduler(self.slots, self.usable, prompts, params, ids, indices)
         finished, self.stats = [], {"decode_seconds": 0.0, "decode_tokens": 0}
         try:
             with tqdm(total=len(call.waiting), disable=not progress, unit="sample") as bar:
                 while call.waiting or any(call.running):
                     call.admit(model, self.prefill_tokens)
+                    if sharing:
+                        running = [(c.prompt_index, c.prompt_tokens) for c in call.running]
+                        self.slots.group(running, self.config)
                     start = time.perf_counter()
                     for _ in range(self.sync_every):
                         step(call.lengths + [0] * (self.min_rows - len(call.lengths)))
@@ -408,18 +430,20 @@ class Sampler:
             raise
         return sorted(finished, key=lambda c: (c.prompt_index, c.sample_index))
 
-    def _step(self, model: Model, params: SamplingParams) -> Callable[[list[int]], None]:
+    def _step(
+        self, model: Model, params: SamplingParams, sharing: int
+    ) -> Callable[[list[int]], None]:
         """One decode step, as a function of `Scheduler.lengths`. On CUDA it is recorded once for
-        all calls with the parameters that it depends on."""
+        all calls with the parameters that it depends on. sharing: from `samples_sharing`."""
         p = params.on(model.head_weight().device)
 
         def step(rows: int, bounds: list[int] | None = None) -> None:
             slots = self.slots.first(rows)
-            decode_step(model, self.angles, slots, p, bounds)
+            decode_step(model, self.angles, slots, p, bounds, sharing * (rows >= SHARED_ROWS))
 
         if not model.head_weight().is_cuda:
             return lambda bounds: step(len(bounds), bounds)
-        key = repr((p.temperature, p.top_p, list(params.stop_ids), params.forced_exit))
+        key = repr((p.temperature, p.top_p, list(params.stop_ids), params.forced_exit, sharing))
         if key not in self.graphs:
             self.graphs[key] = Graphs(step, len(self.slots.done))
         return lambda bounds: self.graphs[key].replay(len(bounds))

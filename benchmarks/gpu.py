@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+import sampler as sampler_module  # noqa: E402
 from core import attention  # noqa: E402
 from core.optim import adamw, guarded_step  # noqa: E402
 from core.parallel import init, shard, shutdown  # noqa: E402
@@ -185,21 +186,35 @@ def check_attention(b: Bench) -> None:
 
 
 def check_decode(b: Bench) -> None:
-    """Attention of one decode step at the 7B's heads, at lengths around the edges of its splits."""
+    """Attention of one decode step at the 7B's heads, at lengths at the edges of its splits; and
+    with prompts of odd lengths read once for 8 samples each, in mixed slots, the last one empty."""
     from core.decode_kernels import SPLITS, decode_attend, plan_attention
+    from core.slots import Slots
 
     heads, kv_heads, size, capacity = (4, 2, 16, 128) if b.dry else (28, 4, 128, 6144)
-    edge = capacity // SPLITS
-    lengths = torch.tensor([0, edge - 1, edge, edge + 1, capacity - 1])
-    g = torch.Generator().manual_seed(0)
-    q = torch.randn(5, heads, size, generator=g).to(b.dtype)
-    k, v = torch.randn(2, 5, capacity, kv_heads, size, generator=g).to(b.dtype)
-    plan = plan_attention(lengths.to(b.device), capacity, lengths.tolist())
-    ours = decode_attend(*(x.to(b.device) for x in (q, k, v)), plan).float().cpu()
-    plan = plan_attention(lengths, capacity, lengths.tolist())
-    exact = decode_attend(q.float(), k.float(), v.float(), plan)
-    error = ((ours - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).max().item()
-    b.row("check", "decode attention, relative error", error, "", note="bf16: ≤ 1e-2")
+    c = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv_heads)
+    g, edge = torch.Generator().manual_seed(0), capacity // SPLITS
+
+    def error(name: str, lengths: list[int], running: list[tuple[int, int]]) -> None:
+        rows = len(lengths)
+        q = torch.randn(rows, heads, size, generator=g).to(b.dtype)
+        kv = torch.randn(2, 1, rows, capacity, kv_heads, size, generator=g).to(b.dtype)
+        for slot, (prompt, tokens) in enumerate(running):
+            kv[:, :, slot, :tokens] = kv[:, :, prompt, :tokens]
+        groups = torch.zeros(7, rows + 1, dtype=torch.int32, device=b.device)
+        Slots(torch.zeros(9, rows), kv, groups=groups).group(running, c)
+        length, most = torch.tensor(lengths, device=b.device), 8 if running else 0
+        plan = plan_attention(length, capacity, lengths, groups, most)
+        ours = decode_attend(*(x.to(b.device) for x in (q, *kv[:, 0])), plan).float().cpu()
+        plan = plan_attention(torch.tensor(lengths), capacity, lengths)
+        exact = decode_attend(q.float(), *kv[:, 0].float(), plan)
+        worst = ((ours - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).max().item()
+        b.row("check", f"{name}, relative error", worst, "", note="bf16: ≤ 1e-2")
+
+    error("decode attention", [0, edge - 1, edge, edge + 1, capacity - 1], [])
+    running = [(i % 2, (edge // 3 + 1, 2 * edge + 3)[i % 2]) for i in range(16)]
+    lengths = [tokens + i * edge // 9 for i, (_, tokens) in enumerate(running)]
+    error("decode attention, prompts read once", [*lengths, 0], running)
 
 
 def check_sampler(b: Bench) -> None:
@@ -305,6 +320,24 @@ def decode(b: Bench, rows: int, context: int) -> None:
     b.row("decode", f"B = {rows}, context {context}", speed, "tok/s", limit, b.memory())
 
 
+def decode_groups(b: Bench) -> None:
+    """Groups of 8 on prompts of 1,024 tokens: each sample reads its own copy, then one for all."""
+    rows, group, length, new = (4, 2, 16, 8) if b.dry else (256, 8, 1024, 256)
+    model = plain_model(b.config, b.dtype, b.device)
+    prompts, params = [length] * (rows // group), SamplingParams(n=group, max_new_tokens=new)
+    prompts, usual, speeds = prompts_of(b.config, prompts), sampler_module.SHARED_TOKENS, []
+    sampler = Sampler(model, max_len=length + new, slots=rows)
+    for name, least in (("a copy each", length), ("read once", 0)):
+        sampler_module.SHARED_TOKENS = least
+        for _ in range(2):  # records the graphs
+            sampler.generate(prompts, params)
+        sampler_module.SHARED_TOKENS = usual
+        speeds.append(rows * new / sampler.stats["decode_seconds"])
+        name = f"B = {rows}, prompts of {length} × {group}, {name}"
+        b.row("decode", name, speeds[-1], "tok/s", note=b.memory())
+    b.row("decode", "prompts read once, gain", speeds[1] / speeds[0], "×", note="1.6 by the model")
+
+
 def grpo(b: Bench) -> None:
     """Rollouts and update of one step as train_grpo does them, rewards at random."""
     from types import SimpleNamespace
@@ -399,7 +432,7 @@ def pieces(args) -> dict[str, Callable[[Bench], None]]:
     loads = [(64, 1024), (128, 1024), (256, 1024), (64, 4096), (128, 4096)]
     for rows, context in [(4, 32)] if args.dry else loads:
         out[f"decode {rows} {context}"] = partial(decode, rows=rows, context=context)
-    out |= {"grpo": grpo, "vision": vision, "peer": peer}
+    out |= {"decode groups": decode_groups, "grpo": grpo, "vision": vision, "peer": peer}
     return {name: run for name, run in out.items() if name.split()[0] in args.only}
 
 

@@ -43,6 +43,7 @@ def _choose_flash() -> tuple[str, object]:
 
 
 FLASH_NAME, flash_attn_varlen_func = _choose_flash()
+HALF = (torch.bfloat16, torch.float16)  # what FlashAttention takes
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -71,7 +72,7 @@ def attend(
     Two documents of 3 and 2 tokens: cu_seqlens = [0, 3, 5]; token 3 attends to itself alone, token
     4 to tokens 3 and 4. Equals `F.scaled_dot_product_attention` with a block-diagonal mask.
     """
-    if not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
+    if not (q.is_cuda and q.dtype in HALF):
         return _attend_sdpa(q, k, v, cu_seqlens, causal)
     ends = (cu_seqlens, cu_seqlens, max_len, max_len)
     if flash_attn_varlen_func is not None:
@@ -99,5 +100,5 @@ def _attend_sdpa(q, k, v, cu_seqlens, causal):
 
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that `attend` uses for tensors like these, for a run's header."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return FLASH_NAME if torch.device(device).type == "cuda" and half else "SDPA per document"
+    on_gpu = torch.device(device).type == "cuda"
+    return FLASH_NAME if on_gpu and dtype in HALF else "SDPA per document"

@@ -2,13 +2,14 @@
 CUDA graphs of whole decode steps. Attention:
 
     torch varlen_attn   CUDA, bf16 or fp16: the cache is one flat stream, and `seqused_k` says how
-                        many tokens of each sequence count
+                        many tokens of each sequence count. Prompts can be read once for all their
+                        samples: one call over the prompts, one over what samples added, merged
     SDPA                CUDA in fp32: the whole cache under a mask
                         CPU: a few neighbouring sequences a call, as far as the longest of them
 
 FlashAttention splits a sequence into a constant number of equal parts of its capacity, whatever the
 batch, so that a sequence is summed in the same order whoever its neighbours are. The CUDA branches
-have run on fake tensors, and on no GPU yet.
+have run on fake tensors and against stand-ins for the kernel on the CPU, and on no GPU yet.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-from core.attention import apply_rope
+from core.attention import HALF, apply_rope
 
 SPLITS = 4  # parts of a sequence that are reduced side by side: fills a GPU at small batches
 CPU_ROWS = 8  # sequences per SDPA call: fewer follow their lengths closer, more have less overhead
@@ -28,14 +29,27 @@ CPU_STEP = 64  # lengths are rounded up to this, so that masked tails stay align
 
 
 # -------------------------------------------------------------------------------- one decode step
-def plan_attention(length: torch.Tensor, capacity: int, bounds: list[int] | None):
+def plan_attention(
+    length: torch.Tensor,
+    capacity: int,
+    bounds: list[int] | None,
+    groups: torch.Tensor | None = None,
+    most: int = 0,
+):
     """What all layers of one decode step share; an opaque plan for `decode_attend`. length (B,):
     tokens in each sequence's cache, without the new one. capacity: the most a cache can hold.
-    bounds: on the CPU, an upper bound of each `length` that the host knows."""
+    bounds: on the CPU, an upper bound of each `length` that the host knows. groups (7, B + 1) from
+    `Slots.group`, most > 0: on CUDA in bf16 or fp16, read a prompt once for its samples, `most` at
+    most."""
     rows = len(length)
     if length.is_cuda:
         edges = torch.arange(rows + 1, dtype=torch.int32, device=length.device)
-        return edges, edges * capacity, (length + 1).int(), capacity
+        if not most:
+            return edges, edges * capacity, (length + 1).int(), capacity, None
+        queries, prompt_starts, starts, *by_row = groups.unbind(0)
+        used, order, place, shared = (row[:-1] for row in by_row)
+        prompts = queries, prompt_starts, used, most, order, place, shared
+        return edges, starts, (length + 1 - shared).int(), capacity, prompts
     parts = []
     for a in range(0, rows, CPU_ROWS):
         b = min(a + CPU_ROWS, rows)
@@ -58,18 +72,23 @@ def decode_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan) -> to
     token → (B, Hq, D). Equals `attention.attend` of each query with its first length + 1 keys."""
     if not q.is_cuda:
         return _attend_sdpa(q, k, v, plan)
-    edges, starts, used, capacity = plan
-    if q.dtype not in (torch.bfloat16, torch.float16):
+    edges, starts, used, capacity, prompts = plan
+    if q.dtype not in HALF:
         return _attend_sdpa(q, k, v, [(0, len(q), capacity, _mask(used, capacity))])
     # The open window matters. With a causal one FlashAttention 2 neither packs the query heads of
     # a KV head into one tile (the cache would be read 7 times) nor splits the sequence.
-    return varlen_attn(
-        *(q, k.flatten(0, 1), v.flatten(0, 1), edges, starts, 1, capacity),
-        window_size=(-1, -1),
-        enable_gqa=q.shape[1] != k.shape[2],
-        seqused_k=used,
-        num_splits=SPLITS,
-    )
+    flat = k.flatten(0, 1), v.flatten(0, 1)
+    how = dict(window_size=(-1, -1), return_aux=AuxRequest(lse=True))
+    gqa, ends = q.shape[1] != k.shape[2], (edges, starts, 1, capacity)
+    own = varlen_attn(*(q, *flat, *ends), enable_gqa=gqa, seqused_k=used, num_splits=SPLITS, **how)
+    if prompts is None:
+        return own[0]
+    # It packs heads for one query a sequence only, and splits no other: these are packed here.
+    queries, starts, used, most, order, place, shared = prompts
+    packed = as_one_kernel(pack_queries, q, order, k.shape[2])
+    ends = queries, starts, most * (q.shape[1] // k.shape[2]), capacity
+    prompt = varlen_attn(packed, *flat, *ends, seqused_k=used, num_splits=1, **how)
+    return as_one_kernel(merge_parts, *own, *prompt, place, shared)
 
 
 def _attend_sdpa(q, k, v, parts):
@@ -113,6 +132,24 @@ def exp_and_sum(logits: torch.Tensor, top: torch.Tensor) -> tuple[torch.Tensor, 
     """logits (B, V), their maxima (B, 1) → exp(logits - top), its sums (B, 1)."""
     p = (logits - top).exp_()
     return p, p.sum(-1, keepdim=True)
+
+
+def pack_queries(q: torch.Tensor, order: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """q (B, Hq, D) → (B G, Hkv, D), samples in this order: the G query heads that read a KV head as
+    G queries, so that FlashAttention reads it once for them."""
+    return q[order].unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def merge_parts(own, own_lse, prompt, prompt_lse, place, shared):
+    """Attention over two parts of the keys → over both, (B, Hq, D), by their log-sum-exp. own
+    (B, Hq, D), its lse (Hq, B); prompt (B G, Hkv, D), packed, its lse (Hkv, B G), sample i at
+    place[i]. Where a sample shares nothing, the prompt's part is empty and undefined."""
+    packed = -1, own.shape[1] // prompt.shape[1]  # (B, G)
+    prompt = prompt.unflatten(0, packed)[place].transpose(1, 2).flatten(1, 2)
+    prompt_lse = prompt_lse.unflatten(1, packed)[:, place].transpose(0, 1).flatten(1)
+    weight = torch.sigmoid(prompt_lse - own_lse.t())[..., None]  # of the prompt: eᵃ / (eᵃ + eᵇ)
+    both = torch.lerp(own.float(), prompt.float(), weight).to(own.dtype)
+    return torch.where(shared[:, None, None] > 0, both, own)
 
 
 # ------------------------------------------------------------------------------------ CUDA graphs

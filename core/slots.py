@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from core.plan import GIB, kv_bytes
 
@@ -24,6 +25,7 @@ class Slots:
     hidden: torch.Tensor | None = None  # (S, C) of the last token, after the final norm
     tokens: torch.Tensor | None = None  # (S, capacity + 1); finished rows write to the last column
     logprobs: torch.Tensor | None = None  # (S, capacity + 1) fp32
+    groups: torch.Tensor | None = None  # (7, S + 1) int32, see `group`
 
     def __post_init__(self):
         (
@@ -48,13 +50,15 @@ class Slots:
         hidden = torch.zeros(slots, c.hidden_size, dtype=dtype, device=device)
         logprobs = torch.zeros(slots, capacity + 1, device=device)
         kv = kv.transpose(3, 4) if device.type == "cpu" else kv
-        made = cls(state, kv, hidden, logprobs.long(), logprobs)
+        groups = torch.zeros(7, slots + 1, dtype=torch.int32, device=device)
+        made = cls(state, kv, hidden, logprobs.long(), logprobs, groups)
         made.done.fill_(1)
         return made
 
     def first(self, rows: int) -> Slots:
-        tensors = (self.hidden, self.tokens, self.logprobs)
-        return Slots(self.state[:, :rows], self.kv[:, :, :rows], *(t[:rows] for t in tensors))
+        tensors = [t[:rows] for t in (self.hidden, self.tokens, self.logprobs)]
+        state, groups = self.state[:, :rows], self.groups[:, : rows + 1]
+        return Slots(state, self.kv[:, :, :rows], *tensors, groups)
 
     def start(self, slots: list[int], lengths, deltas, limit: int, keys) -> None:
         """Set the state of new samples whose KV and hidden state are in place."""
@@ -68,6 +72,33 @@ class Slots:
         self.kv[:, :, slot, : length + 1] = 0
         self.length[slot] = 0
         self.done[slot] = 1
+
+    def group(self, running: list[tuple[int, int]], c) -> None:
+        """Tell attention which slots hold the same prompt, for a decode step that reads it once.
+        running: (prompt, its tokens) of slots 0, 1, …; the others are empty. c: the configuration.
+
+        `order` lists the slots with samples of a prompt side by side. In it, the first slot of a
+        prompt begins a sequence of queries, over that slot's copy of the prompt; the sequences of
+        the others are empty. Slots of prompts A, B, A and none: order 0 2 1 3, edges 0 2 2 3 4,
+        times the query heads that read a KV head.
+        """
+        slots, capacity = self.kv.shape[2:4]
+        last = max((prompt for prompt, _ in running), default=0)
+        running = running + [(last + 1 + i, 0) for i in range(slots - len(running))]
+        prompt, shared = torch.tensor(running).unbind(1)
+        prompt, order = prompt.sort(stable=True)
+        ends = torch.searchsorted(prompt, prompt, right=True)
+        rows = [
+            order * capacity,  # in the flat cache: where a sequence's prompt begins
+            torch.arange(slots) * capacity + shared,  # by slot: where the sample's own tokens begin
+            shared[order],  # how many tokens a sequence's prompt has
+            order,
+            order.argsort(),  # by slot: its index in `order`
+            shared,  # by slot
+        ]
+        edges = ends * (c.num_attention_heads // c.num_key_value_heads)
+        rows = [F.pad(edges, (1, 0)), *(F.pad(row, (0, 1)) for row in rows)]
+        self.groups.copy_(torch.stack(rows))
 
     def move(self, source: int, target: int, length: int, count: int) -> None:
         """A running sample with `length` cached and `count` new tokens into a free slot."""

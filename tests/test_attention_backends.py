@@ -5,14 +5,18 @@ and out. The arguments, what is saved, and the gradients' way back are the real 
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from test_model import FLAT_7B, text_stream
+from test_sampler import assert_same, load, text_prompt
 
 import model
+import sampler
 from core import attention, decode_kernels
+from core.slots import Slots
 from model import Block, ModelConfig, rope_cos_sin
 
 
@@ -23,7 +27,7 @@ class OnGpu(torch.Tensor):
 
 
 def probabilities(q, k, causal, scale, lse=None):
-    """q (n, Hq, D), k (n, Hkv, D) of one document, in fp32 → (Hq, n, n) and their log-sum-exp."""
+    """q (n, Hq, D), k (m, Hkv, D) of one document, in fp32 → (Hq, n, m) and their log-sum-exp."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
     if causal:
@@ -69,6 +73,31 @@ def flash_backward(
         ):
             into[s] = parts.unflatten(1, (-1, group)).sum(2).to(q.dtype)
     return dq, dk, dv
+
+
+def flash_decode(
+    q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None, seqused_k, num_splits,
+    **rest,
+):  # fmt: skip
+    """aten::_flash_attention_forward over a cache: `cu_k` says where a sequence's keys begin and no
+    more. FlashAttention 2 writes 0 and +inf where there are none, and splits one query only."""
+    assert rest.pop("window_size_left") == rest.pop("window_size_right") == -1 and not causal
+    assert not any(rest.values()) and len(seqused_k) + 1 == len(cu_q) == len(cu_k)
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (cu_q, cu_k, seqused_k))
+    assert cu_q[0] == 0 and cu_q[-1] == len(q) and 0 <= cu_q.diff().min()
+    assert cu_q.diff().max() <= max_q and seqused_k.max() <= max_k
+    assert num_splits == (4 if max_q == 1 else 1)
+    out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[1], len(q)), torch.nan)
+    bounds = zip(cu_q.tolist(), cu_q[1:].tolist(), cu_k.tolist(), seqused_k.tolist())
+    for a, b, start, used in bounds:
+        if used == 0:
+            out[a:b], lse[:, a:b] = 0, torch.inf
+        elif b > a:
+            keys, values = (x[start : start + used] for x in (k, v))
+            p, lse[:, a:b] = probabilities(q[a:b], keys, False, scale or q.shape[2] ** -0.5)
+            values = values.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+            out[a:b] = torch.einsum("hqk,khd->qhd", p, values).to(q.dtype)
+    return out, lse, torch.empty(0), torch.empty(0), torch.empty(0)
 
 
 @pytest.fixture
@@ -217,3 +246,101 @@ def test_fp32_decode_on_a_gpu_equals_the_cpus():
     masked = decode_kernels._attend_sdpa(q, k, v, [(0, 5, 100, mask)])
     assert (masked - decode_kernels.decode_attend(q, k, v, plan)).abs().max() < 2e-6
     assert attention.backend("cpu", torch.bfloat16) == "SDPA per document"
+
+
+# ------------------------------------------------------------------- prompts read once in decode
+@pytest.fixture
+def decoding(monkeypatch):
+    """Decode attention as on a GPU, also in fp32, on the CPU; yields, for each call over prompts,
+    the keys that it read."""
+    read = []
+
+    def kernel(q, k, v, cu_q, *args, **kwargs):
+        if args[1] > 1:
+            read.append(int((kwargs["seqused_k"] * (cu_q.diff() > 0)).sum()))
+        return flash_decode(q, k, v, cu_q, *args, **kwargs)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", kernel, "CPU")
+    monkeypatch.setattr(decode_kernels, "HALF", (torch.bfloat16, torch.float32))
+    monkeypatch.setattr(decode_kernels, "compiled", lambda function: function)
+    yield read
+    library._destroy()
+
+
+def on_gpu(function):
+    """function(tensor, …) as on a GPU."""
+
+    def run(x, *args):
+        out = function(x.as_subclass(OnGpu), *args)
+        return out.as_subclass(torch.Tensor) if isinstance(out, torch.Tensor) else out
+
+    return run
+
+
+plan_attention, decode_attend = map(
+    on_gpu, (decode_kernels.plan_attention, decode_kernels.decode_attend)
+)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (3, 3)])
+@pytest.mark.parametrize("rows", [14, 18])
+def test_attention_that_reads_prompts_once(decoding, heads, kv_heads, rows):
+    """Groups of 8, 3, 2 and 1 in any order of slots, prompts of many lengths, empty slots behind:
+    as each sample's attention over its own slot, whose other tokens are NaN here."""
+    g, capacity, size = torch.Generator().manual_seed(rows), 100, 16
+    shape = dict(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=size)
+    c = SimpleNamespace(num_hidden_layers=1, hidden_size=8, **shape)
+    slots = Slots.allocate(18, capacity, c, torch.float32, torch.device("cpu"))
+    tokens = [33, 1, 64, 90]  # of each prompt
+    prompts = [[0] * 8, [1] * 3, [2] * 2, [3]]
+    prompts = [p for group in prompts for p in group]
+    prompts = [prompts[i] for i in torch.randperm(14, generator=g)]
+    own = torch.randint(0, 10, (14,), generator=g).tolist()
+    kv = torch.full((2, 18, capacity, kv_heads, size), torch.nan)
+    prompt_kv = torch.randn(4, 2, 90, kv_heads, size, generator=g)
+    for i, p in enumerate(prompts):
+        kv[:, i, : tokens[p]] = prompt_kv[p, :, : tokens[p]]
+        added = torch.randn(2, own[i] + 1, kv_heads, size, generator=g)
+        kv[:, i, tokens[p] : tokens[p] + own[i] + 1] = added
+    kv[:, 14:, 0] = 1  # an empty slot's row runs along
+    length = torch.tensor([tokens[p] + n for p, n in zip(prompts, own)] + [0] * 4)[:rows]
+    q, (k, v) = torch.randn(rows, heads, size, generator=g), kv[:, :rows]
+    slots.group([(p + 7, tokens[p]) for p in prompts], c)
+    exact = decode_attend(q, k, v, plan_attention(length, capacity, None))
+    assert not decoding and not exact.isnan().any()
+    plan = plan_attention(length, capacity, None, slots.first(rows).groups, 8)
+    assert (decode_attend(q, k, v, plan) - exact).abs().max() < 2e-6
+    assert decoding == [sum(tokens)]
+    assert relative(decode_attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), plan), exact) < 6e-3
+
+
+@pytest.mark.parametrize("slots, every, rows", [(64, 1, 1), (5, 8, 1), (11, 8, 16)])
+def test_a_sampler_that_reads_prompts_once(tiny_vl, decoding, monkeypatch, slots, every, rows):
+    """Through refills, moves and ends, with what an ended sample leaves poisoned: the same samples,
+    and never more keys read than those of the prompts that run."""
+    prompts = [text_prompt(n, seed=1) for n in (3, 41, 8, 25, 1, 12)]
+    params = sampler.SamplingParams(n=8, max_new_tokens=24, stop_ids=range(12), seed=3)
+    model = load(tiny_vl)
+    expected = sampler.Sampler(model, max_len=80, slots=48).generate(prompts, params)
+    free, group, running = Slots.free, Slots.group, []
+
+    def poisoned(self, slot, length):
+        free(self, slot, length)
+        self.kv[:, :, slot] = torch.nan  # the row runs along and writes position 0 before it reads
+
+    def grouped(self, of, c):
+        running.append(sum(tokens for _, tokens in set(of)))
+        group(self, of, c)
+
+    for name, function in (("plan_attention", plan_attention), ("decode_attend", decode_attend)):
+        monkeypatch.setattr(sampler, name, function)
+    monkeypatch.setattr(sampler, "samples_sharing", lambda prompts, samples, weight: samples)
+    monkeypatch.setattr(sampler, "SHARED_ROWS", 1)
+    monkeypatch.setattr(Slots, "free", poisoned)
+    monkeypatch.setattr(Slots, "group", grouped)
+    s = sampler.Sampler(model, max_len=80, slots=slots, min_rows=rows)
+    s.sync_every = every
+    assert_same(s.generate(prompts, params), expected, 1e-5)
+    layers = model.config.num_hidden_layers
+    assert running[0] == 0 and decoding == [n for n in running[1:] for _ in range(layers * every)]

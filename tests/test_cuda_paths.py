@@ -108,9 +108,10 @@ def test_kernels_of_a_whole_decode_step():
     """The 7B at 256 sequences, what is compiled counted as one; the trainer's blocks would start
     far more. Nothing in it may wait."""
     seen = seen_in("decode_step")
-    assert seen["fused"]["waits"] == 0
-    fused, blocks = (seen[name]["kernels"] for name in ("fused", "blocks"))
-    assert fused <= 427 and blocks > 2 * fused
+    assert seen["fused"]["waits"] == seen["shared"]["waits"] == 0
+    fused, blocks, shared = (seen[name]["kernels"] for name in ("fused", "blocks", "shared"))
+    assert fused <= 409 and blocks > 2 * fused and shared <= fused + 3 * 28
+    assert [seen[name]["attention"] for name in ("fused", "shared")] == [28, 2 * 28]
 
 
 def test_the_samplers_copy_is_gathered_unit_by_unit():

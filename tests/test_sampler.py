@@ -7,6 +7,7 @@ import gc
 import weakref
 from contextlib import nullcontext
 from functools import cache
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -25,6 +26,8 @@ from core.decode_kernels import (
     bucket_of,
     decode_attend,
     exp_and_sum,
+    merge_parts,
+    pack_queries,
     plan_attention,
     rotate,
     swiglu,
@@ -37,7 +40,7 @@ from core.vision import mrope_positions
 from core.weights import load_hf
 from data import Prompt
 from model import Model, ModelConfig
-from sampler import Sampler, SamplingParams, Scheduler, nucleus, sample_token
+from sampler import Sampler, SamplingParams, Scheduler, nucleus, sample_token, samples_sharing
 from tools.memory import published_config
 
 IMAGE, START, END = 302, 300, 301  # ids of tiny_model's configs
@@ -816,12 +819,18 @@ def test_what_is_compiled_on_a_gpu_equals_eager():
     cos, sin = torch.randn(2, 6, 8, generator=g)
     head = torch.rand(16, generator=g)
     qkv, logits = torch.randn(6, 8 * 16, generator=g), torch.randn(6, 500, generator=g)
+    order = torch.tensor([2, 0, 5, 1, 4, 3], dtype=torch.int32)
+    prompt, own = torch.randn(2, 6, 4, 16, generator=g)
+    key, count = torch.randint(-(2**63), 2**63 - 1, (6,), generator=g), torch.arange(6) * 1000
 
     def everything():
         return (
             *rotate(qkv, cos, sin, head, head, 1e-6, 2, 16),
             swiglu(qkv),
             *exp_and_sum(logits, logits.amax(-1, True)),
+            packed := pack_queries(prompt, order, 2),
+            merge_parts(own, own[..., 0].t(), packed, packed[..., 0].t(), order, order - 1),
+            uniform(key, count),
         )
 
     for ours, expected in zip(torch.compile(everything, fullgraph=True)(), everything()):
@@ -846,6 +855,30 @@ def test_decode_attention_equals_packed_attention():
             -1
         ]
         assert (out[i] - expected).abs().max() < 2e-6
+
+
+def test_when_prompts_are_read_once(model, monkeypatch):
+    """On a GPU in half precision, where enough prompt tokens go unread; a step with few samples
+    reads each sample's own copy."""
+    gpu = dict(is_cuda=True, dtype=torch.bfloat16)
+    for samples, tokens, weight, expected in [
+        (8, (500, 524), gpu, 8),
+        (8, (500, 523), gpu, 0),
+        (2, (900, 896), gpu, 2),
+        (1, (5000,), gpu, 0),
+        (8, (5000,), dict(gpu, is_cuda=False), 0),
+        (8, (5000,), dict(gpu, dtype=torch.float32), 0),
+    ]:
+        prompts = [Prompt([1] * n, None, None) for n in tokens]
+        assert samples_sharing(prompts, samples, SimpleNamespace(**weight)) == expected
+    seen = []
+    monkeypatch.setattr(sampler_module, "decode_step", lambda *args: seen.append(args[-1]))
+    s = Sampler(model, max_len=8, slots=65)
+    s._allocate(model.head_weight())
+    step = s._step(model, PARAMS, 8)
+    for rows in (63, 64):
+        step([0] * rows)
+    assert seen == [0, 8]
 
 
 def test_every_batch_has_a_bucket():

@@ -249,7 +249,8 @@ def fused_as_one(seen) -> None:
 
 
 def decode_step(rows: str = "256") -> dict:
-    """A whole decode step of the 7B, with its blocks as the model has them, and fused."""
+    """A whole decode step of the 7B, with its blocks as the model has them, fused, and with prompts
+    read once for 8 samples."""
     import sampler
     from core.decode_weights import fuse
     from core.slots import Slots
@@ -264,13 +265,17 @@ def decode_step(rows: str = "256") -> dict:
         slots = Slots.allocate(int(rows), 2048, config, torch.bfloat16, world.device)
         angles = rope_cos_sin(torch.arange(2048, device=world.device).expand(3, -1), config)
         params = sampler.SamplingParams(stop_ids=[5, 6]).on(world.device)
-        for name in ("blocks", "fused"):
+        for name, sharing in (("blocks", 0), ("fused", 0), ("shared", 8)):
             for layer in model.model.layers if name == "fused" else []:
                 fuse(layer)
             with fake_cuda.Watch() as seen:
                 fused_as_one(seen)
-                sampler.decode_step(model, angles, slots, params)
-            out[name] = {"kernels": kernels(seen.operations), "waits": seen.waits.total()}
+                sampler.decode_step(model, angles, slots, params, None, sharing)
+            out[name] = {
+                "kernels": kernels(seen.operations),
+                "waits": seen.waits.total(),
+                "attention": seen.operations["torch_attn._varlen_attn.default"],
+            }
     return out
 
 
