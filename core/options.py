@@ -77,7 +77,7 @@ def parse_config(cls: type[T], doc: str | None, argv: list[str] | None = None) -
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     add = groups["run"].add_argument
     add("-h", "--help", action="help", help="show this text")
-    text = "json or yaml of settings; flags add to them and win, --no_X where X is on"
+    text = "json or yaml of settings; flags add to them and win; --no_X turns X off"
     add("--config", metavar="FILE", help=text)
     fields, hints = dataclasses.fields(cls), typing.get_type_hints(cls)
     flags = {_add(groups[f.metadata["group"]], f, hints[f.name]): f for f in fields}
