@@ -330,9 +330,8 @@ class RolloutBatch:
     entries belong to the tokens that were sampled (`stream.supervised_rows`), in order."""
 
     stream: Batch
-    samples: list[int]  # their indices in the update's list of samples
-    counts: torch.Tensor  # (N,) sampled tokens of each
-    sequence: torch.Tensor  # (R,) index into `samples` and `counts`
+    counts: torch.Tensor  # (N,) sampled tokens of each sample
+    sequence: torch.Tensor  # (R,) index of the token's sample, into `counts`
     advantages: torch.Tensor  # (R,)
     sampler_logprobs: torch.Tensor  # (R,)
     old_logprobs: torch.Tensor | None = None  # (R,) the trainer's before several updates
@@ -346,26 +345,24 @@ class RolloutBatch:
 
 def collate_samples(
     samples: Sequence[Sample],
-    chosen: Sequence[int],
     prompts: Sequence[Prompt],
     image_token_id: int | None = None,
     merge_size: int = 2,
 ) -> RolloutBatch:
-    """The samples at the indices `chosen` as one micro-batch. prompts: by Sample.problem.
+    """These samples as one micro-batch. prompts: by Sample.problem.
 
     Prompt p0 p1 p2, completion c0 c1: tokens p0 p1 p2 c0 c1, targets -100 -100 c0 c1 -100.
     """
-    picked, sequences = [samples[i] for i in chosen], []
-    for s in picked:
+    sequences = []
+    for s in samples:
         p = prompts[s.problem]
         mask = np.concatenate([np.zeros(len(p.tokens), bool), s.mask])
         sequences.append(([*p.tokens, *s.tokens], mask, p.pixel_values, p.grid_thw))
-    counts = torch.tensor([int(s.mask.sum()) for s in picked], dtype=torch.long)
-    advantages = torch.tensor([s.advantage for s in picked], dtype=torch.float32)
-    logprobs = [torch.from_numpy(s.logprobs[s.mask]) for s in picked]
+    counts = torch.tensor([int(s.mask.sum()) for s in samples], dtype=torch.long)
+    advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32)
+    logprobs = [torch.from_numpy(s.logprobs[s.mask]) for s in samples]
     return RolloutBatch(
         stream=pack(sequences, image_token_id, merge_size),
-        samples=list(chosen),
         counts=counts,
         sequence=torch.repeat_interleave(counts),
         advantages=torch.repeat_interleave(advantages, counts),
@@ -386,6 +383,6 @@ def rollout_batches(
     lengths = np.array([len(prompts[s.problem].tokens) + len(s.tokens) for s in samples])
     packs = pack_plan(lengths, max(micro_tokens, lengths.max()), seed=0, epoch=0)
     shares = balance([attention_cost(lengths[p]) for p in packs], world.size)
-    mine = [packs[i].tolist() for i in shares[world.rank]]
+    mine = [[samples[i] for i in packs[p]] for p in shares[world.rank]]
     mine += [[]] * (max(map(len, shares)) - len(mine))
-    return [collate_samples(samples, i, prompts, image_token_id, merge_size) for i in mine]
+    return [collate_samples(chosen, prompts, image_token_id, merge_size) for chosen in mine]

@@ -4,9 +4,8 @@
     python train_grpo.py --model DIR --data problems.jsonl --out OUT --steps 20 --prompts 8
 
 A step: `prompts` problems → `group` rollouts of each, graded while others still decode →
-advantages within each group → clipped loss over all sampled tokens → AdamW → the next step samples
-from the new weights. Defaults are the paper's (arXiv 2505.03981, section 2.3, appendix B.2); where
-it is silent or contradicts itself, --help says what we took.
+advantages within each group → clipped loss over all sampled tokens → AdamW; the next step samples
+from the new weights. The defaults are the paper's (arXiv 2505.03981, 2.3 and B.2), see --help.
 
 OUT/final           the trained model            OUT/metrics.jsonl   one line a step
 OUT/best            best on --eval_data          OUT/eval.jsonl      evaluations during training
@@ -20,26 +19,26 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean as mean
-from typing import Callable, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import data
-from core import attention, optim, plan, throughput
+from core import optim, plan, throughput
 from core.chat import banned_token_ids, opens_thought, stop_token_ids
 from core.files import hash_files
 from core.images import ImageConfig, ImageLoader
 from core.lora import lora_disabled
 from core.options import DATA, MEMORY, OBJECTIVE, OPTIMIZER, RUN, SAMPLING, parse_config
 from core.packing import next_problems
-from core.parallel import World, all_max, all_sum, init
+from core.parallel import all_max, all_sum, init
 from core.run import Run, run_and_exit, script
-from core.samples import Sample, problem_seed, rollout_metrics, sample_on_ranks
+from core.samples import Rollouts, Sample, check_rewards, rollout_metrics
 from core.slots import ForcedExit
-from core.training import Training, TrainingOptions, trained_on
+from core.training import Training, TrainingOptions, data_warnings
 from data import Prompt, RolloutBatch
 from model import Model, ModelConfig, build_model, meta_model, resolve_model_dir
 from rewards import RULES, Grader, part_weights
@@ -47,14 +46,12 @@ from sampler import Sampler, SamplingParams
 from scoring.metrics import accuracy, accuracy_by
 
 MOST_BATCHES = 8  # sampled for one step at most under --zero_variance refill
-MAX_REWARD_ERRORS = 0.5  # share of a step's rewards that may fail
 
 
 @dataclass
 class Config(TrainingOptions):
     CHANGEABLE: ClassVar[set[str]] = TrainingOptions.CHANGEABLE | {  # on resume
-        *("slots", "kv_gb", "offload_optimizer", "graders", "reward_deadline"),
-        *("eval_data", "eval_every"),
+        *"slots kv_gb offload_optimizer graders reward_deadline eval_data eval_every".split()
     }
 
     prompt_style: str = DATA("train", "train: the paper's; kind: its evaluation prompts; plain")
@@ -77,9 +74,7 @@ class Config(TrainingOptions):
     )
     kl_coef: float = OBJECTIVE(0.01, "weight of the KL (paper: 0.01); 0: no reference model", ge=0)
     overlong_masking: bool = OBJECTIVE(False, "leave truncated samples out of the loss")
-    overlong_buffer: int = OBJECTIVE(
-        0, "reward falls to -1 over this many tokens before the limit (DAPO); 0: off", ge=0
-    )
+    overlong_buffer: int = OBJECTIVE(0, "reward falls by 1 over the last n tokens (DAPO)", ge=0)
     zero_variance: Literal["keep", "drop", "refill"] = OBJECTIVE(
         "keep", "groups of equal rewards; refill: sample others (DAPO's dynamic sampling)"
     )
@@ -115,10 +110,8 @@ class Config(TrainingOptions):
         if self.prompts % self.updates:
             raise ValueError(f"--prompts {self.prompts}: no multiple of --updates {self.updates}")
         if self.loss == "gspo" and (self.clip_low, self.clip_high) == (0.2, 0.2):
-            raise ValueError(
-                "--loss gspo: a ratio of whole sequences never meets clips of 0.2; "
-                "pass the paper's --clip_low 3e-4 --clip_high 4e-4"
-            )
+            fix = "pass its paper's --clip_low 3e-4 --clip_high 4e-4"
+            raise ValueError(f"--loss gspo: a whole sample's ratio never meets clips of 0.2; {fix}")
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError("--overlong_buffer: longer than --max_new_tokens")
 
@@ -132,7 +125,7 @@ class Config(TrainingOptions):
 #   w_it  the normaliser; n_i = |o_i|, S samples, sums over all ranks and micro-batches:
 #         1 / Σ_j n_j (token_mean), 1 / (S n_i) (seq_mean_token_mean), 1 / (S max_new_tokens)
 #         (constant). Losses [1,1,1,1] and [3]: token_mean 7/5, a mean of rank means would be 2.
-def group_advantages(rewards: torch.Tensor, kind: str, eps: float = 1e-6) -> torch.Tensor:
+def group_advantages(rewards: Tensor, kind: str, eps: float = 1e-6) -> Tensor:
     """rewards (P, G), a row a problem → advantages (P, G).
 
     grpo: (r - mean) / (std + eps), std unbiased (arXiv 2402.03300); mean_only: r - mean (Dr. GRPO,
@@ -166,13 +159,8 @@ def set_advantages(samples: list[Sample], c: Config) -> None:
 
 
 def grpo_loss(
-    logprobs: torch.Tensor,
-    entropy: torch.Tensor,
-    b: RolloutBatch,
-    tokens: int,
-    samples: int,
-    c: Config,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logprobs: Tensor, entropy: Tensor, b: RolloutBatch, tokens: int, samples: int, c: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
     """-J of a micro-batch: its part of the update's loss (parts add up), and its metrics by token.
 
     logprobs, entropy (R,): of its sampled tokens; tokens, samples: counts of the whole update.
@@ -215,116 +203,64 @@ def grpo_loss(
 # ----------------------------------------------------------------------------------- the update
 def score(
     model: Model, b: RolloutBatch, c: Config, entropy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities (R,) of a micro-batch's sampled tokens, and entropies (R,) or None."""
     inputs, rows = b.stream.inputs(), b.stream.supervised_rows
     logprobs, entropies = model(**inputs, entropy=entropy, temperature=c.temperature)
     return logprobs[rows], entropies[rows] if entropy else None
 
 
-def update(
-    t: Training, batches: list[RolloutBatch], samples: list[Sample], lr: float
-) -> tuple[dict[str, float], bool]:
-    """One optimizer step on `batches`, this rank's share of `samples`. Returns sums of metrics over
-    the update's tokens on all ranks, and whether the step was taken (the loss was finite)."""
-    c, world, tokens = t.options, t.run.world, sum(int(s.mask.sum()) for s in samples)
-    sums, most = [], [torch.zeros(2, device=world.device)]
-    for b in (b.to(world.device) for b in batches):
-        logprobs, entropy = score(t.model, b, c, entropy=True)
-        loss, m = grpo_loss(logprobs, entropy, b, tokens, len(samples), c)
-        (loss * world.size).backward()  # FSDP averages over ranks
-        sums.append(torch.stack([loss.detach(), *(v.sum() for v in m.values())]).double())
-        if len(logprobs):
-            off = m["sampling/logp_difference_mean"], (m["ratio"] - 1).abs()
-            most.append(torch.stack([v.max() for v in off]))
-    # read only now: between micro-batches the GPU would run dry
-    metrics = dict(zip(["loss", *m], all_sum(*torch.stack(sums).sum(0).tolist())))
-    most = all_max(*torch.stack(most).amax(0).tolist())
-    how = dict(lr=lr, max_norm=c.grad_clip, loss=metrics["loss"])
-    norm, stepped = optim.guarded_step(t.model, t.optimizer, **how)
-    maxima = dict(zip(("sampling/logp_difference_max", "ratio_off_one_max"), most))
-    return {**metrics, **maxima, "tokens": tokens, "grad_norm": norm}, stepped
-
-
 def train_on(
     t: Training, reference: Model | None, samples: list[Sample], prompts: list[Prompt], lr: float
 ) -> tuple[dict[str, float], bool]:
-    """All updates on a step's trained samples → (metrics, every update was taken)."""
+    """--updates optimizer steps on a step's trained samples → (metrics, every one was taken)."""
     c, world, vision = t.options, t.run.world, t.model.config.vision
-    begin, parts = time.perf_counter(), []
     images = (t.model.config.image_token_id, vision.spatial_merge_size if vision else 2)
+    begin, updates = time.perf_counter(), []  # (this rank's micro-batches, samples of all ranks)
     for groups in np.array_split(np.arange(len(samples)).reshape(-1, c.group), c.updates):
         chosen = [samples[i] for i in groups.flat]
         chosen = [s for s in chosen if s.mask.any() and not (c.overlong_masking and s.truncated)]
         if chosen:  # an update on nothing would still move the weights, by momentum
             batches = data.rollout_batches(chosen, prompts, c.micro_tokens, world, *images)
-            parts.append((batches, chosen))
-    if not parts:
+            updates.append((batches, chosen))
+    if not updates:
         return {}, True
     with torch.no_grad():
-        for b in (b for batches, _ in parts for b in batches):
-            if len(parts) > 1:
+        for b in (b for batches, _ in updates for b in batches):
+            if len(updates) > 1:
                 b.old_logprobs = score(t.model, b.to(world.device), c)[0]
             if reference is not None:
                 with lora_disabled(reference):
                     b.ref_logprobs = score(reference, b.to(world.device), c)[0]
-    scored = time.perf_counter()
-    done = [update(t, *part, lr) for part in parts]
-    tokens, metrics = sum(m.pop("tokens") for m, _ in done), {}
-    for k in done[0][0]:
-        values = [m[k] for m, _ in done]
-        if k.endswith("_max"):
-            metrics[k] = max(values)
-        else:  # a mean over updates, or over tokens
-            count = len(done) if k in ("loss", "policy_loss", "grad_norm") else tokens
-            metrics[k] = sum(values) / count
-    seconds = {"logprob_s": scored - begin, "update_s": time.perf_counter() - scored}
-    metrics |= {"trained_tokens": tokens} | {k: round(v, 3) for k, v in seconds.items()}
-    return metrics, all(stepped for _, stepped in done)
+
+    scored, totals, maxima, all_taken = time.perf_counter(), Counter(), [], True
+    for batches, chosen in updates:
+        tokens, sums = sum(int(s.mask.sum()) for s in chosen), []
+        for b in (b.to(world.device) for b in batches):
+            logprobs, entropy = score(t.model, b, c, entropy=True)
+            loss, m = grpo_loss(logprobs, entropy, b, tokens, len(chosen), c)
+            (loss * world.size).backward()  # FSDP averages over ranks
+            sums.append(torch.stack([loss.detach(), *(v.sum() for v in m.values())]).double())
+            off = m["sampling/logp_difference_mean"], (m["ratio"] - 1).abs()
+            maxima.append(torch.stack([torch.cat([v, v.new_zeros(1)]).max() for v in off]))
+        # read only now: between micro-batches the GPU would run dry
+        metrics = dict(zip(["loss", *m], all_sum(*torch.stack(sums).sum(0).tolist())))
+        how = dict(lr=lr, max_norm=c.grad_clip, loss=metrics["loss"])
+        norm, taken = optim.guarded_step(t.model, t.optimizer, **how)
+        totals.update(metrics, grad_norm=norm, trained_tokens=tokens)
+        all_taken &= taken
+
+    tokens, per_update = totals.pop("trained_tokens"), ("loss", "policy_loss", "grad_norm")
+    means = {k: v / (len(updates) if k in per_update else tokens) for k, v in totals.items()}
+    names = ("sampling/logp_difference_max", "ratio_off_one_max", "logprob_s", "update_s")
+    seconds = scored - begin, time.perf_counter() - scored
+    largest = dict(zip(names, all_max(*torch.stack(maxima).amax(0).tolist(), *seconds)))
+    return means | largest | {"trained_tokens": tokens}, all_taken
 
 
 # --------------------------------------------------------------------------------- the rollouts
-class Rollouts:
-    """rollouts(problems, salts) → graded samples of the weights as they are now, in order of
-    (problem, sample), and the prompts; the same on every rank. Collective.
-
-    salts: one a problem; with its id and --seed it decides every token. Adds to self.seconds.
-    """
-
-    def __init__(self, c: Config, model, tokenizer, grader, images, max_len: int, world: World):
-        """images: settings, None without any; max_len: of prompt and completion together."""
-        self.c, self.tokenizer, self.grader, self.world = c, tokenizer, grader, world
-        self.sampler = Sampler(model, max_len=max_len, slots=c.slots, kv_gb=c.kv_gb)
-        self.images, self.loader, self.seconds = images, ImageLoader(images), Counter()
-        exit, vocab = None, model.config.vocab_size
-        if c.think_budget:
-            exit = ForcedExit.from_tokenizer(tokenizer, vocab, c.think_budget)
-        how = dict(max_new_tokens=c.max_new_tokens, seed=c.seed, forced_exit=exit)
-        stop = stop_token_ids(tokenizer)
-        self.params = SamplingParams(c.group, c.temperature, stop_ids=stop, **how)
-
-    def __call__(
-        self, problems: list[dict], salts: list[int], **changes
-    ) -> tuple[list[Sample], list[Prompt]]:
-        start = time.perf_counter()
-        loaded = self.loader([p.get("images") or [] for p in problems])
-        self.seconds["image_s"] += time.perf_counter() - start  # 0 where they were ready
-        how = (self.tokenizer, self.images, self.c.prompt_style)
-        prompts = [data.render_problem(p, *how, x) for p, x in zip(problems, loaded)]
-        seeds = [problem_seed(p, salt) for p, salt in zip(problems, salts)]
-        params, work = replace(self.params, **changes), (problems, prompts, seeds)
-        tools = (self.sampler, self.grader, self.tokenizer)
-        return sample_on_ranks(*tools, *work, params, self.world, self.seconds), prompts
-
-    def pause(self, coming: list[dict]) -> None:
-        """Free the sampler's GPU memory for training; images of the next step load meanwhile."""
-        self.loader.announce([p.get("images") or [] for p in coming])
-        if self.world.device.type == "cuda":
-            self.sampler.release()
-
-
 def sample_step(
-    rollouts: Callable, problems: list[dict], cursor: int, c: Config
+    rollouts: Rollouts, problems: list[dict], cursor: int, c: Config
 ) -> tuple[list[Sample], list[Prompt], int]:
     """The rollouts of one step from `cursor` of the stream on → (samples, prompts, new cursor).
 
@@ -339,7 +275,7 @@ def sample_step(
             group = new[i : i + c.group]
             differs = c.zero_variance == "keep" or len({s.reward for s in group}) > 1
             for s in group:
-                s.problem = len(prompts) + i // c.group
+                s.problem += len(prompts)
                 s.trained = differs and useful < c.prompts
             useful += differs
         samples, prompts, cursor = samples + new, prompts + new_prompts, positions.stop
@@ -348,54 +284,27 @@ def sample_step(
     return samples, prompts, cursor
 
 
-def check_rewards(samples: list[Sample], step: int, run: Run) -> None:
-    """Say which rewards failed. Raises ValueError, with the samples on disk, where too many did."""
-    if not (failed := [s for s in samples if s.status in ("timeout", "error")]):
-        return
-    s, said = failed[0], f"{len(failed)} of {len(samples)} rewards failed"
-    run.say(f"{said}; the first, of problem {s.id}: {s.status}, {s.why}")
-    if len(failed) > MAX_REWARD_ERRORS * len(samples):
-        run.log_samples(step, samples)
-        raise ValueError(
-            f"step {step}: {said}, nothing was trained on them. Fix the reward (see "
-            f"{run.out / 'rollouts'}) or raise --reward_deadline, and rerun the command"
-        )
-
-
 def evaluate(rollouts: Rollouts, problems: list[dict], step: int, training: Training) -> None:
-    """Log greedy accuracy on --eval_data and keep the best model; nothing where that is done.
-    Collective."""
+    """Log greedy accuracy on --eval_data and keep the best model, once a step. Collective."""
     if any(row["step"] == step for row in training.run.logged("eval")):
         return
     samples, _ = rollouts(problems, [-1] * len(problems), n=1, temperature=0.0)
     rewards = [[s.reward] for s in samples]
-
-    def fields(e) -> dict:
-        return {"n": e.n, "greedy": e.mean, "low": e.low, "high": e.high}
-
-    result = {"step": step, **fields(accuracy(problems, rewards))}
-    result["truncated"] = mean(s.truncated for s in samples)
     tasks = accuracy_by("task", problems, rewards)
-    result["tasks"] = {k: fields(e) for k, e in tasks.items()} if len(tasks) > 1 else {}
-    training.keep_best(step, result["greedy"])
-    training.run.log(result, "eval")
-    training.run.say(throughput.describe_evaluation(result))
+    found = [accuracy(problems, rewards), *(tasks.values() if len(tasks) > 1 else ())]
+    whole, *parts = ({"n": e.n, "greedy": e.mean, "low": e.low, "high": e.high} for e in found)
+    truncated = sum(s.truncated for s in samples) / len(samples)
+    result = {"step": step, **whole, "truncated": truncated, "tasks": dict(zip(tasks, parts))}
+    training.log_evaluation(result)
 
 
 # --------------------------------------------------------------------------------------- the loop
 def grpo(
-    training: Training,
-    reference: Model | None,
-    rollouts: Rollouts,
-    problems: list[dict],
-    held_out: list[dict],
+    training: Training, reference: Model | None, rollouts: Rollouts, problems: list, held_out: list
 ) -> int:
     """Sample → reward → advantage → update, to the last step or a signal. Returns the exit code.
-
-    reference: of the KL term; problems: to train on; held_out: to evaluate on.
-    """
-    c, run, total = training.options, training.run, training.total
-    seconds = rollouts.seconds
+    reference: of the KL term; problems: to train on; held_out: to evaluate on."""
+    c, run, total, seconds = training.options, training.run, training.total, rollouts.seconds
     moments = optim.Offload(training.optimizer, c.offload_optimizer)
     cursor = training.at.get("cursor", 0)  # position in the endless stream of problems
     for step in range(training.at["step"], total + 1):
@@ -404,27 +313,26 @@ def grpo(
             evaluate(rollouts, held_out, step, training)
         if step == total:
             return training.finish()
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         seconds.clear()
         samples, prompts, cursor = sample_step(rollouts, problems, cursor, c)
-        check_rewards(samples, step + 1, run)
         rollouts.pause(next_problems(problems, range(cursor, cursor + c.prompts), c.seed))
         moments.to_device()
-        seconds["rollout_s"] = time.perf_counter() - begun
+        seconds["rollout_s"] = time.perf_counter() - begin
 
         trained = [s for s in samples if s.trained]
         set_advantages(trained, c)
+        run.log_samples(step + 1, samples)
+        check_rewards(samples, step + 1, run)
         warmup = int(c.warmup_ratio * total)
         lr = optim.lr_at(step, lr=c.lr, total_steps=total, schedule=c.schedule, warmup_steps=warmup)
-        figures, stepped = train_on(training, reference, trained, prompts, lr)
+        metrics, stepped = train_on(training, reference, trained, prompts, lr)
 
-        run.log_samples(step + 1, samples)
-        seconds["step_time"] = time.perf_counter() - begun
-        metrics = {"step": step + 1, "epoch": round(cursor / len(problems), 4), "learning_rate": lr}
-        metrics |= rollout_metrics(samples, c.group) | figures
-        metrics |= throughput.grpo_speed(metrics["tokens"], prompts, seconds)
-        text = throughput.describe_step(metrics, total)
-        if training.step_done(metrics, text, stepped, cursor=cursor):
+        seconds["step_time"] = time.perf_counter() - begin
+        metrics |= {"step": step + 1, "epoch": round(cursor / len(problems), 4)}
+        metrics |= {"learning_rate": lr} | rollout_metrics(samples, c.group)
+        metrics |= throughput.grpo_speed(samples, prompts, seconds)
+        if training.step_done(metrics, stepped, cursor=cursor):
             return run.stopped(step + 1)
 
 
@@ -435,61 +343,52 @@ def load_data(
     """Problems whose prompts fit, problems for evaluation, longest prompt, image settings."""
     problems, faults = data.load_problems(c.data, skip_bad_rows=c.skip_bad_rows)
     held_out = c.eval_data and data.load_problems(c.eval_data, skip_bad_rows=c.skip_bad_rows)[0]
-    images = None
+    images, most = None, c.max_prompt_tokens
     if any(p.get("images") for p in problems + held_out):
         images = ImageConfig.from_dir(model_dir)
-        most = c.max_pixels or images.max_pixels
-        low, high = min(most, images.min_pixels), min(most, images.max_pixels)
+        cap = c.max_pixels or images.max_pixels
+        low, high = min(cap, images.min_pixels), min(cap, images.max_pixels)
         images = replace(images, min_pixels=low, max_pixels=high)
-    lengths, most = [], c.max_prompt_tokens
     bar = tqdm(problems + held_out, "prompt tokens", disable=None if run.world.is_main else True)
-    for p in bar:
-        lengths.append(len(data.prompt_tokens(p, tokenizer, images, c.prompt_style)))
+    lengths = [len(data.prompt_tokens(p, tokenizer, images, c.prompt_style)) for p in bar]
     fitting = [p for p, n in zip(problems, lengths) if n <= most]
     if not fitting or max(lengths[len(problems) :], default=0) > most:
         what = "a problem of --eval_data has" if fitting else "all problems have"
         raise ValueError(f"{what} more than {most} tokens; raise --max_prompt_tokens")
-    run.say(
-        f"{len(fitting)} problems ({len({(f.file, f.line) for f in faults})} bad rows skipped, "
-        f"{len(problems) - len(fitting)} prompts over {most} tokens left out), {len(held_out)} for "
-        "evaluation"
-    )
-    said = trained_on(c.data, c.eval_data, "eval_data")
-    if c.train_vision and not any(p.get("images") for p in fitting):
-        said.append("--train_vision: no problem of --data has an image")
-    if c.prompts > len(fitting):
-        said.append(
-            f"--prompts {c.prompts}: more than all {len(fitting)} problems; some come twice"
-        )
-    for warning in said:
-        run.say(f"warning: {warning}")
+    bad, long = len({(f.file, f.line) for f in faults}), len(problems) - len(fitting)
+    said = f"{len(fitting)} problems, {c.prompts} a step, {len(held_out)} for evaluation "
+    said += f"({bad} bad rows skipped, {long} prompts over {most} tokens left out)"
+    warnings = data_warnings(c, "eval_data", any(p.get("images") for p in fitting))
+    run.say("\n".join([said, *warnings]))
     return fitting, held_out, max(n for n in lengths if n <= most), images
 
 
 def build(
     c: Config, run: Run, model_dir: Path, tokenizer, with_images: bool, max_len: int
-) -> tuple[Model, Model | None, torch.optim.Optimizer]:
-    """Model, reference model (None without a KL term; with LoRA the model itself, whose adapters
-    are then switched off), optimizer. --checkpointing auto: what recomputes least and fits."""
-    cache = dict(kv_gb=c.kv_gb or 0.0, slots=c.slots or 0, max_len=max_len)
-    cache |= dict(offload_optimizer=c.offload_optimizer)
-    planned = partial(plan.plan_grpo, reference=bool(c.kl_coef and not c.lora), **cache)
+) -> tuple[Model, Model | None]:
+    """Model, and reference model: None without a KL term; with LoRA the model itself, whose
+    adapters are then switched off. --checkpointing auto: what recomputes least and fits."""
+    sampling = dict(kv_gb=c.kv_gb or 0.0, slots=c.slots or 0, max_len=max_len)
+    sampling |= dict(offload_optimizer=c.offload_optimizer)
+    planned = partial(plan.plan_grpo, reference=bool(c.kl_coef and not c.lora), **sampling)
     shape = meta_model(ModelConfig.from_dir(model_dir), with_images, c.lora)
     sizes = [max(c.micro_tokens, max_len)]
     setting, text = plan.choose_setting(shape, run.world, sizes, c, plan=planned)
     run.say(text)
     compute = plan.compute_dtype(c.dtype, run.world.device.type == "cuda")
-    load = partial(build_model, model_dir, run.world, with_vision=with_images)
-    load = partial(load, compute_dtype=compute)
+
+    def load(**how) -> Model:
+        how |= dict(with_vision=with_images, compute_dtype=compute)
+        model = build_model(model_dir, run.world, **how)
+        # the same probabilities 0 in sampler, trainer and reference
+        model.set_banned_ids(banned_token_ids(tokenizer, model.config.vocab_size))
+        return model
+
     how = dict(checkpointing=setting.checkpointing, compile_blocks=c.compile, lora=c.lora)
     model, reference = load(train_vision=c.train_vision and with_images, **how), None
     if c.kl_coef:
         reference = model if c.lora else load(master_dtype=compute)
-    for m in (model, reference):  # the same probabilities 0 in sampler, trainer and reference
-        if m is not None:
-            m.set_banned_ids(banned_token_ids(tokenizer, m.config.vocab_size))
-    adam = dict(lr=c.lr, weight_decay=c.weight_decay, state_dtype=c.moments_dtype)
-    return model, reference, optim.adamw(model, **adam)
+    return model, reference
 
 
 def train(c: Config) -> int:
@@ -500,27 +399,26 @@ def train(c: Config) -> int:
         return run.finished()
     model_dir = resolve_model_dir(c.model, world)
     tokenizer = data.load_tokenizer(model_dir)
-    how = dict(rule=c.rule, open_thought=opens_thought(tokenizer))
-    how |= dict(reward=c.reward, weights=c.part_weights)
-    grader = Grader(c.graders, c.reward_deadline, **how)  # first: a wrong --reward shows at once
+    how = dict(rule=c.rule, open_thought=opens_thought(tokenizer), reward=c.reward)
+    # first: a wrong --reward shows at once
+    grader = Grader(c.graders, c.reward_deadline, weights=c.part_weights, **how)
     problems, held_out, longest, images = load_data(c, model_dir, tokenizer, run)
     if c.reward and world.is_main:
         run.say(grader.trial(problems[0]))
     max_len = ModelConfig.from_dir(model_dir).room_for(longest, c.max_new_tokens)
-    model, reference, optimizer = build(c, run, model_dir, tokenizer, images is not None, max_len)
-    rollouts = Rollouts(c, model, tokenizer, grader, images, max_len, world)
-    training = Training(
-        run,
-        c,
-        model,
-        optimizer,
-        source=model_dir,
-        total=c.steps or -(-c.epochs * len(problems) // c.prompts),
-        data=hash_files(c.data) if world.is_main else {},
-        best=bool(held_out),
-        eval_data=hash_files(c.eval_data) if world.is_main else {},
-        attention=attention.backend(world.device, torch.bfloat16),
-    )
+    model, reference = build(c, run, model_dir, tokenizer, images is not None, max_len)
+
+    sampler = Sampler(model, max_len=max_len, slots=c.slots, kv_gb=c.kv_gb)
+    limits = tokenizer, model.config.vocab_size, c.think_budget
+    exit = ForcedExit.from_tokenizer(*limits) if c.think_budget else None
+    how = dict(stop_ids=stop_token_ids(tokenizer), seed=c.seed, forced_exit=exit)
+    params = SamplingParams(c.group, c.temperature, max_new_tokens=c.max_new_tokens, **how)
+    render = partial(data.render_problem, tokenizer=tokenizer, images=images, style=c.prompt_style)
+    rollouts = Rollouts(sampler, params, tokenizer, grader, ImageLoader(images), render, world)
+
+    total = c.steps or -(-c.epochs * len(problems) // c.prompts)
+    facts = dict(data=hash_files(c.data), eval_data=hash_files(c.eval_data), best=bool(held_out))
+    training = Training(run, c, model, source=model_dir, total=total, **facts)
     with grader:
         return grpo(training, reference, rollouts, problems, held_out)
 

@@ -28,18 +28,17 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from core import attention
 from core.images import ImageConfig
-from core.optim import adamw, guarded_step, lr_at
+from core.optim import guarded_step, lr_at
 from core.options import DATA, MEMORY, OPTIMIZER, RUN, parse_config
 from core.packing import attention_cost, balance, pack_plan, repack
 from core.parallel import World, all_sum, init, rank0_first
 from core.plan import Setting, choose_setting, compute_dtype
 from core.run import Run, run_and_exit, script
 from core.schema import read_jsonl
-from core.throughput import describe_step, prefetch, speed
+from core.throughput import prefetch, speed
 from core.token_cache import TokenizedDataset
-from core.training import Training, TrainingOptions, trained_on
+from core.training import Training, TrainingOptions, data_warnings
 from data import Batch, collate, load_tokenizer, tokenize_files
 from model import Model, ModelConfig, build_model, check_model_dir, meta_model, resolve_model_dir
 
@@ -179,18 +178,17 @@ def make_plan(config: Config, world: World) -> Plan:
     sizes = [config.micro_tokens] if config.micro_tokens else [pack, half]
     sizes = [n for n in sizes if n >= config.max_len]
     setting, memory = choose_setting(model, world, sizes, config, replicas=config.replicas)
-    each, tokens, warnings = config.batch_tokens // pack, int(data.lengths.sum()), []
+    each, tokens = config.batch_tokens // pack, int(data.lengths.sum())
+    warnings = data_warnings(config, "val_data", data.has_images)
     if config.batch_tokens > tokens:
-        warnings.append(f"--batch_tokens: above the data's {tokens} tokens, an epoch is one step")
-    if config.train_vision and not data.has_images:
-        warnings.append("--train_vision: no row of --data has an image")
-    warnings += trained_on(config.data, config.val_data, "val_data")
+        text = f"--batch_tokens: above the data's {tokens} tokens, an epoch is one step"
+        warnings.append(f"warning: {text}")
     lines = [
         *(f"{n} data: {d.describe()}" for n, d in (("training", data), ("validation", val)) if d),
         f"a step: {each} packs × {pack} = {each * pack} tokens on {setting.ranks} rank(s); "
         f"{len(steps)} steps, {steps_per_epoch} an epoch",
         memory,
-        *(f"warning: {w}" for w in warnings),
+        *warnings,
     ]
     return Plan(model_dir, data, val, images, steps, steps_per_epoch, setting, "\n".join(lines))
 
@@ -240,7 +238,7 @@ def run_steps(config: Config, plan: Plan, training: Training) -> int:
             "supervised_tokens": supervised,
             **speed(model.config, streams, seconds, waited, world),
         }
-        if training.step_done(metrics, describe_step(metrics, total), stepped):
+        if training.step_done(metrics, stepped):
             return run.stopped(i + 1)
         validate(i + 1)  # after saving: an error costs nothing
         begin = time.perf_counter()  # what was due is no part of the next step's time
@@ -262,28 +260,24 @@ def train(config: Config) -> int:
     for data in (plan.data, plan.val):
         for fault in data.stats["faults"][:20] if data else []:  # tools.check names them all
             run.say(f"skipped {fault}")
-    compute = compute_dtype(config.dtype, world.device.type == "cuda")
     model = build_model(
         plan.model_dir,
         world,
         with_vision=plan.images is not None,
         train_vision=config.train_vision,
-        compute_dtype=compute,
+        compute_dtype=compute_dtype(config.dtype, world.device.type == "cuda"),
         checkpointing=plan.setting.checkpointing,
         compile_blocks=config.compile,
         replicas=config.replicas,
         lora=config.lora,
     )
-    adam = dict(lr=config.lr, weight_decay=config.weight_decay, state_dtype=config.moments_dtype)
     training = Training(
         run,
         config,
         model,
-        adamw(model, **adam),
         source=plan.model_dir,
         total=len(plan.steps),
         data={" ".join(config.data): plan.data.data_hash},
-        attention=attention.backend(world.device, compute),
         checkpointing=plan.setting.checkpointing,
         micro_tokens=plan.setting.tokens,
     )

@@ -3,7 +3,8 @@
 {"id": "gsm8k/7", "task": "gsm8k", "sample": 0, "seed": 812…, "prompt": "…", "text": "…",
  "tokens": [151, …], "finish_reason": "stop", "gold": "18", "answer": "18", "reward": 1.0, …}
 
-samples = sample_on_ranks(sampler, grader, tokenizer, problems, prompts, seeds, params, …)
+rollouts = Rollouts(sampler, params, tokenizer, grader, images, render, world)
+samples, prompts = rollouts(problems, salts)
 write_samples(file, samples)  # OUT/rollouts/step_N.jsonl of GRPO, OUT/samples.jsonl of eval
 samples = read_samples(file)
 """
@@ -14,14 +15,18 @@ import dataclasses
 import hashlib
 import json
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
 
 from core.files import replacing
 from core.parallel import World, all_gather_objects
+
+MAX_REWARD_ERRORS = 0.5  # share of a step's rewards that may fail
+SOLVED = 0.5  # least reward of a right answer, penalties included; bonuses are less than it
 
 
 @dataclass
@@ -135,49 +140,75 @@ def deal(problems: int, n: int, rank: int, ranks: int) -> tuple[range, range]:
     return range(rank // parts, problems, ranks // parts), range(part * size, (part + 1) * size)
 
 
-def sample_on_ranks(
-    sampler,
-    grader,
-    tokenizer,
-    problems: Sequence[dict],
-    prompts: Sequence,
-    seeds: Sequence[int],
-    params,
-    world: World,
-    seconds: dict[str, float],
-) -> list[Sample]:
-    """params.n graded completions of each prompt, every rank doing its share; all of them on every
-    rank, in order of (problem, sample), Sample.problem being the index in `problems`. Collective.
+class Rollouts:
+    """rollouts(problems, salts) → graded samples from the weights as they are now, in order of
+    (problem, sample), and the prompts; the same on every rank. Collective.
 
-    seeds: one a problem (`problem_seed`). A completion is graded as soon as it ends, while others
-    still decode. Adds to seconds["sample_s"], and to seconds["reward_s"] what grading took longer.
+    salts: one a problem; with its id and the sampler's seed it decides every token. `seconds` adds
+    up what images, decoding and grading took; call `pause` before training.
     """
-    begin, pending = time.perf_counter(), []
-    mine, indices = deal(len(problems), params.n, world.rank, world.size)
-    texts = {i: tokenizer.decode(prompts[i].tokens) for i in mine}
 
-    def grade(completion) -> None:
-        i = mine[completion.prompt_index]
-        sample = make_sample(problems[i], completion, tokenizer, prompt=texts[i], seed=seeds[i])
-        sample.problem = i
-        pending.append((sample, grader.submit(problems[i], sample.text, sample.finish_reason)))
+    def __init__(self, sampler, params, tokenizer, grader, images, render: Callable, world: World):
+        """images: an `ImageLoader`; render(problem, loaded=its images) → `data.Prompt`."""
+        self.sampler, self.params, self.tokenizer, self.grader = sampler, params, tokenizer, grader
+        self.images, self.render, self.world, self.seconds = images, render, world, Counter()
 
-    ids, chosen = [seeds[i] for i in mine], [prompts[i] for i in mine]
-    with sampler.weights():  # whole: no collective while decoding
-        sampler.generate(chosen, params, sample_ids=ids, indices=indices, on_finish=grade)
-        decoded = time.perf_counter()
-        for sample, future in pending:
-            set_grade(sample, future.result())
-    seconds["sample_s"] += decoded - begin
-    seconds["reward_s"] += time.perf_counter() - decoded
-    everyone = [s for part in all_gather_objects([s for s, _ in pending]) for s in part]
-    return sorted(everyone, key=lambda s: (s.problem, s.sample))
+    def __call__(
+        self, problems: list[dict], salts: Sequence[int], **changes
+    ) -> tuple[list[Sample], list]:
+        """changes: of `params`. A completion is graded as soon as it ends, while others still
+        decode."""
+        begin, params, pending = time.perf_counter(), replace(self.params, **changes), []
+        loaded = self.images([p.get("images") or [] for p in problems])
+        self.seconds["image_s"] += time.perf_counter() - begin  # 0 where they were ready
+        prompts = [self.render(p, loaded=x) for p, x in zip(problems, loaded)]
+        mine, indices = deal(len(problems), params.n, self.world.rank, self.world.size)
+        seeds = {i: problem_seed(problems[i], salts[i]) for i in mine}
+        texts = {i: self.tokenizer.decode(prompts[i].tokens) for i in mine}
+
+        def grade(completion) -> None:
+            i = mine[completion.prompt_index]
+            how = dict(prompt=texts[i], seed=seeds[i])
+            sample = make_sample(problems[i], completion, self.tokenizer, **how)
+            sample.problem = i
+            future = self.grader.submit(problems[i], sample.text, sample.finish_reason)
+            pending.append((sample, future))
+
+        begin, work = time.perf_counter(), dict(sample_ids=list(seeds.values()), indices=indices)
+        with self.sampler.weights():  # whole: no collective while decoding
+            self.sampler.generate([prompts[i] for i in mine], params, on_finish=grade, **work)
+            decoded = time.perf_counter()
+            for sample, future in pending:
+                set_grade(sample, future.result())
+        self.seconds["sample_s"] += decoded - begin
+        self.seconds["reward_s"] += time.perf_counter() - decoded  # what decoding did not hide
+        everyone = [s for part in all_gather_objects([s for s, _ in pending]) for s in part]
+        return sorted(everyone, key=lambda s: (s.problem, s.sample)), prompts
+
+    def pause(self, coming: list[dict]) -> None:
+        """Free the sampler's GPU memory for training; images of the next step load meanwhile."""
+        self.images.announce([p.get("images") or [] for p in coming])
+        if self.world.device.type == "cuda":
+            self.sampler.release()
+
+
+def check_rewards(samples: list[Sample], step: int, run) -> None:
+    """Say on the run's console which rewards failed. Raises ValueError where too many did."""
+    if not (failed := [s for s in samples if s.status in ("timeout", "error")]):
+        return
+    s, said = failed[0], f"{len(failed)} of {len(samples)} rewards failed"
+    run.say(f"{said}; the first, of problem {s.id}: {s.status}, {s.why}")
+    if len(failed) > MAX_REWARD_ERRORS * len(samples):
+        raise ValueError(
+            f"step {step}: {said}, nothing was trained on them. Fix the reward (see "
+            f"{run.out / 'rollouts'}) or raise --reward_deadline, and rerun the command"
+        )
 
 
 def rollout_metrics(samples: list[Sample], group: int) -> dict:
     """What all samples of a step say, those that are not trained on too."""
     rewards = np.array([s.reward for s in samples]).reshape(-1, group)
-    lengths, right = np.array([len(s.tokens) for s in samples]), rewards.flatten() > 0
+    lengths, right = np.array([len(s.tokens) for s in samples]), rewards.flatten() >= SOLVED
 
     parts: dict[str, list[float]] = {}
     for s in samples:
@@ -192,8 +223,8 @@ def rollout_metrics(samples: list[Sample], group: int) -> dict:
         "reward_std": float(rewards.std()),
         "frac_reward_zero_std": float((rewards.max(1) == rewards.min(1)).mean()),
         "solved": float(right.mean()),
-        "solved_all": float((rewards.min(1) > 0).mean()),
-        "solved_any": float((rewards.max(1) > 0).mean()),
+        "solved_all": float((rewards.min(1) >= SOLVED).mean()),
+        "solved_any": float((rewards.max(1) >= SOLVED).mean()),
         "samples": len(samples),
         "trained_samples": sum(s.trained for s in samples),
         "completions/mean_length": float(lengths.mean()),

@@ -54,8 +54,9 @@ def speed(
     }
 
 
-def grpo_speed(tokens: int, prompts: list, seconds: dict[str, float]) -> dict:
+def grpo_speed(samples: list, prompts: list, seconds: dict[str, float]) -> dict:
     """Tokens a second, peak memory, and where a GRPO step's seconds went on the slowest rank."""
+    tokens = sum(len(s.tokens) for s in samples)
     names = ("step_time", "rollout_s", "image_s", "sample_s", "reward_s")
     memory, *times = all_max(memory_gib(), *(seconds[k] for k in names))
     return {

@@ -1,9 +1,9 @@
 """What both trainers do around their steps: common options, resuming, what is due after a step.
 
-training = Training(run, options, model, optimizer, source=model_dir, total=1300, data=hashes)
+training = Training(run, options, model, source=model_dir, total=1300, data=hashes)
 for step in range(training.at["step"], 1300):
     ...
-    if training.step_done(metrics, "step 7/1300 | …", stepped):
+    if training.step_done(metrics, stepped):
         return run.stopped(step + 1)
 return training.finish()
 """
@@ -19,12 +19,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from core.attention import backend
 from core.checkpoint import require_space, resume, save_state
 from core.files import write_json
 from core.lora import LoRA, save_adapter
+from core.optim import adamw
 from core.options import DATA, MEMORY, OBJECTIVE, OPTIMIZER, RUN
 from core.parallel import all_any, from_rank0
+from core.plan import compute_dtype
 from core.run import Run, header
+from core.throughput import describe_evaluation, describe_step
 from core.trackers import KINDS, check_installed
 from core.weights import export_hf
 
@@ -85,7 +89,6 @@ class Training:
         run: Run,
         options: TrainingOptions,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
         *,
         source: Path,
         total: int,
@@ -93,15 +96,17 @@ class Training:
         best: bool = False,
         **facts,
     ):
-        """Resume from the newest checkpoint; check the disk; begin the log. The model and optimizer
-        are filled in place.
+        """Make AdamW, resume from the newest checkpoint (which fills the model in place), check the
+        disk, begin the log.
 
         source: the model directory that training started from; total: steps; data: {training file:
-        hash}; best: will `keep_best` be called? facts: the script's own, for header.json.
+        hash}; best: will OUT/best be kept? facts: the script's own, for header.json.
         """
-        self.run, self.options, self.model, self.optimizer = run, options, model, optimizer
-        self.source, self.total, self.data = source, total, data
-        self.root, world, o = run.out / "checkpoints", run.world, options
+        self.run, self.options, self.model, self.source = run, options, model, source
+        self.total, self.data, self.root = total, data, run.out / "checkpoints"
+        world, o = run.world, options
+        adam = dict(lr=o.lr, weight_decay=o.weight_decay, state_dtype=o.moments_dtype)
+        self.optimizer = optimizer = adamw(model, **adam)
         at = resume(self.root, model, optimizer, world, data)
         self.at = at = at or {"step": 0, "bad_steps": 0, "bad_in_a_row": 0}
         if at["step"] > total:
@@ -117,7 +122,9 @@ class Training:
         copies = min(o.keep_last + 1, 1 + (total // o.save_every if o.save_every else 0))
         room = dict(copies=copies, export_bytes=models * size)
         require_space(self.root, model, optimizer, world, **room)
-        facts = {"world_size": world.size, "model": str(source), "data": data} | facts
+        compute = compute_dtype(o.dtype, world.device.type == "cuda")
+        facts |= {"world_size": world.size, "model": str(source), "data": data}
+        facts |= {"attention": backend(world.device, compute)}
         run.start(header(**facts) if world.is_main else {}, at["step"], total)
         if folder := self.due_export(at["step"]):  # a kill between a save and its export
             if not from_rank0(world, folder.is_dir):
@@ -128,17 +135,17 @@ class Training:
         gc.freeze()
         gc.disable()
 
-    def step_done(self, metrics: dict, text: str, stepped: bool, **position) -> bool:
+    def step_done(self, metrics: dict, stepped: bool, **position) -> bool:
         """Log a step; save and export what is due. Returns whether a signal ended the run early.
 
-        text: the step in one line; stepped: was the update finite? position: in the data, kept in
-        checkpoints beside the step. Raises ValueError after MAX_BAD_STEPS bad steps in a row.
+        stepped: was the update finite? position: in the data, kept in checkpoints beside the step.
+        Raises ValueError after MAX_BAD_STEPS bad steps in a row.
         """
         step, total, every = metrics["step"], self.total, self.options.save_every
         bad, in_a_row = self.at["bad_steps"], 0 if stepped else self.at["bad_in_a_row"] + 1
         bad += not stepped
         self.at = {"step": step, "bad_steps": bad, "bad_in_a_row": in_a_row, **position}
-        text += f" | bad steps {bad}" if bad else ""
+        text = describe_step(metrics, total) + (f" | bad steps {bad}" if bad else "")
         self.run.log_step(metrics | {"bad_steps": bad}, text)
         stopping, failing = all_any(self.stop.requested), in_a_row >= MAX_BAD_STEPS
         if stopping or failing or step == total or (every and step % every == 0):
@@ -164,17 +171,17 @@ class Training:
     def export(self, folder: Path) -> None:
         export_hf(self.model, self.source, folder, self.run.world)
 
-    def keep_best(self, step: int, score: float) -> None:
-        """Export to OUT/best when `score` beats all "greedy" in eval.jsonl, and note it in
-        OUT/best.json. Call before logging the evaluation: a kill between repeats both."""
-        if any(row["greedy"] >= score for row in self.run.logged("eval")):
-            return
-        self.export(self.run.out / "best")
-        if self.run.world.is_main:
-            write_json(self.run.out / "best.json", {"step": step, "score": score})
-        self.run.say(
-            f"step {step} | best so far ({score:.3f}), exported to {self.run.out / 'best'}"
-        )
+    def log_evaluation(self, result: dict) -> None:
+        """Log an evaluation ("step", "greedy", …); the best so far goes to OUT/best, and its step
+        and score to OUT/best.json."""
+        step, score, best = result["step"], result["greedy"], self.run.out / "best"
+        if all(row["greedy"] < score for row in self.run.logged("eval")):
+            self.export(best)  # before logging: a kill between repeats both
+            if self.run.world.is_main:
+                write_json(best.with_suffix(".json"), {"step": step, "score": score})
+            self.run.say(f"step {step} | best so far ({score:.3f}), exported to {best}")
+        self.run.log(result, "eval")
+        self.run.say(describe_evaluation(result))
 
     def finish(self) -> int:
         """Export OUT/final, and OUT/adapter with LoRA. Returns exit code 0."""
@@ -200,8 +207,12 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def trained_on(data: list[str], held_out: list[str], flag: str) -> list[str]:
-    """A warning for each file of --FLAG that is a --data file too, however it is spelt."""
-    files = {Path(f).resolve() for f in data}
-    same = [f for f in held_out if Path(f).resolve() in files]
-    return [f"--{flag} {f}: is trained on too; its figures say little" for f in same]
+def data_warnings(options: TrainingOptions, held_out: str, with_images: bool) -> list[str]:
+    """Lines of warning: a file of --HELD_OUT that is a --data file too, however it is spelt; a
+    vision tower to be trained on data without images."""
+    files = {Path(f).resolve() for f in options.data}
+    same = [f for f in getattr(options, held_out) if Path(f).resolve() in files]
+    said = [f"warning: --{held_out} {f}: is trained on too; its figures say little" for f in same]
+    if options.train_vision and not with_images:
+        said.append("warning: --train_vision: no row of --data has an image")
+    return said

@@ -18,7 +18,7 @@ from tiny_model import make_tiny_vl
 import train_grpo
 from core.packing import next_problems
 from core.samples import Sample, read_samples
-from core.training import trained_on
+from core.training import data_warnings
 from data import collate_samples, rollout_batches
 from train_grpo import Config, grpo_loss, score, set_advantages
 
@@ -74,6 +74,11 @@ def batches_of(samples, prompts, c, world):
     return rollout_batches(samples, prompts, c.micro_tokens, world)
 
 
+def indices_of(b):
+    """Indices of a batch's samples, each of which has its index as advantage."""
+    return [int(b.advantages[b.sequence == n][0]) for n in range(len(b.counts))]
+
+
 def loss_of(model, b, samples, c):
     """The loss of a micro-batch of an update on `samples`, and its metrics."""
     tokens = sum(int(s.mask.sum()) for s in samples)
@@ -97,8 +102,8 @@ OBJECTIVE = dict(kl_coef=0.1, overlong_masking=True, clip_high=0.28, temperature
 
 
 def update_gradient(model, reference, world, samples, prompts, c):
-    """The gradient that `update` hands to the optimizer, and its figures."""
-    seen = {}
+    """The gradient that `train_on` hands to the optimizer, and its figures."""
+    seen, real = {}, (train_grpo.optim.guarded_step, train_grpo.data.rollout_batches)
 
     def capture(model, optimizer, **_):
         from torch.distributed.tensor import DTensor
@@ -112,17 +117,19 @@ def update_gradient(model, reference, world, samples, prompts, c):
         model.zero_grad()
         return 0.0, True
 
-    real, train_grpo.optim.guarded_step = train_grpo.optim.guarded_step, capture
-    try:
-        set_advantages(samples, c)
-        samples = trainable(samples, c)
-        batches = batches_of(samples, prompts, c, world)
+    def off_policy(*args):
+        batches = real[1](*args)
         for b in batches:  # ratios other than 1, so that clipping takes part
             b.old_logprobs = b.sampler_logprobs.clone() * 0.97
             b.ref_logprobs = score(reference, b, c)[0].detach() * 0.9
-        figures, _ = train_grpo.update(training(model, c, world), batches, samples, 1.0)
+        return batches
+
+    train_grpo.optim.guarded_step, train_grpo.data.rollout_batches = capture, off_policy
+    try:
+        set_advantages(samples, c)
+        figures, _ = train_grpo.train_on(training(model, c, world), None, samples, prompts, 1.0)
     finally:
-        train_grpo.optim.guarded_step = real
+        train_grpo.optim.guarded_step, train_grpo.data.rollout_batches = real
     return seen, figures
 
 
@@ -236,11 +243,13 @@ def test_an_update_reads_nothing_back_between_micro_batches(world, monkeypatch):
     c = config(micro_tokens=60, kl_coef=0)
     set_advantages(samples, c)
     batches = batches_of(trainable(samples, c), prompts, c, world)
+    monkeypatch.setattr(train_grpo.data, "rollout_batches", lambda *_: batches)
     for name in names:
         monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
     monkeypatch.setattr(train_grpo, "score", made_up_scores)
     monkeypatch.setattr(train_grpo.optim, "guarded_step", lambda *_, **__: (0.0, True))
-    train_grpo.update(training(None, c, world), batches, trainable(samples, c), 1e-6)
+    nothing = SimpleNamespace(config=SimpleNamespace(vision=None, image_token_id=None))
+    train_grpo.train_on(training(nothing, c, world), None, samples, prompts, 1e-6)
     assert len(batches) > 2 and events[: len(batches)] == ["forward"] * len(batches)
 
 
@@ -259,13 +268,16 @@ def test_moments_are_in_host_memory_whenever_samples_are_drawn(tmp_path, in_proc
     """Evaluation too: with the moments on the GPU it would find room for fewer slots, and the
     rollouts after it would keep these."""
     model_dir, data = make_model(tmp_path / "m"), write_problems(tmp_path / "p.jsonl", n=1)
-    at, places, draw = ["start"], [], train_grpo.sample_on_ranks
+    at, places, generate = ["start"], [], train_grpo.Sampler.generate
     for name, place in (("to_host", "cpu"), ("to_device", "device")):
         move = lambda _, place=place: at.append(place)  # noqa: E731
         monkeypatch.setattr(train_grpo.optim.Offload, name, move)
-    monkeypatch.setattr(
-        train_grpo, "sample_on_ranks", lambda *a: (places.append(at[-1]), draw(*a))[1]
-    )
+
+    def noted(*args, **how):
+        places.append(at[-1])
+        return generate(*args, **how)
+
+    monkeypatch.setattr(train_grpo.Sampler, "generate", noted)
     monkeypatch.setattr(train_grpo, "train_on", lambda *_: (at.append("train"), ({}, True))[1])
     c = Config(str(model_dir), [str(data)], str(tmp_path / "o"), device="cpu")
     c = dataclasses.replace(c, eval_data=[str(data)])
@@ -279,7 +291,7 @@ def test_an_empty_micro_batch_has_loss_zero_and_finite_gradients(model, world):
     """A rank that has no samples must still call backward, or the others wait for it for ever."""
     for kind in ("ppo_clip", "gspo", "cispo"):
         loss, metrics = loss_of(
-            model, collate_samples([], [], []), made_up()[1], config(loss=kind, clip_high=0.3)
+            model, collate_samples([], []), made_up()[1], config(loss=kind, clip_high=0.3)
         )
         loss.backward()
         assert loss.item() == 0 and all(len(v) == 0 for v in metrics.values())
@@ -291,13 +303,14 @@ def test_the_ratio_is_one_when_the_old_forward_was_packed_otherwise(model, world
     """Old log-probabilities from another micro-batching make ratios differ from 1 and clip tokens
     of an on-policy step."""
     prompts, samples = made_up()
-    set_advantages(samples, config())
     samples = trainable(samples, config())
+    for i, s in enumerate(samples):
+        s.advantage = i
     small, large = (batches_of(samples, prompts, config(micro_tokens=n), world) for n in (1, 10**6))
     with torch.no_grad():
         for b in small:
             logprobs = score(model, b, config())[0]
-            for n, i in enumerate(b.samples):
+            for n, i in enumerate(indices_of(b)):
                 samples[i].logprobs[samples[i].mask] = logprobs[b.sequence == n].numpy()
         (b,) = batches_of(samples, prompts, config(), world)
         b.old_logprobs = b.sampler_logprobs
@@ -311,19 +324,25 @@ def test_the_ratio_is_one_when_the_old_forward_was_packed_otherwise(model, world
 def test_updates_share_the_groups_and_see_each_sample_once(model, world, monkeypatch):
     """Mini-batches that cut a group or drop the rest would train on other data than was sampled."""
     prompts, samples = made_up(prompts=5)
-    set_advantages(samples, config())
-    trained = samples[:4] + samples[8:]
-    seen = []
+    trained, seen, real = samples[:4] + samples[8:], [[]], grpo_loss
+    for i, s in enumerate(samples):
+        s.advantage = i
 
-    def fake(training, batches, chosen, lr):
-        seen.append(sorted(samples.index(chosen[i]) for b in batches for i in b.samples))
-        return {"loss": 0.0, "entropy": 0.0, "tokens": 1}, True
+    def loss(logprobs, entropy, b, *counts):
+        seen[-1] += indices_of(b)
+        return real(logprobs, entropy, b, *counts)
 
-    monkeypatch.setattr(train_grpo, "update", fake)
-    monkeypatch.setattr(train_grpo, "score", lambda *_: (None, None))
-    c = config(updates=2)
+    def step(model, *_, **__):
+        seen.append([])
+        model.zero_grad()
+        return 0.0, True
+
+    monkeypatch.setattr(train_grpo, "grpo_loss", loss)
+    monkeypatch.setattr(train_grpo.optim, "guarded_step", step)
+    c = config(updates=2, micro_tokens=60)
     train_grpo.train_on(training(model, c, world), None, trained, prompts, 1.0)
-    assert seen == [[0, 1, 2, *range(8, 12)], [*range(12, 20)]]  # sample 3 has nothing sampled
+    first, second, _ = map(sorted, seen)
+    assert (first, second) == ([0, 1, 2, *range(8, 12)], [*range(12, 20)])  # nothing sampled in 3
 
 
 @pytest.mark.parametrize(
@@ -341,8 +360,10 @@ def test_settings_that_contradict_each_other_are_refused(flags, named):
 
 
 def test_data_that_are_trained_on_are_warned_of():
-    said = trained_on(["d/a.jsonl", "b.jsonl"], ["./d/a.jsonl", "c.jsonl"], "eval_data")
-    assert [w.split(":")[0] for w in said] == ["--eval_data ./d/a.jsonl"]
+    c = SimpleNamespace(data=["d/a.jsonl", "b.jsonl"], eval_data=["./d/a.jsonl", "c.jsonl"])
+    c.train_vision = False
+    (said,) = data_warnings(c, "eval_data", False)
+    assert said.startswith("warning: --eval_data ./d/a.jsonl: ")
 
 
 def test_a_reward_that_cannot_be_loaded_shows_before_the_model_is_built(
@@ -412,11 +433,12 @@ def test_advantages_and_loss_equal_trls(tmp_path, trl_trainer, loss_type, aggreg
     advantages = train_grpo.group_advantages(rewards, "grpo", eps=1e-4).flatten()  # TRL's epsilon
     assert torch.allclose(advantages.float(), inputs["advantages"], atol=1e-5)
     assert len(set(trainer.seen_rewards)) > 2
-    for s, a in zip(samples, advantages.tolist()):
-        s.advantage = a
     c = config(kl_coef=0.04, aggregation=aggregation, max_new_tokens=trainer.max_completion_length)
+    for i, s in enumerate(samples):
+        s.advantage = i
     (b,) = batches_of(samples, prompts, c, train_grpo.init("cpu"))
-    rows = [(i, t) for i in b.samples for t in range(len(samples[i].tokens))]
+    rows = [(i, t) for i in indices_of(b) for t in range(len(samples[i].tokens))]
+    b.advantages = torch.tensor([advantages[i] for i, _ in rows], dtype=torch.float32)
     b.old_logprobs, b.ref_logprobs = (
         torch.stack([inputs[k][i, t] for i, t in rows])
         for k in ("old_per_token_logps", "ref_per_token_logps")
@@ -788,7 +810,7 @@ def test_the_stream_has_each_target_one_row_before_its_token():
     prompts = [
         SimpleNamespace(tokens=t, pixel_values=None, grid_thw=None) for t in ([1, 2, 3], [5])
     ]
-    b = collate_samples(samples, [0, 1], prompts)
+    b = collate_samples(samples, prompts)
     no = -100
     assert b.stream.tokens.tolist() == [1, 2, 3, 7, 8, 5, 9, 4, 6]
     assert b.stream.targets.tolist() == [no, no, 7, 8, no, 9, no, 6, no]  # 4 was forced: no target
@@ -807,7 +829,7 @@ def test_positions_go_on_behind_an_image():
         pixel_values=torch.zeros(16, 4),
         grid_thw=torch.tensor([[1, 4, 4]]),
     )
-    b = collate_samples([of_tokens(0, [7, 8], advantage=0.0)], [0], [image], 99, 2).stream
+    b = collate_samples([of_tokens(0, [7, 8], advantage=0.0)], [image], 99, 2).stream
     assert b.position_ids[0].tolist() == [0, 1, 1, 1, 1, 3, 4, 5]
     assert b.position_ids[2].tolist() == [0, 1, 2, 1, 2, 3, 4, 5]
     assert b.pixel_values.shape == (16, 4) and b.grid_thw.tolist() == [[1, 4, 4]]

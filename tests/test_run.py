@@ -243,8 +243,8 @@ def test_the_best_model_is_kept_whatever_comes_later(world, tmp_path):
 
     def evaluated(run, step, score):
         training = SimpleNamespace(run=run, export=lambda folder: seen.append(step))
-        Training.keep_best(training, step, score)
-        run.log({"step": step, "greedy": score}, "eval")
+        whole = {"greedy": score, "low": 0.0, "high": 1.0}
+        Training.log_evaluation(training, {"step": step, **whole, "tasks": {}})
 
     for step, score in ((0, 0.25), (10, 0.5), (20, 0.5), (30, 0.75), (40, 0.6)):
         evaluated(run, step, score)
@@ -271,12 +271,13 @@ def test_exports_still_to_come_need_room_and_a_missing_one_is_made_up_for(
         "core.training.export_hf", lambda m, s, folder, w: folder.mkdir(parents=True)
     )
     monkeypatch.setattr("core.training.StopRequest", lambda: None)
+    monkeypatch.setattr("core.training.adamw", Mock())
     monkeypatch.setattr("core.training.gc", Mock())
     options = TrainingOptions("m", ["d"], "o", export_every=10)
-    options.save_every = 0
+    options.save_every = options.lr = options.weight_decay = 0
     for _ in range(2):
         run = begun(tmp_path / "o", world)
-        Training(run, options, None, None, source=tmp_path, total=120, data={}, best=True)
+        Training(run, options, None, source=tmp_path, total=120, data={}, best=True)
         made.append(sorted(p.name for p in (tmp_path / "o" / "exports").iterdir()))
     assert made == [["step_90"], ["step_90"]]
     sizes = [room["export_bytes"] for room in asked]

@@ -1,21 +1,23 @@
 """core/samples.py: grades reach their samples, rows survive the disk, seeds belong to problems."""
 
-from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from core.images import ImageLoader
 from core.samples import (
+    Rollouts,
     Sample,
     deal,
     problem_seed,
     read_samples,
-    sample_on_ranks,
+    rollout_metrics,
     sampled_mask,
     write_samples,
 )
+from sampler import SamplingParams
 
 
 def sample(**more):
@@ -110,18 +112,30 @@ def test_rewards_reach_the_sample_that_earned_them(world):
     """Samples end in another order than they are returned: a reward by order of arrival is another
     sample's."""
     problems = [{"id": str(i), "answer": f"{i + 10} 1"} for i in range(3)]
-    prompts = [SimpleNamespace(tokens=[i + 10]) for i in range(3)]
     tokenizer = SimpleNamespace(decode=lambda tokens: " ".join(map(str, tokens)))
-    samples = sample_on_ranks(
-        *(FakeSampler(), Grader(), tokenizer, problems, prompts, [1, 2, 3]),
-        *(SimpleNamespace(n=2), world, Counter()),
+    rollouts = Rollouts(
+        *(FakeSampler(), SamplingParams(n=2), tokenizer, Grader(), ImageLoader(None)),
+        *(lambda problem, loaded: SimpleNamespace(tokens=[int(problem["id"]) + 10]), world),
     )
+    samples, prompts = rollouts(problems, salts=[5, 6, 7])
+    seeds = [problem_seed(p, salt) for p, salt in zip(problems, (5, 6, 7))]
+    assert [p.tokens for p in prompts] == [[10], [11], [12]]
     assert [(s.id, s.problem, s.sample, s.reward, s.text, s.seed, s.prompt) for s in samples] == [
-        (str(i), i, j, float(j == 1), f"{i + 10} {j}", i + 1, str(i + 10))
+        (str(i), i, j, float(j == 1), f"{i + 10} {j}", seeds[i], str(i + 10))
         for i in range(3)
         for j in range(2)
     ]
     assert all(s.tokens[-1] == 304 for s in samples), "the end token is trained on, but no text"
+
+
+def test_a_bonus_is_no_right_answer_and_a_penalty_no_wrong_one():
+    """With "above 0", a model that writes empty tags for a bonus would seem to solve everything."""
+    earned = [(1.1, {"right": 1, "form": 0.1}), (0.5, {"right": 1, "long": -0.5})]
+    earned += [(0.1, {"right": 0, "form": 0.1}), (-0.5, {"right": 0, "long": -0.5})]
+    samples = [sample(reward=reward, parts=parts, trained=True) for reward, parts in earned]
+    m = rollout_metrics(samples, group=2)
+    assert (m["solved"], m["solved_any"], m["solved_all"]) == (0.5, 0.5, 0.5)
+    assert (m["rewards/right/mean"], m["rewards/form/mean"]) == (0.5, 0.1)
 
 
 def test_seeds_belong_to_the_problem_and_its_position_in_the_stream():

@@ -330,7 +330,7 @@ def grpo() -> dict:
 
     import train_grpo
     from core.samples import Sample
-    from data import Prompt, rollout_batches
+    from data import Prompt
 
     config, waits = seven_b(2), []
     c = train_grpo.Config("-", ["-"], "-", group=4, micro_tokens=4096, max_new_tokens=1000)
@@ -342,23 +342,20 @@ def grpo() -> dict:
     for s in samples:
         s.logprobs = np.zeros(1000, np.float32)
     here = World(0, 8, 0, torch.device("cpu"))
-    made = rollout_batches(samples, prompts, c.micro_tokens, here)
+    made = train_grpo.data.rollout_batches(samples, prompts, c.micro_tokens, here)
+    train_grpo.data.rollout_batches = lambda *_: made  # of real tensors
     FakeTensor.tolist = lambda t: waits.append(t.device.type) or [1.0] * t.shape[0]
     train_grpo.all_sum = train_grpo.all_max = lambda *values: list(values)
     with fake_cuda.ranks(8) as world:
         model, reference = sharded(config, world, "full"), sharded(config, world, "none")
         reference.requires_grad_(False)
         optimizer = adamw(model, lr=1e-6, weight_decay=0.0)
-        with fake_cuda.Watch() as scoring, torch.no_grad():
-            for b in made:
-                b.ref_logprobs = train_grpo.score(reference, b.to(world.device), c)[0]
+        run = SimpleNamespace(world=world)
+        training = SimpleNamespace(model=model, optimizer=optimizer, options=c, run=run)
         with fake_cuda.Watch() as seen:
-            run = SimpleNamespace(world=world)
-            training = SimpleNamespace(model=model, optimizer=optimizer, options=c, run=run)
-            train_grpo.update(training, made, samples, 1e-6)
+            train_grpo.train_on(training, reference, samples, prompts, 1e-6)
     return {
         "micro_batches": len(made),
-        "scoring": dict(scoring.waits),
         "waits": dict(seen.waits),
         "lists": waits,
         "weights": sorted({str(p.dtype) for p in model.parameters()}),
@@ -445,7 +442,7 @@ def lora(layers: str = "28", tokens: str = "16384", rank: str = "32", modes: str
         values = torch.zeros(len(rows), device=world.device)
         one = torch.zeros(len(rows), dtype=torch.long, device=world.device)
         rollouts = RolloutBatch(
-            stream=batch, samples=[0], sequence=one, counts=one[:1] + len(rows), advantages=values,
+            stream=batch, sequence=one, counts=one[:1] + len(rows), advantages=values,
             sampler_logprobs=values,
         )  # fmt: skip
 
