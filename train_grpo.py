@@ -201,9 +201,7 @@ def grpo_loss(
 
 
 # ----------------------------------------------------------------------------------- the update
-def score(
-    model: Model, b: RolloutBatch, c: Config, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
+def score(model: Model, b: RolloutBatch, c: Config, entropy=False) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities (R,) of a micro-batch's sampled tokens, and entropies (R,) or None."""
     inputs, rows = b.stream.inputs(), b.stream.supervised_rows
     logprobs, entropies = model(**inputs, entropy=entropy, temperature=c.temperature)
@@ -400,8 +398,7 @@ def train(c: Config) -> int:
     model_dir = resolve_model_dir(c.model, world)
     tokenizer = data.load_tokenizer(model_dir)
     how = dict(rule=c.rule, open_thought=opens_thought(tokenizer), reward=c.reward)
-    # first: a wrong --reward shows at once
-    grader = Grader(c.graders, c.reward_deadline, weights=c.part_weights, **how)
+    grader = Grader(c.graders, c.reward_deadline, weights=c.part_weights, **how)  # first: may fail
     problems, held_out, longest, images = load_data(c, model_dir, tokenizer, run)
     if c.reward and world.is_main:
         run.say(grader.trial(problems[0]))
