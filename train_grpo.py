@@ -324,11 +324,11 @@ def grpo(
         check_rewards(samples, step + 1, run)
         warmup = int(c.warmup_ratio * total)
         lr = optim.lr_at(step, lr=c.lr, total_steps=total, schedule=c.schedule, warmup_steps=warmup)
-        metrics, stepped = train_on(training, reference, trained, prompts, lr)
+        updated, stepped = train_on(training, reference, trained, prompts, lr)
 
         seconds["step_time"] = time.perf_counter() - begin
-        metrics |= {"step": step + 1, "epoch": round(cursor / len(problems), 4)}
-        metrics |= {"learning_rate": lr} | rollout_metrics(samples, c.group)
+        metrics = {"step": step + 1, "epoch": round(cursor / len(problems), 4), "learning_rate": lr}
+        metrics |= rollout_metrics(samples, c.group) | updated
         metrics |= throughput.grpo_speed(samples, prompts, seconds)
         if training.step_done(metrics, stepped, cursor=cursor):
             return run.stopped(step + 1)
