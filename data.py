@@ -18,6 +18,7 @@ from typing import Iterator, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 
 from core import chat, schema
 from core.chat import chat_segments, load_tokenizer, with_image_parts  # noqa: F401
@@ -71,7 +72,8 @@ def image_counts(files: Sequence[str], config: ImageConfig | None) -> list[int]:
     for file in files:
         if config is None:
             raise ValueError(f"{file}: an image, but this model has no image settings (text-only?)")
-        if isinstance(size := image_size(file), str):
+        size = file.size if isinstance(file, Image.Image) else image_size(file)
+        if isinstance(size, str):
             raise ValueError(size)
         height, width = smart_resize(size[1], size[0], config)
         counts.append(height * width // (config.patch_size * config.merge_size) ** 2)

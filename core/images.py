@@ -46,12 +46,14 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 
 
 # ---------------------------------------------------------------------- images to RGB
-def load_image(source: str | Path) -> Image.Image:
-    """Any image file → 8-bit RGB by the rules in the module's docstring, decoded to the end.
+def load_image(source: str | Path | Image.Image) -> Image.Image:
+    """Any image → 8-bit RGB by the rules in the module's docstring, decoded to the end.
 
     Raises ValueError, which names the file and how to fix it, when it is missing, not an image,
     damaged, larger than MAX_PIXELS, longer than MAX_ASPECT, or has no known white.
     """
+    if isinstance(source, Image.Image):  # the miniature draws its own
+        return upright_rgb(source)
     if not Path(source).is_file():  # also keeps us from waiting for a pipe
         raise ValueError(
             f"{source}: no such image file; image paths are relative to the folder of their jsonl"
