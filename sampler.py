@@ -310,7 +310,7 @@ def check_prompts(prompts: Sequence, ids, new_tokens: int, max_len: int, model: 
 
 
 # Reading prompts once gains 15 % from here on, by the model in BENCHMARKS.md.
-SHARED_ROWS = 64  # samples in a step: the prompts of fewer do not fill a GPU
+SHARED_ROWS = 64  # slots of a step, see `BUCKETS`: fewer samples' prompts do not fill a GPU
 SHARED_TOKENS = 448  # prompt tokens a sample that go unread: 512 in a group of 8, of which 7 gain
 
 

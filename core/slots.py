@@ -51,9 +51,7 @@ class Slots:
         logprobs = torch.zeros(slots, capacity + 1, device=device)
         kv = kv.transpose(3, 4) if device.type == "cpu" else kv
         groups = torch.zeros(7, slots + 1, dtype=torch.int32, device=device)
-        made = cls(state, kv, hidden, logprobs.long(), logprobs, groups)
-        made.done.fill_(1)
-        return made
+        return cls(state, kv, hidden, logprobs.long(), logprobs, groups)
 
     def first(self, rows: int) -> Slots:
         tensors = [t[:rows] for t in (self.hidden, self.tokens, self.logprobs)]
