@@ -22,6 +22,7 @@ from typing import Any
 
 from convert.public import HUB, SPECS
 from convert.releases import Drop, Row, Source, image_extension
+from core.files import replacing, write_whole
 from core.schema import FINDINGS, control_tokens
 
 
@@ -141,9 +142,7 @@ class Conversion:
         if name not in self.images:
             file = self.folder / name
             file.parent.mkdir(exist_ok=True)
-            partial = file.with_name(file.name + ".tmp")
-            partial.write_bytes(data)
-            partial.replace(file)
+            write_whole(file, data)
             self.images.add(name)
         return name
 
@@ -166,14 +165,9 @@ def new_file(out: str, *sources: str) -> Path:
 
 
 def write_lines(target: Path, lines: Iterable[str]) -> None:
-    """Write aside and rename: the file is whole or as it was."""
-    partial = target.with_name(target.name + ".tmp")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    """A line each; the file is whole or as it was."""
+    with replacing(target) as aside, open(aside, "w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def write_info(target: Path, dropped: dict[str, list[str]], **info) -> dict:

@@ -136,8 +136,7 @@ def refuse_what_is_no_model(path: Path) -> None:
         why = f"a run directory; its model is {path / 'final'}"
     elif saved and not weights:
         last = max(saved, key=lambda folder: folder.stat().st_mtime)
-        why = "a training checkpoint" if last == path else "a run without a model so far"
-        why += f"; `python -m tools.export {last} --out DIR` makes a model of it"
+        why = f"checkpoints, of which `python -m tools.export {last} --out DIR` makes a model"
     elif (path / "config.json").is_file():
         return
     elif (path / "adapter_config.json").is_file():

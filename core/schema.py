@@ -251,8 +251,9 @@ def scan(
                         fix = "give every problem its own id"
                         found.append(Fault(str(path), line, "id", why, fix))
                     seen.setdefault(row["id"], f"{path}:{line}")
-                for name in row:
-                    if (meant := meant_field(name, schema)) and row.get(meant) is None:
+                for name, value in row.items():
+                    meant = meant_field(name, schema) if value else None
+                    if meant and row.get(meant) is None:
                         misspelt.setdefault((name, meant), []).append(f"{path}:{line}")
                 if not found and row.get("images"):
                     row["images"] = [str(folder / name) for name in row["images"]]

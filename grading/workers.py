@@ -20,7 +20,6 @@ import contextlib
 import ctypes
 import difflib
 import importlib
-import inspect
 import json
 import os
 import queue
@@ -242,10 +241,10 @@ def in_words(e: BaseException) -> str:
     installed package: "KeyError: 'a' (score.py:12)"."""
     if isinstance(e, NotLoadable):
         return str(e)
-    if isinstance(e, SyntaxError) and e.filename:
+    if isinstance(e, SyntaxError) and os.path.isfile(e.filename or ""):  # not of an eval
         return f"{type(e).__name__}: {e.msg} ({os.path.basename(e.filename)}:{e.lineno})"
     installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
-    ours = ("<frozen ", __file__)
+    ours = ("<", __file__)  # <frozen importlib>, the <string> of an eval
     places = [p for p in traceback.extract_tb(e.__traceback__) if not p.filename.startswith(ours)]
     own = [p for p in places if not p.filename.startswith(installed)] or places
     where = "".join(f" ({os.path.basename(p.filename)}:{p.lineno})" for p in own[-1:])
@@ -276,12 +275,7 @@ def load(name: str) -> Callable:
         near = difflib.get_close_matches(attribute, [n for n in found if callable(found[n])], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise NotLoadable(f"{module} has no function or class {attribute!r}{hint}")
-    if isinstance(function, type):
-        try:
-            inspect.signature(function).bind()
-        except TypeError as e:
-            raise NotLoadable(f"class {attribute} is made without arguments: {e}") from None
-        if not callable(function := function()):
-            raise NotLoadable(f"an instance of class {attribute} can't be called: add __call__")
+    if isinstance(function, type) and not callable(function := function()):
+        raise NotLoadable(f"an instance of class {attribute} can't be called: add __call__")
     getattr(function, "warm_up", int)()  # what should be done once, outside any deadline
     return function

@@ -247,17 +247,18 @@ def test_ids_must_differ_over_all_files(tmp_path):
 
 
 def test_a_field_that_looks_misspelt_is_warned_of_once(tmp_path, capsys):
-    """Prevents `image` for `images` from training without a single image; columns of the user's own
-    and a near name beside the field itself are normal."""
+    """Prevents `image` for `images` from training without a single image; columns of the user's
+    own, empty ones and a near name beside the field itself are normal."""
     rows = [
         problem(),
         problem(id="p/2", image=["a.png"], source="web", idx=3, answers=["B"]),
         problem(id="p/3", Images=["a.png"], subject="law", tasks=["t"]),
         problem(id="p/4", image=["a.png"], metadata={}),
+        problem(id="p/5", image=None, n_images=0),
     ]
     file = write(tmp_path / "a.jsonl", rows)
     for _ in range(2):
-        assert len(data.load_problems(file)[0]) == 4
+        assert len(data.load_problems(file)[0]) == 5
     assert capsys.readouterr().out.splitlines() == [
         f"warning: 2 row(s) have a field 'image', the first is {file}:2; it is not read: "
         "did you mean 'images'?",

@@ -241,7 +241,7 @@ class Silent:
             "indirect.py:f",
             "JSONDecodeError: Expecting value: line 1 column 1 (char 0) (helper.py:2)",
         ),
-        ("classes.py:NeedsUrl", "class NeedsUrl is made without arguments: missing a required"),
+        ("classes.py:NeedsUrl", "NeedsUrl.__init__() missing 1 required positional argument"),
         ("classes.py:Silent", "an instance of class Silent can't be called: add __call__"),
     ],
 )
@@ -254,6 +254,17 @@ def test_a_function_that_can_not_be_loaded_is_named_at_once(functions, name, sai
     with pytest.raises(ValueError) as error:
         WorkerPool(name, workers=1)
     assert said in str(error.value) and not re.search("workers.py|frozen", str(error.value))
+
+
+def test_an_error_in_an_evaluated_answer_names_the_users_line(functions):
+    """It named <string>:1, a line of the model's answer."""
+    (functions / "evals.py").write_text("def score(x):\n    return eval(x)\n")
+    with WorkerPool("evals:score", workers=1, deadline=60) as pool:
+        whys = [pool.submit(x).result(60).why for x in ("1 +* 2", "1 / 0")]
+    assert whys == [
+        "SyntaxError: invalid syntax (<string>, line 1) (evals.py:2)",
+        "ZeroDivisionError: division by zero (evals.py:2)",
+    ]
 
 
 def test_an_item_ends_where_no_worker_can_be_started_any_more(functions):

@@ -28,7 +28,7 @@ def make_evaluation(folder, accuracy):
 
 
 def test_a_card_holds_data_settings_results_and_commit(tmp_path, capsys):
-    run = make_run(tmp_path / "mine", lr=3e-6, group=8, eval_data=[])
+    run = make_run(tmp_path / "mine", lr=3e-6, kl_coef=0.0, eval_data=[], compile=False)
     evaluation = make_evaluation(tmp_path / "e", 0.625)
     model_card.main([str(run), "--eval", str(evaluation)])
     text = (run / "final" / "README.md").read_text()
@@ -38,7 +38,8 @@ def test_a_card_holds_data_settings_results_and_commit(tmp_path, capsys):
     assert "| mmmu | 200 | 62.5 | 50.0 … 75.0 |" in text
     assert "thoughts ended by force after 3800" in text
     assert "| `a.jsonl` | `ffffffffffffffff` |" in text and "Commit `abc123`, torch 2.13.0" in text
-    assert "| `--lr` | `3e-06` |" in text and "eval_data" not in text
+    assert "| `--lr` | `3e-06` |" in text and "| `--kl_coef` | `0.0` |" in text
+    assert "eval_data" not in text and "compile" not in text
     assert "python train_grpo.py --lr 3e-06" in text and "8 × H100" in text
     assert f"hf upload YOUR_NAME/mine {run / 'final'} ." in capsys.readouterr().out
 

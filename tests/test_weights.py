@@ -224,7 +224,7 @@ def test_a_run_or_a_checkpoint_for_a_model_is_told_where_the_model_is(world, tmp
         (["a.gguf"], "a.gguf is not supported; fetch the weights as published"),
         (["Qwen2.5-7B/config.json"], "no model, but .*/Qwen2.5-7B may be one"),
         (["snapshots/0123/config.json"], "no model, but .*/snapshots/0123 may be one"),  # hub cache
-        (["step_2/complete.json"], "a run without a model.* tools.export .*/step_2 --out DIR"),
+        (["step_2/complete.json"], "checkpoints, .* tools.export .*/step_2 --out DIR"),
         (["config.json", "checkpoints/step_2/complete.json"], "tools.export .*/step_2 --out DIR"),
         (["adapter_config.json"], "a LoRA adapter: train with --model Qwen/Base --adapter"),
     ],

@@ -2,8 +2,8 @@
 
     python -m tools.model_card runs/grpo --eval runs/eval/grpo_greedy runs/eval/grpo_avg5
 
-Writes OUT/final/README.md: base model, data with hashes, settings that differ from the defaults,
-results with their 95% intervals, commit and versions. Everything comes from the run's own files.
+Writes OUT/final/README.md: base model, data with hashes, settings, results with their 95%
+intervals, commit and versions. Everything comes from the run's own files.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def card(out: Path, evaluations: list[Path]) -> str:
     settings = [
         [f"`--{k}`", f"`{v if isinstance(v, str) else json.dumps(v)}`"]
         for k, v in config.items()
-        if k not in HIDDEN and v not in ("", None, [], False)
+        if k not in HIDDEN and v not in ("", None, []) and v is not False  # 0 says something
     ]
     machine = f"{header['world_size']} × {header['device']}"
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v)

@@ -34,8 +34,8 @@ from string import ascii_letters
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from core.files import write_whole
 from core.options import option
-from core.run import write_whole
 from core.schema import LETTERS
 from data import prompt_text
 
