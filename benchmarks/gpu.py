@@ -8,10 +8,12 @@ speed does not depend on them.
     python benchmarks/gpu.py --dry                       # tiny sizes on CPU: does it run at all?
 
 Sections: check (CUDA paths against CPU fp32), sft, prefill, decode, grpo, vision, peer (HF generate
-on the same weights); each is one or more pieces of about a minute or two. --into keeps every
-piece's rows, skips those that are there (delete PIECE.json to repeat it), and writes rows.md after
-each, a table for BENCHMARKS.md. The last line printed is a JSON object. A piece that fails is a row
-with its error; the others go on, in the next call if the error has broken CUDA for this process.
+on the same weights); each is one or more pieces of about a minute or two. --into keeps a line for
+every piece in rows.jsonl, skips those that are there (delete a line to repeat its piece), and
+writes rows.md after each, a table for BENCHMARKS.md. The last line printed is a JSON object. A
+piece that fails is a row with its error, also one in which the call was killed; the others go on,
+in the next call if the error has broken CUDA for this process. With torch 2.11:
+PYTHONPATH=benchmarks/older_torch before the command.
 Limits: matrix work at the GPU's dense bf16 peak; decode by what it must read, weights once and each
 sequence's KV cache, at the memory bandwidth, or compute, whichever is slower.
 """
@@ -48,7 +50,8 @@ from sampler import Sampler, SamplingParams  # noqa: E402
 from tools.memory import published_config  # noqa: E402
 
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "B200": 8e12}  # bytes/s, vendor's
-SECTIONS = ("check", "sft", "prefill", "decode", "grpo", "vision", "peer")
+# section → minutes that a piece of it takes at most; guessed, as none has run on a GPU
+SECTIONS = dict(check=1.5, sft=2.5, prefill=1, decode=1.5, grpo=4, vision=1, peer=1.5)
 TINY = dict(  # runs on a CPU in a moment
     model_type="qwen2_5_vl", hidden_size=64, intermediate_size=96, num_attention_heads=4,
     num_hidden_layers=2, num_key_value_heads=2, vocab_size=320, tie_word_embeddings=True,
@@ -439,36 +442,41 @@ def pieces(args) -> dict[str, Callable[[Bench], None]]:
 def run_pieces(b: Bench, end: float) -> tuple[int, int]:
     """Runs what is not kept yet, until perf_counter() says `end`: pieces that failed, and that are
     left."""
-    failed, left, broken = 0, 0, False
+    failed, left, broken, into = 0, 0, False, b.args.into
+    lines = (into / "rows.jsonl").read_text().splitlines() if into else []
+    kept = dict(json.loads(line) for line in lines)  # of a piece the last line counts
+
+    def keep(name: str, rows: list[dict]) -> None:
+        if into:
+            with open(into / "rows.jsonl", "a") as f:
+                f.write(json.dumps([name, rows]) + "\n")
 
     def write_table() -> None:
-        if b.args.into:
+        if into:
             table = "\n".join([b.title, "", *markdown(b.rows)])
-            (b.args.into / "rows.md").write_text(table + "\n")
+            (into / "rows.md").write_text(table + "\n")
 
     for name, run in pieces(b.args).items():
-        kept = b.args.into and b.args.into / f"{name.replace(' ', '_')}.json"
-        if kept and kept.is_file():
-            b.rows += json.loads(kept.read_text())
+        if name in kept:
+            b.rows += kept[name]
             continue
-        if broken or time.perf_counter() > end:
+        if broken or time.perf_counter() + 60 * SECTIONS[name.split()[0]] > end:
             left += 1
             continue
-        start = len(b.rows)
+        start, error = len(b.rows), dict(section=name, name="error")
+        keep(name, [dict(error, note="the call ended in it")])  # unless a later line says otherwise
         torch.compiler.reset()  # what is compiled for one model's sizes is slower for another's
         try:
             run(b)
         except Exception as e:  # a row, not the end of a lent machine's time
             failed += 1
             traceback.print_exc()
-            note = f"{type(e).__name__}: {e}".partition("\n")[0]
-            b.rows.append(dict(section=name, name="error", note=note))
+            b.rows.append(dict(error, note=f"{type(e).__name__}: {e}".partition("\n")[0]))
         try:
             b.memory()
         except RuntimeError:  # after an illegal access every later call of this process fails
             broken = True
-        if kept:
-            kept.write_text(json.dumps(b.rows[start:]))
+        keep(name, b.rows[start:])
         write_table()  # now: the call may be killed in the next piece
     write_table()
     return failed, left
@@ -497,13 +505,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--bf16_adam", action="store_true", help="bf16 Adam moments: 32k tokens on one GPU")
     add("--profile", help="append the top kernels of sft, decode and grpo to this file")
     add("--into", type=Path, help="folder for the rows; run again to go on")
-    add("--minutes", type=float, default=60, help="start no piece after this long")
+    add("--minutes", type=float, default=60, help="start no piece that may end later; 4 or more")
     add("--dry", action="store_true", help="tiny sizes on the CPU; the figures mean nothing")
     args = parser.parse_args(argv)
     if not args.dry and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --dry runs the script with tiny sizes on the CPU")
     if args.into:
         args.into.mkdir(parents=True, exist_ok=True)
+        (args.into / "rows.jsonl").touch()
     b = Bench(args)
     command = " ".join(["python benchmarks/gpu.py", *(sys.argv[1:] if argv is None else argv)])
     b.title = f"{b.name}, `{command}`, {time.strftime('%Y-%m-%d')}:"
