@@ -223,7 +223,7 @@ def train_on(
             updates.append((batches, chosen))
     if not updates:
         return {}, True
-    with torch.no_grad():
+    with torch.no_grad():  # log π_old and log π_ref of the objective
         for b in (b for batches, _ in updates for b in batches):
             if len(updates) > 1:
                 b.old_logprobs = score(t.model, b.to(world.device), c)[0]
@@ -239,19 +239,19 @@ def train_on(
             loss, m = grpo_loss(logprobs, entropy, b, tokens, len(chosen), c)
             (loss * world.size).backward()  # FSDP averages over ranks
             sums.append(torch.stack([loss.detach(), *(v.sum() for v in m.values())]).double())
-            off = m["sampling/logp_difference_mean"], (m["ratio"] - 1).abs()
+            off = m["sampling/logp_difference_mean"], (m["ratio"] - 1).abs()  # (R,), R can be 0
             maxima.append(torch.stack([torch.cat([v, v.new_zeros(1)]).max() for v in off]))
         # read only now: between micro-batches the GPU would run dry
         metrics = dict(zip(["loss", *m], all_sum(*torch.stack(sums).sum(0).tolist())))
         how = dict(lr=lr, max_norm=c.grad_clip, loss=metrics["loss"])
         norm, taken = optim.guarded_step(t.model, t.optimizer, **how)
-        totals.update(metrics, grad_norm=norm, trained_tokens=tokens)
+        totals.update(metrics, grad_norm=norm, trained_tokens=tokens)  # a Counter adds
         all_taken &= taken
 
     tokens, per_update = totals.pop("trained_tokens"), ("loss", "policy_loss", "grad_norm")
     means = {k: v / (len(updates) if k in per_update else tokens) for k, v in totals.items()}
     names = ("sampling/logp_difference_max", "ratio_off_one_max", "logprob_s", "update_s")
-    seconds = scored - begin, time.perf_counter() - scored
+    seconds = (round(s, 3) for s in (scored - begin, time.perf_counter() - scored))
     largest = dict(zip(names, all_max(*torch.stack(maxima).amax(0).tolist(), *seconds)))
     return means | largest | {"trained_tokens": tokens}, all_taken
 

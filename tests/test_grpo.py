@@ -558,6 +558,7 @@ def test_hostile_rewards_are_counted_and_the_run_goes_on(place):
     code, said = place.nursery.run([*flags, "--out", out])
     assert code == 0 and "12 of 32 rewards failed; the first, of problem" in said
     (m,), samples = rows(out), rows(out, "rollouts/step_1.jsonl")
+    assert all(m[k] == round(m[k], 3) for k in TIMES)
     assert m["reward_timeouts"] == 0.125 and m["reward_errors"] == 0.25 and len(samples) == 32
     assert all(s["reward"] == 0 for s in samples if s["status"] != "ok") and m["grad_norm"] > 0
 
