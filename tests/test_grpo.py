@@ -335,12 +335,15 @@ def test_updates_share_the_groups_and_see_each_sample_once(model, world, monkeyp
     def step(model, *_, **__):
         seen.append([])
         model.zero_grad()
-        return 0.0, True
+        return float(len(seen)), True
 
     monkeypatch.setattr(train_grpo, "grpo_loss", loss)
     monkeypatch.setattr(train_grpo.optim, "guarded_step", step)
     c = config(updates=2, micro_tokens=60)
-    train_grpo.train_on(training(model, c, world), None, trained, prompts, 1.0)
+    m, _ = train_grpo.train_on(training(model, c, world), None, trained, prompts, 1.0)
+    tokens = sum(int(s.mask.sum()) for s in trained)
+    assert (m["grad_norm"], m["trained_tokens"]) == (2.5, tokens)  # a mean over updates, a sum
+    assert m["ratio"] == pytest.approx(1)  # a mean over the tokens of all updates
     first, second, _ = map(sorted, seen)
     assert (first, second) == ([0, 1, 2, *range(8, 12)], [*range(12, 20)])  # nothing sampled in 3
 
