@@ -231,8 +231,8 @@ class Run:
             if lines := _whole_lines(file := self.out / f"{kind}.jsonl"):
                 kept = (x for x in lines if json.loads(x)["step"] <= step)
                 write_whole(file, "".join(kept))
-        for file in self.out.glob("rollouts/step_*.jsonl"):
-            if int(file.stem.removeprefix("step_")) > step:
+        for file in self.out.glob("rollouts/step_*"):  # .tmp: a kill came while it was written
+            if file.suffix == ".tmp" or int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
         kind = self.settings.get("report_to", "none")
         if kind != "none":

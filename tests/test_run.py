@@ -116,6 +116,16 @@ def test_a_kill_within_the_very_first_write_does_not_hold_the_directory(world, t
     Run(tmp_path, Settings(), world)
 
 
+def test_rollouts_of_steps_to_come_and_what_a_kill_left_of_some_are_removed(world, tmp_path):
+    """Each kill within a write left another part of a file, as it has the process in its name."""
+    run, folder = Run(tmp_path, Settings(), world), tmp_path / "rollouts"
+    folder.mkdir()
+    for file in ("step_9.jsonl", "step_10.jsonl", "step_11.jsonl", "step_10.jsonl.4711.tmp"):
+        (folder / file).touch()
+    run.start({}, 10, 40)
+    assert sorted(file.name for file in folder.iterdir()) == ["step_10.jsonl", "step_9.jsonl"]
+
+
 def test_a_plan_may_leave_its_token_cache(world, tmp_path):
     (tmp_path / "cache").mkdir()
     Run(tmp_path, Settings(), world)
