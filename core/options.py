@@ -39,12 +39,8 @@ BOUNDS = {
     "le": ("at most", operator.le),
     "lt": ("less than", operator.lt),
 }
-DISK_ERRORS = {  # an OSError's number → how to fix it
-    errno.ENOSPC: "make room on the disk",
-    errno.EDQUOT: "make room within your quota",
-    errno.EROFS: "choose a directory that can be written",
-    errno.EACCES: "change its permissions",
-}
+# what a user can fix: a full disk or quota, one that is read only, a file of somebody else's
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def option(default: Any, help: str, *, group: str = "run", **bounds: float) -> Any:
@@ -180,8 +176,7 @@ def exit_on_value_error(told: Callable[[Exception], None] = lambda e: None) -> I
         if isinstance(e, OSError):
             if e.errno not in DISK_ERRORS:
                 raise
-            said = f"{e.strerror} ({e.filename or 'while writing'}); {DISK_ERRORS[e.errno]}, then "
-            said += "run the command again"
+            said = f"{e.filename or 'while writing'}: {e.strerror}; fix that and rerun the command"
         told(e)
         sys.stdout.flush()
         if os.environ.get("TRACEBACK"):  # Python prints none for a SystemExit, whatever its cause

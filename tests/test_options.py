@@ -117,9 +117,9 @@ def test_settings_from_a_file_and_flags_win(suffix, tmp_path, capsys):
 @pytest.mark.parametrize(
     "error, said",
     [
-        (OSError(errno.ENOSPC, "No space left"), "No space left (while writing); make room on the"),
-        (OSError(errno.EROFS, "Read-only", "o/x"), "Read-only (o/x); choose a directory that can"),
-        (PermissionError(errno.EACCES, "No", "d.jsonl"), "No (d.jsonl); change its permissions,"),
+        (OSError(errno.ENOSPC, "No space left"), "while writing: No space left; fix that"),
+        (OSError(errno.EROFS, "Read-only", "o/x"), "o/x: Read-only; fix that and rerun"),
+        (PermissionError(errno.EACCES, "No", "d.jsonl"), "d.jsonl: No; fix that and rerun"),
     ],
 )
 def test_a_disk_that_cannot_be_written_is_one_line(error, said, capsys):
