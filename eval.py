@@ -65,7 +65,7 @@ class Config:
     prompt_style: Literal["kind", *data.INSTRUCTIONS] = DATA("kind", "kind: by kind of problem")
     min_pixels: int = DATA(262_144, "scale images up to this; 0: model's", ge=0)
     max_pixels: int = DATA(262_144, "scale images down to this; 0: model's", ge=0)
-    rule: Literal[rewards.RULES] = OBJECTIVE("answer", "where it stands; line: 'Answer: X'")
+    rule: Literal[rewards.RULES] = OBJECTIVE("answer", "where the answer stands; line: 'Answer: X'")
     rescore: bool = OBJECTIVE(False, "grade stored samples, sample nothing")
     budgets: list[int] = OBJECTIVE([], "thinking budgets, as in 512 1024 2048")
     compare: str = OBJECTIVE("", "another --out: this minus the other")

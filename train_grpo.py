@@ -54,11 +54,11 @@ class Config(TrainingOptions):
         *"slots kv_gb offload_optimizer graders reward_deadline eval_data eval_every".split()
     }
 
-    prompt_style: str = DATA("train", "train: the paper's; kind: its evaluation prompts; plain")
+    prompt_style: Literal["kind", *data.INSTRUCTIONS] = DATA("train", "train: the paper's")
     max_prompt_tokens: int = DATA(2048, "longer prompts are left out and counted", ge=1)
     max_pixels: int = DATA(0, "scale images down to this area; 0: the model's own limit", ge=0)
     rule: Literal[RULES] = DATA("answer", "where the built-in reward looks for the answer")
-    reward: str = DATA("", "module:name or file.py:name of your own function, see rewards.py")
+    reward: str = DATA("", "module:name or file.py:name of your own function: docs/rewards.md")
     reward_weights: list[str] = DATA([], "PART=WEIGHT of its named parts; 1 for the others")
 
     advantage: Literal["grpo", "mean_only", "rloo"] = OBJECTIVE(

@@ -218,8 +218,8 @@ def choose_setting(
 
 
 def in_gib(plan: dict[str, int]) -> str:
-    """The items of a plan on a line."""
-    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.items())
+    """The items of a plan on a line, without those that would be 0.00."""
+    return ", ".join(f"{k} {v / GIB:.2f}" for k, v in plan.items() if v >= 0.005 * GIB)
 
 
 def kv_bytes(c, compute_bytes: int = 2) -> int:

@@ -63,7 +63,7 @@ class TrainingOptions:
         "auto", "to compute in; auto: bf16 on CUDA. Master weights are always fp32"
     )
     checkpointing: Literal["auto", "none", "matmul", "full"] = MEMORY(
-        "auto", "backward recomputes nothing, all but matmuls and attention, all; or what must be"
+        "auto", "recompute nothing, all but matmuls and attention, or all; auto: as little as fits"
     )
     compile: bool = MEMORY(False, "torch.compile each decoder block")
     device: Literal["auto", "cpu", "cuda"] = MEMORY("auto", "where to run")

@@ -1,6 +1,10 @@
 # Sourced by the scripts: activate .venv, made and filled on first use. $1: the requirements file.
 # A stamp holds the file's checksum: a second run starts at once, a changed pin is installed.
-[ -d .venv ] || python3 -m venv .venv
+if [ ! -d .venv ]; then
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        { echo "error: $(python3 --version) is too old; Python 3.11 or newer is needed" >&2; exit 2; }
+    python3 -m venv .venv
+fi
 . .venv/bin/activate
 stamp=".venv/$1.installed"
 want=$(cat requirements.txt "$1" | cksum)

@@ -561,3 +561,16 @@ def test_the_tiny_qwen3_vl_is_one_for_transformers_too(tmp_path):
     assert config.model_type == "qwen3_vl" and config.text_config.head_dim == 48
     images = ImageConfig.from_dir(tmp_path / "base")
     assert (images.patch_size, images.image_mean) == (16, (0.5,) * 3)
+
+
+def test_a_python_that_is_too_old_is_named_before_anything_is_installed(tmp_path):
+    """pip would find no numpy for it, after torch's gigabytes."""
+    (tmp_path / "python3").write_text("#!/bin/sh\n[ $1 != -c ] && echo Python 3.10.12\n")
+    (tmp_path / "python3").chmod(0o755)
+    command = ["bash", "-ec", f". {ROOT}/recipes/env.sh requirements.txt"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Python 3.10.12 is too old" in done.stderr
+    assert not (tmp_path / ".venv").exists()

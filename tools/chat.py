@@ -5,7 +5,8 @@
     python -m tools.chat --model DIR --prompt "What is 6·7?"     one answer, for scripts
 
 Ctrl-C stops an answer, Ctrl-D ends. /image FILE adds an image to your next message, /new forgets
-the conversation. Every turn is sampled from the whole conversation, thoughts included.
+the conversation. Every turn is sampled from the whole conversation, thoughts included. The model
+sees your words alone: to see what it was trained for, put data.INSTRUCTIONS["train"] before them.
 """
 
 from __future__ import annotations

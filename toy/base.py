@@ -57,7 +57,7 @@ class BaseConfig:
     align_steps: int = option(100, "steps of phase 1", ge=1)
     steps: int = option(1500, "steps of phase 2", ge=1)
     rows: int = option(40, "rows a step, half of them with an image", ge=1)
-    align: bool = option(True, "vision tokens' goal: the embeddings; off: a rotation of these")
+    align: bool = option(True, "draw vision tokens to the embeddings, not to a rotation of them")
 
 
 def base_row(rng: np.random.Generator, image: bool) -> dict:
