@@ -233,10 +233,12 @@ class Grader(AbstractContextManager):
 
     def trial(self, problem: dict) -> str:
         """What the gold of a problem earns in the prompt's format, in a line: before any sampling,
-        a user sees a reward that fails, misses a part that has a weight, or pays nothing."""
+        a user sees a reward that fails or pays nothing. ValueError for a weight without a part."""
         gold = problem["answer"][0] if isinstance(problem["answer"], list) else problem["answer"]
         text = f"<think>\n</think>\n<answer>{gold}</answer>"
         got = self.submit(problem, text, "stop").result()
+        if got.why.startswith("--reward_weights"):  # every reward would fail
+            raise ValueError(got.why)
         parts = "".join(f", {name} {part:g}" for name, part in got.parts.items())
         said = f"{got.score:g}{parts}" if got.status == "ok" else f"{got.status}: {got.why}"
         return f"--reward, for the right answer to {problem['id']}: {said}"

@@ -73,8 +73,8 @@ class SamplingParams:
             if not 0 <= exit.budget <= self.max_new_tokens - after:
                 raise ValueError(
                     f"think_budget {exit.budget} with max_new_tokens {self.max_new_tokens}: exit "
-                    f"and answer take up to {after} more; lower think_budget, or raise "
-                    f"max_new_tokens to {exit.budget + after}"
+                    f"and answer take up to {after} more; lower think_budget (--think_budget 0: "
+                    f"none), or raise max_new_tokens to {exit.budget + after}"
                 )
 
     def on(self, device: torch.device) -> SamplingParams:

@@ -38,7 +38,8 @@ def convert(
         raise ValueError(f"unknown data set {name!r}; there are: {', '.join(SPECS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: must be at least 1")
-    target, source = new_file(out, *sources), Source(sources, SPECS[name].tables)
+    source = Source(sources, SPECS[name].tables)
+    target = new_file(out, *sources, *(Path(s, t) for s in sources for t in source.tables))
     run, keep = Conversion(name, source, target.parent), None
     if limit is not None:  # a pass without images first: the sample is of what can be converted
         dry = Conversion(name, source, None)
@@ -153,7 +154,7 @@ def sample_keys(keys: Iterable[str], limit: int, seed: int) -> set[str]:
     return set(by_hash[:limit])
 
 
-def new_file(out: str, *sources: str) -> Path:
+def new_file(out: str, *sources: str | Path) -> Path:
     """`out` as a file that can be written; its folder is made. Raises ValueError, OSError."""
     target = Path(out)
     if target.is_dir():

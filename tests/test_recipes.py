@@ -335,6 +335,8 @@ def test_images_of_kept_samples_are_found_from_the_new_file(tmp_path):
     (tmp_path / "samples.jsonl").write_text(
         json.dumps(sample(prompt="What? <image>", images=[str(image)])) + "\n"
     )
+    with pytest.raises(ValueError, match="is the source itself"):
+        convert.convert("from_samples", [str(tmp_path)], str(tmp_path / "samples.jsonl"))
     convert.convert("from_samples", [str(tmp_path)], str(tmp_path / "new/traces.jsonl"))
     (row,), faults = data.load_conversations(tmp_path / "new/traces.jsonl")
     assert not faults and Path(row["images"][0]).read_bytes() == image.read_bytes()
