@@ -239,9 +239,9 @@ class Scheduler:
         self.lengths: list[int] = []  # by slot: cached tokens, or more after its end
         self.stop_ids = {int(i) for i in params.stop_ids}
 
-    def admit(self, model: Model, prefill_tokens: int) -> None:
+    def admit(self, model: Model, prefill_tokens: int, sharing: bool) -> None:
         """Start waiting samples in free slots, then close the holes that are left. Prompts are
-        prefilled in packs of up to `prefill_tokens`."""
+        prefilled in packs of up to `prefill_tokens`. sharing: attention reads them together."""
         s, p, running, new = self.slots, self.params, self.running, []
         free = [i for i, c in enumerate(running) if c is None]
         free += range(len(running), self.usable)
@@ -267,6 +267,8 @@ class Scheduler:
             if last is not None:
                 s.move(len(running), hole, length, length - last.prompt_tokens)
                 running[hole], self.lengths[hole] = last, length
+        if sharing:
+            s.group([(c.prompt_index, c.prompt_tokens) for c in running], model.config)
 
     def collect(self) -> list[Completion]:
         """Take out the samples that ended. The one place where the host waits for the GPU."""
@@ -406,10 +408,7 @@ class Sampler:
         try:
             with tqdm(total=len(call.waiting), disable=not progress, unit="sample") as bar:
                 while call.waiting or any(call.running):
-                    call.admit(model, self.prefill_tokens)
-                    if sharing:
-                        running = [(c.prompt_index, c.prompt_tokens) for c in call.running]
-                        self.slots.group(running, self.config)
+                    call.admit(model, self.prefill_tokens, sharing > 0)
                     start = time.perf_counter()
                     for _ in range(self.sync_every):
                         step(call.lengths + [0] * (self.min_rows - len(call.lengths)))
@@ -430,9 +429,7 @@ class Sampler:
             raise
         return sorted(finished, key=lambda c: (c.prompt_index, c.sample_index))
 
-    def _step(
-        self, model: Model, params: SamplingParams, sharing: int
-    ) -> Callable[[list[int]], None]:
+    def _step(self, model: Model, params: SamplingParams, sharing: int) -> Callable:
         """One decode step, as a function of `Scheduler.lengths`. On CUDA it is recorded once for
         all calls with the parameters that it depends on. sharing: from `samples_sharing`."""
         p = params.on(model.head_weight().device)

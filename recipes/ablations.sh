@@ -13,7 +13,7 @@ STEPS=${STEPS:-100} LIMIT=${LIMIT:-500} ONLY=${ONLY:-}
 BENCHMARKS=${BENCHMARKS:-gsm8k mmlu_pro medqa mmmu_pro mathvision}
 [ "$SMOKE" = 1 ] || { GRPO_FLAGS+=(--steps "$STEPS"); EVAL_FLAGS+=(--limit "$LIMIT"); }
 for name in $ONLY; do
-    grep -qE "^ *(ablate|wanted) $name " recipes/ablations.sh && continue
+    grep -qE "(ablate|wanted) $name " recipes/ablations.sh && continue
     echo "error: ONLY=$name: no such row in recipes/ablations.sh" >&2
     exit 2
 done

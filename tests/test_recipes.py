@@ -81,6 +81,12 @@ def test_one_ablation_runs_and_a_second_start_finds_it_done(tmp_path):
     assert "| direct |" in second
 
 
+def test_an_ablation_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="error: ONLY=rl_onl: no such row"):
+        run_recipe("ablations.sh", tmp_path, ONLY="sft rl_onl")
+    assert not (tmp_path / "data").exists()
+
+
 def files_of(out):
     """{file: when it was written}, without the report, which is drawn again each time."""
     files = [f for f in out.rglob("*") if f.is_file() and f.suffix not in (".html", ".svg")]
