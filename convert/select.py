@@ -12,6 +12,7 @@ one that was not asked is left out. --limit takes rows by a hash of their number
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def characters(row: dict) -> int:
     """Of a conversation's messages, or of a problem's question and options."""
     texts = [m["content"] for m in row.get("messages", ())] or [row["question"]]
     return sum(map(len, [*texts, *row.get("options", ())]))
+
+
+def moved(line: str, old: Path, new: Path) -> str:
+    """A row for a file in the folder `new`, where the paths of its images are relative to `old`."""
+    row = json.loads(line)
+    if not row.get("images") or old.resolve() == new.resolve():
+        return line
+    row["images"] = [
+        os.path.relpath((old / name).resolve(), new.resolve()) for name in row["images"]
+    ]
+    return json.dumps(row, ensure_ascii=False)
 
 
 def select(
@@ -73,5 +85,6 @@ def select(
     if not kept:
         counts = {reason: len(where) for reason, where in dropped.items()}
         raise ValueError(f"{file}: no row is left ({counts})")
-    write_lines(target, kept.values())
+    old, new = Path(file).parent, target.parent
+    write_lines(target, (moved(line, old, new) for line in kept.values()))
     return write_info(target, dropped, **settings, rows_in=len(lines), rows_out=len(kept))

@@ -66,3 +66,15 @@ def test_what_cannot_be_chosen_is_said(problems, tmp_path):
     (asked / "result.json").unlink()
     with pytest.raises(ValueError, match="finished eval.py"):
         select(str(file), str(tmp_path / "o.jsonl"), samples=str(asked))
+
+
+def test_images_are_found_from_the_new_folder(tmp_path):
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img/1.png").write_bytes(b"an image")
+    file, out = tmp_path / "all.jsonl", tmp_path / "new/part.jsonl"
+    file.write_text(json.dumps(PROBLEMS[0] | {"images": ["img/1.png"]}) + "\n")
+    select(str(file), str(out))
+    (name,) = json.loads(out.read_text())["images"]
+    assert (out.parent / name).read_bytes() == b"an image"
+    select(str(file), str(tmp_path / "part.jsonl"))
+    assert (tmp_path / "part.jsonl").read_text() == file.read_text()
