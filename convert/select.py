@@ -39,11 +39,9 @@ def characters(row: dict) -> int:
 def moved(line: str, old: Path, new: Path) -> str:
     """A row for a file in the folder `new`, where the paths of its images are relative to `old`."""
     row = json.loads(line)
-    if not row.get("images") or old.resolve() == new.resolve():
+    if not row.get("images"):
         return line
-    row["images"] = [
-        os.path.relpath((old / name).resolve(), new.resolve()) for name in row["images"]
-    ]
+    row["images"] = [os.path.relpath(old / name, new) for name in row["images"]]
     return json.dumps(row, ensure_ascii=False)
 
 
@@ -85,6 +83,6 @@ def select(
     if not kept:
         counts = {reason: len(where) for reason, where in dropped.items()}
         raise ValueError(f"{file}: no row is left ({counts})")
-    old, new = Path(file).parent, target.parent
-    write_lines(target, (moved(line, old, new) for line in kept.values()))
+    old, new, chosen = Path(file).resolve().parent, target.resolve().parent, kept.values()
+    write_lines(target, chosen if old == new else (moved(line, old, new) for line in chosen))
     return write_info(target, dropped, **settings, rows_in=len(lines), rows_out=len(kept))

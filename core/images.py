@@ -53,14 +53,14 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     damaged, larger than MAX_PIXELS, longer than MAX_ASPECT, or has no known white.
     """
     if isinstance(source, Image.Image):  # the miniature draws its own
-        return upright_rgb(source)
+        return _upright_rgb(source)
     if not Path(source).is_file():  # also keeps us from waiting for a pipe
         raise ValueError(
             f"{source}: no such image file; image paths are relative to the folder of their jsonl"
         )
     try:
         with open(source, "rb") as file:  # by name, Pillow 13 maps a turned TIFF with sides swapped
-            return upright_rgb(Image.open(file, formats=FORMATS))
+            return _upright_rgb(Image.open(file, formats=FORMATS))
     except (ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{source}: {e}") from e
     except Exception as e:  # Pillow's parsers raise nearly anything on foreign bytes
@@ -86,7 +86,7 @@ def _image_size(path: str, modified: int) -> tuple[int, int] | str:
         return str(e)
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image) -> Image.Image:
     """An opened image → 8-bit RGB. Checks the size that the header gives, then decodes."""
     (width, height), size = image.size, f"{image.width}x{image.height} pixels"
     if width * height > MAX_PIXELS:

@@ -254,12 +254,12 @@ def scan(
                 for name, value in row.items():
                     meant = meant_field(name, schema) if value else None
                     if meant and row.get(meant) is None:
-                        misspelt.setdefault((name, meant), []).append(f"{path}:{line}")
+                        misspelt.setdefault((name, meant), [f"{path}:{line}", 0])[1] += 1
                 if not found and row.get("images"):
                     row["images"] = [str(folder / name) for name in row["images"]]
                 yield str(path), line, row, found
-    for (name, meant), places in misspelt.items():
-        here = f"{len(places)} row(s) have a field {name!r}, the first is {places[0]}"
+    for (name, meant), (first, count) in misspelt.items():
+        here = f"{count} row(s) have a field {name!r}, the first is {first}"
         warn(f"{here}; it is not read: did you mean {meant!r}?")
 
 

@@ -23,7 +23,7 @@ from typing import Callable, Iterator, Sequence
 
 import numpy as np
 
-from core.files import hash_files, write_whole
+from core.files import hash_files, read_json, write_whole
 from core.schema import Fault, progress
 
 ROWS_PER_PART = 1024
@@ -55,13 +55,13 @@ class TokenizedDataset:
     """
 
     def __init__(self, path: Path):
-        meta = json.loads((path / "meta.json").read_text())
+        meta = read_json(path / "meta.json")
         self.stats, self.data_hash = meta["stats"], meta["data_hash"]
         self.image_token_id = meta["image_token_id"]
         self.documents, sizes = [], []  # of each: the part's file, its first token, source, images
         for number in range(meta["parts"]):
             file = path / f"{number:06d}.bin"
-            documents = json.loads(file.with_suffix(".json").read_text())["documents"]
+            documents = read_json(file.with_suffix(".json"))["documents"]
             lengths = [length for length, *_ in documents]
             if file.stat().st_size != sum(lengths) * TOKEN.itemsize:
                 raise ValueError(
@@ -131,7 +131,7 @@ def build_cache(
         tokens = np.fromfile(file, TOKEN)
         for digest, name in zip(digests, TOKEN.names):
             digest.update(tokens[name].tobytes())
-        stats.update(json.loads(about.read_text())["stats"])
+        stats.update(read_json(about)["stats"])
         number += 1
         bar.update(len(batch))
     if not stats["documents"]:

@@ -31,7 +31,8 @@ NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twe
 _TOKEN = re.compile(r"\\(?:begin|end)\{[a-z*]+\}|\\[a-zA-Z]+|\\.|.", re.S)
 # what may stand left of "=": x_1, f(x), AB, (p,q), \angle ABC; xy = 0 is an equation
 _NAME = re.compile(
-    r"(?=.*[A-Za-z])(?!.*(?<![\\a-zA-Z])[a-z]{2,3}(?![a-zA-Z]))(?!.*\\(?:sqrt|ln|log|exp|l(?:floor|ceil)))"
+    r"(?=.*[A-Za-z])(?!.*(?<![\\a-zA-Z])[a-z]{2,3}(?![a-zA-Z]))"
+    r"(?!.*\\(?:sqrt|ln|log|exp|l(?:floor|ceil)))"
     r"(?:[^-+*^!\d]|_\d)+"
 )
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-df-hj-zA-Z]")

@@ -762,8 +762,8 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
     right = {"question": "q", "answer": "#### 1"}
     out = str(tmp_path / "o.jsonl")
     wrong = jsonl(tmp_path / "wrong.jsonl", [right, {"Question": "q", "answer": "#### 2"}])
-    torn = tmp_path / "torn.jsonl"
-    torn.write_text('{"question": "q", "answer": "#### 1"}\n{"question": "q", "ans')
+    truncated = tmp_path / "truncated.jsonl"
+    truncated.write_text('{"question": "q", "answer": "#### 1"}\n{"question": "q", "ans')
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"question": "caf\xe9"}\n')
     empty = jsonl(tmp_path / "empty.jsonl", [])
@@ -780,7 +780,7 @@ def test_mistakes_are_named_with_file_row_and_mend(tmp_path):
     wrapped.write_text('{"version": 1, "data": []}')
     for source, message in (
         (wrong, r"wrong\.jsonl row 1: field 'question' is missing \(fields: Question, answer\)"),
-        (torn, r"torn\.jsonl line 2: not JSON"),
+        (truncated, r"truncated\.jsonl line 2: not JSON"),
         (latin, "latin.jsonl line 1: not JSON .*utf-8.* position 17"),
         (empty, "no row .* could be converted: the tables are empty"),
         (nothing, r"could be converted: no #### in the answer \(.*nothing\.jsonl row 0\)"),

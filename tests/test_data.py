@@ -142,7 +142,7 @@ BAD_CONVERSATIONS = [
     (conversation("a", "an <image>"), "messages[1].content", "<image> in an assistant turn"),
     (conversation("<image>", "x", images="ok.png"), "images", "not a list"),
     (conversation("<image>", "x", images=["none.png"]), "images", "none.png"),
-    (conversation("<image>", "x", images=["torn.png"]), "images", "torn.png"),
+    (conversation("<image>", "x", images=["truncated.png"]), "images", "truncated.png"),
     (conversation("<image>", "x", images=["text.png"]), "images", "text.png"),
     (conversation("<image>", "x", images=["line.png"]), "images", "200 times"),
 ]
@@ -183,7 +183,7 @@ def folder(tmp_path):
     image(tmp_path / "ok.png")
     image(tmp_path / "line.png", (402, 2))
     whole = (tmp_path / "ok.png").read_bytes()
-    (tmp_path / "torn.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_text("no image")
     return tmp_path
 

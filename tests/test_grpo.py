@@ -532,7 +532,7 @@ def trace(out):
 
 
 def test_killed_at_random_moments_it_ends_bit_equal(place):
-    """Steps done twice, a torn checkpoint, other rollouts after a restart, a lost or doubled
+    """Steps done twice, a truncated checkpoint, other rollouts after a restart, a lost or doubled
     evaluation."""
     flags = (
         f"--reward strange_rewards:slow --eval_data {place.problems} --eval_every 2 --lr 1e-3 "

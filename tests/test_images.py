@@ -15,14 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from real_data import REAL, needs_real
 
-from core.images import (
-    ImageConfig,
-    load_image,
-    num_image_tokens,
-    preprocess_image,
-    smart_resize,
-    upright_rgb,
-)
+from core.images import ImageConfig, load_image, num_image_tokens, preprocess_image, smart_resize
 
 PUBLISHED = ImageConfig()  # 3136 .. 12,845,056 pixels
 CARD = ImageConfig(
@@ -148,10 +141,10 @@ def test_sizes_equal_transformers(height, width, config):
 
 def test_aspect_of_200_is_the_last_allowed():
     """Prevents: a bound that is off by one."""
-    assert upright_rgb(Image.new("RGB", (200, 1)))
+    assert load_image(Image.new("RGB", (200, 1)))
     for size in ((201, 1), (1, 201), (0, 7)):
         with pytest.raises(ValueError, match="pixels.* crop or pad it"):
-            upright_rgb(Image.new("RGB", size))
+            load_image(Image.new("RGB", size))
 
 
 def make_mode(name: str) -> Image.Image:
@@ -213,13 +206,13 @@ def make_mode(name: str) -> Image.Image:
 def test_modes_equal_transformers(mode):
     """Prevents: hidden colours of transparent pixels showing (RGBA → RGB by dropping alpha),
     palettes read as grey."""
-    assert_equals_transformers(upright_rgb(make_mode(mode)), make_mode(mode), SMALL)
+    assert_equals_transformers(load_image(make_mode(mode)), make_mode(mode), SMALL)
 
 
 def test_transparent_black_is_white():
     """Prevents: a diagram drawn on a transparent background that arrives black on black."""
     drawing = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert np.asarray(upright_rgb(drawing)).min() == 255
+    assert np.asarray(load_image(drawing)).min() == 255
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "JPEG2000"])
@@ -317,7 +310,7 @@ def test_16_bit_grey_is_scaled_not_clipped(format, mode, read):
 def test_white_of_32_bit_grey(top, white):
     """Prevents: 32-bit grey clipped."""
     values = np.linspace(0, top, 30).reshape(5, 6).astype(np.int32)
-    grey = np.asarray(upright_rgb(Image.fromarray(values)))[..., 1].astype(float)
+    grey = np.asarray(load_image(Image.fromarray(values)))[..., 1].astype(float)
     assert np.abs(grey - values / white * 255).max() <= 0.5  # ties may go either way
 
 
@@ -333,7 +326,7 @@ def test_white_of_32_bit_grey(top, white):
 def test_grey_without_a_known_white_is_refused(values):
     """Prevents: a window chosen by us for CT numbers, silently; NaN pixels reaching the model."""
     with pytest.raises(ValueError, match="what is white; save it as 8-bit RGB"):
-        upright_rgb(Image.fromarray(values))
+        load_image(Image.fromarray(values))
 
 
 def test_transparent_value_of_16_bit_grey_is_white(read):
